@@ -127,7 +127,8 @@ pub trait VcpuIo {
     fn pic_ack(&self) -> Option<u8>;
     /// A local APIC ended a level-triggered interrupt: broadcast to the IOAPIC.
     fn eoi(&self, vector: u8);
-    /// Virtual clock only: guest time is `now`; runs what is due and says when the next deadline is.
+    /// Virtual clock only: guest time is `now`; runs what is due and says when the next deadline is. An access may arm
+    /// an earlier deadline: the engine asks again after each one (one atomic load where nothing is due).
     fn run_due(&self, now: GuestNs) -> Option<GuestNs>;
 }
 

@@ -28,6 +28,12 @@ pub trait TimedDevice: Send {
     fn on_due(&mut self, now: GuestNs);
 }
 
+/// A device that a machine reset puts back into its state after power-on, keeping what it was lent.
+pub trait ResetDevice: Send {
+    /// The reset line is active. vCPUs stand; output lines end up at their reset level.
+    fn reset(&mut self);
+}
+
 /// Which bus a doorbell listens on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Space {

@@ -11,12 +11,19 @@
 mod accel;
 mod clock;
 mod device;
+mod disk;
 mod irq;
+mod work;
 
-pub use accel::{Accel, AccelError, AccelReport, Halt, InternalError, Kick, StopToken, Topology, Vcpu, VcpuIo, Vm, VmParts};
+pub use accel::{
+    Accel, AccelError, AccelReport, Halt, InternalError, Kick, StopToken, Topology, Vcpu, VcpuIo, Vm, VmParts,
+};
 pub use clock::{Clock, GuestNs};
 pub use device::{
-    Doorbell, DoorbellError, Lifecycle, MmioDevice, PortDevice, PowerEvent, Ring, Space, StateError, TimedDevice,
+    Doorbell, DoorbellError, Lifecycle, MmioDevice, PortDevice, PowerEvent, ResetDevice, Ring, Space, StateError,
+    TimedDevice,
 };
+pub use disk::{DiskBackend, DiskFault, GuestBuffer};
 pub use guest_ram::Gpa;
 pub use irq::{IrqLine, LineTarget, Msi, MsiSink, NoLine};
+pub use work::{Interest, Work};

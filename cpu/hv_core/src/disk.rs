@@ -1,0 +1,37 @@
+//! What a disk controller asks of the disk behind it.
+
+use guest_ram::MarksSlice;
+use guest_ram::vm_memory::VolatileSlice;
+
+/// A piece of guest memory that takes part in a transfer.
+pub type GuestBuffer<'a> = VolatileSlice<'a, MarksSlice<'a>>;
+
+/// How a request that did not succeed ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskFault {
+    /// The machine is being paused; the controller keeps the request and tries it again after [`crate::Work::resumed`].
+    Hold,
+    /// The guest sees an error.
+    Report,
+    /// The disk cannot do such a thing at all.
+    Unsupported,
+}
+
+/// A disk, in bytes. Implementations decide by their error policy whether a failure is held, reported or hidden.
+/// Offsets and lengths come from a guest: a request that reaches past the end is answered with [`DiskFault::Report`].
+pub trait DiskBackend: Send {
+    /// Size in bytes, constant while the machine exists.
+    fn size_bytes(&self) -> u64;
+    /// The guest may not write.
+    fn read_only(&self) -> bool;
+    /// Fills `buffers` from `offset` on.
+    fn read(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault>;
+    /// Writes `buffers` from `offset` on.
+    fn write(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault>;
+    /// Returns once everything written before is on stable storage.
+    fn flush(&mut self) -> Result<(), DiskFault>;
+    /// The guest does not need these bytes any more.
+    fn discard(&mut self, offset: u64, bytes: u64) -> Result<(), DiskFault>;
+    /// These bytes read as zero from now on; `may_unmap` allows to give their space back.
+    fn write_zeroes(&mut self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), DiskFault>;
+}
