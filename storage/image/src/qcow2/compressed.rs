@@ -1,0 +1,116 @@
+//! Compressed clusters. The descriptor counts whole sectors, so the decoder sees trailing bytes of whatever
+//! follows; the output is always exactly one cluster, which bounds what a hostile stream can produce.
+
+use flate2::{Decompress, FlushDecompress, Status};
+use thiserror::Error;
+use zstd::zstd_safe;
+
+/// How clusters of an image are compressed. Header byte 104.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CompressionType {
+    /// Raw deflate, RFC 1951.
+    Zlib,
+    /// Zstandard frames, RFC 8878.
+    Zstd,
+}
+
+/// A compressed cluster does not unpack to one cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum DecompressError {
+    /// The stream is malformed.
+    #[error("the {0:?} stream is malformed")]
+    Malformed(CompressionType),
+    /// The stream ends before the cluster is full.
+    #[error("the {compression:?} stream ends after {got_bytes} bytes of the cluster's {want_bytes}")]
+    Short {
+        /// How the stream is compressed.
+        compression: CompressionType,
+        /// What came out.
+        got_bytes: usize,
+        /// The cluster size.
+        want_bytes: usize,
+    },
+}
+
+/// Unpacks one cluster into `out`, which must be a cluster long. `input` may carry trailing bytes.
+/// On an error the contents of `out` are unspecified.
+pub fn decompress(compression: CompressionType, input: &[u8], out: &mut [u8]) -> Result<(), DecompressError> {
+    let got_bytes = match compression {
+        CompressionType::Zlib => inflate(input, out)?,
+        CompressionType::Zstd => unzstd(input, out)?,
+    };
+    if got_bytes == out.len() {
+        return Ok(());
+    }
+    Err(DecompressError::Short { compression, got_bytes, want_bytes: out.len() })
+}
+
+fn inflate(input: &[u8], out: &mut [u8]) -> Result<usize, DecompressError> {
+    let mut stream = Decompress::new(false);
+    match stream.decompress(input, out, FlushDecompress::Finish) {
+        // Output full with input left over is how trailing sectors look to the decoder.
+        Ok(Status::StreamEnd | Status::Ok | Status::BufError) => Ok(stream.total_out() as usize),
+        Err(_) => Err(DecompressError::Malformed(CompressionType::Zlib)),
+    }
+}
+
+/// One call per frame into the output itself: no window is allocated, whatever the frame header asks for.
+fn unzstd(mut input: &[u8], out: &mut [u8]) -> Result<usize, DecompressError> {
+    let malformed = DecompressError::Malformed(CompressionType::Zstd);
+    let mut context = zstd_safe::DCtx::create();
+    let mut filled = 0;
+    while let Some(rest) = out.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        let frame_bytes = zstd_safe::find_frame_compressed_size(input).map_err(|_| malformed)?;
+        let frame = input.get(..frame_bytes).filter(|frame| !frame.is_empty()).ok_or(malformed)?;
+        filled += context.decompress(rest, frame).map_err(|_| malformed)?;
+        input = input.get(frame_bytes..).unwrap_or_default();
+        if input.is_empty() {
+            break;
+        }
+    }
+    Ok(filled)
+}
+
+#[cfg(test)]
+fn packed(compression: CompressionType, plain: &[u8]) -> Vec<u8> {
+    match compression {
+        CompressionType::Zlib => {
+            let mut out = Vec::with_capacity(plain.len() + 1024);
+            let mut stream = flate2::Compress::new(flate2::Compression::default(), false);
+            stream.compress_vec(plain, &mut out, flate2::FlushCompress::Finish).unwrap();
+            out
+        }
+        CompressionType::Zstd => zstd::bulk::compress(plain, 3).unwrap(),
+    }
+}
+
+#[test]
+fn one_cluster_comes_out_whatever_follows_it() {
+    let plain: Vec<u8> = (0..4096u32).map(|i| (i / 7) as u8).collect();
+    for compression in [CompressionType::Zlib, CompressionType::Zstd] {
+        let mut stream = packed(compression, &plain);
+        let exact_bytes = stream.len();
+        stream.extend([0xa5; 511]);
+        let mut out = vec![0; 4096];
+        assert_eq!(decompress(compression, &stream, &mut out), Ok(()));
+        assert_eq!(out, plain);
+        // A cluster twice as long is short by half; one byte less of the stream is short or malformed.
+        let short = DecompressError::Short { compression, got_bytes: 4096, want_bytes: 8192 };
+        assert_eq!(decompress(compression, &stream[..exact_bytes], &mut [0; 8192]), Err(short));
+        assert!(decompress(compression, &stream[..exact_bytes / 2], &mut out).is_err());
+    }
+}
+
+#[test]
+fn zstd_takes_several_frames_and_refuses_a_bomb() {
+    let mut stream = packed(CompressionType::Zstd, &[1; 256]);
+    stream.extend(packed(CompressionType::Zstd, &[2; 256]));
+    let mut out = [0; 512];
+    decompress(CompressionType::Zstd, &stream, &mut out).unwrap();
+    assert_eq!((out[255], out[256]), (1, 2));
+    let bomb = packed(CompressionType::Zstd, &vec![0; 1 << 20]);
+    assert_eq!(
+        decompress(CompressionType::Zstd, &bomb, &mut out),
+        Err(DecompressError::Malformed(CompressionType::Zstd))
+    );
+}

@@ -1,0 +1,42 @@
+//! qcow2, versions 2 and 3.
+//!
+//! [`Header`] says where the tables are, [`Geometry`] does the index arithmetic, [`L2Entry`] and the plans in
+//! `mapping` say what an access means and must change, [`refcount`] reads and writes refcount blocks,
+//! [`check`] walks a whole image, [`layout`] lays out a new one.
+
+pub mod check;
+mod compressed;
+mod geometry;
+mod header;
+pub mod layout;
+mod mapping;
+pub mod refcount;
+mod snapshot;
+
+pub use compressed::{CompressionType, DecompressError, decompress};
+pub use geometry::{Geometry, L2_SLICE_MAX_BYTES};
+pub use header::{
+    AUTOCLEAR_OFFSET, Extension, Header, HeaderError, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_OFFSET,
+    REFTABLE_POINTER_OFFSET, header_area_bytes,
+};
+pub use mapping::{EntryError, Freed, L1Entry, L2Entry, WritePlan, ZeroPlan, plan_discard, plan_write, plan_zero};
+pub use snapshot::{SnapshotError, SnapshotL1, parse_snapshots};
+
+/// Bit 63 of an L1 or L2 entry: the refcount is exactly one, so the cluster may be changed in place.
+pub const COPIED: u64 = 1 << 63;
+/// Bit 62 of an L2 entry: a compressed cluster.
+pub const COMPRESSED: u64 = 1 << 62;
+/// Bit 0 of an L2 entry of version 3: the cluster reads as zeroes.
+pub const ZERO: u64 = 1;
+/// Bits 9 to 55 of an entry: a host offset.
+pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Longest backing file name in bytes.
+pub const BACKING_NAME_MAX: usize = 1023;
+/// Largest L1 table in bytes. The limits below are QEMU's, so that both accept the same images.
+pub const L1_MAX_BYTES: u64 = 32 << 20;
+/// Largest refcount table in bytes.
+pub const REFTABLE_MAX_BYTES: u64 = 8 << 20;
+/// Most internal snapshots.
+pub const SNAPSHOTS_MAX: u32 = 65536;
+/// Largest snapshot table in bytes.
+pub const SNAPSHOT_TABLE_MAX_BYTES: u64 = 64 << 20;
