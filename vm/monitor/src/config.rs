@@ -179,6 +179,8 @@ pub struct Console {
     pub file: FdIndex,
     /// Kept open so that a pty without a reader does not hang up: its other side.
     pub keep_open: Option<FdIndex>,
+    /// Everything the guest prints is also appended here (`<log file=…>`).
+    pub log: Option<FdIndex>,
 }
 
 /// Console hardware.
