@@ -1,1 +1,35 @@
-//! block
+//! The block engine: a guest disk over a chain of image files.
+//!
+//! A [`Disk`] is opened from file descriptors and opens nothing by path; [`resolve_chain`] does that for the
+//! daemon and the command line, with locks that exclude QEMU. Requests carry the guest's own buffers down to
+//! `preadv` and `pwritev`. One thread at a time uses a disk; it blocks in system calls. The engine reaches
+//! files only through [`FileBackend`], which tests replace by one that records, fails or loses writes.
+//!
+//! Durability of qcow2: refcounts and data are on disk before the tables that refer to them, and a cluster
+//! is reused only after the tables that referred to it are gone from the disk. A crash at any write leaks
+//! space at worst. See `qcow2/commit.rs`.
+//!
+//! Errors are one enum, [`BlockError`]; [`BlockError::kind`] is what a device or the daemon decides on.
+//! `unsafe` lives in `sys` alone: guest memory as I/O vectors, and open file description locks.
+#![deny(unsafe_code)]
+
+mod chain;
+mod create;
+mod disk;
+mod error;
+mod host_file;
+mod io;
+mod qcow2;
+mod raw;
+mod slice_cache;
+#[allow(unsafe_code)]
+mod sys;
+
+pub use chain::{ChainFile, ImageInfo, inspect, resolve_chain, resolve_chain_probing};
+pub use create::{CreateOptions, create_qcow2, create_raw};
+pub use disk::{CacheMode, ChainBackend, Counters, Discard, Disk, OpenOptions};
+pub use error::{Action, BlockError, ErrorKind};
+pub use host_file::HostFile;
+pub use image::Format;
+pub use io::FileBackend;
+pub use sys::{ReadBufs, WriteBufs};

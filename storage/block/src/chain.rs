@@ -1,0 +1,222 @@
+//! Finding the files of a disk by path: for the daemon and the command line. A VMM gets descriptors.
+
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions as FileOptions};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use image::{Format, PROBE_BYTES};
+
+use crate::error::{Action, BlockError};
+use crate::host_file::HostFile;
+use crate::io::FileBackend;
+use crate::qcow2::read_header;
+use crate::sys::{ReadBufs, lock_byte_held_elsewhere, lock_shared, pread, unlock};
+
+/// Most files in a chain; libvirt's limit.
+const CHAIN_MAX: usize = 200;
+
+/// One file of a chain, open. Locks taken on it belong to the open file and travel with the descriptor.
+#[derive(Debug)]
+pub struct ChainFile {
+    /// The open file.
+    pub file: File,
+    /// Its path, for error messages only.
+    pub path_label: PathBuf,
+    /// Its format.
+    pub format: Format,
+}
+
+/// What an image says about itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// The image's format.
+    pub format: Format,
+    /// Size of the guest disk in bytes.
+    pub virtual_size_bytes: u64,
+    /// Storage the file takes on the host.
+    pub allocated_bytes: u64,
+    /// Length of the file.
+    pub file_bytes: u64,
+    /// Cluster size; `None` for raw.
+    pub cluster_bytes: Option<u64>,
+    /// Backing file name as stored in the image.
+    pub backing_name: Option<String>,
+    /// Backing file format as stored in the image.
+    pub backing_format: Option<String>,
+    /// The image was not closed cleanly by a writer with lazy refcounts.
+    pub dirty: bool,
+    /// The image is marked corrupt.
+    pub corrupt: bool,
+}
+
+/// Opens an image and every backing file below it, the top one first. The top is opened for writing unless
+/// `read_only`, the others never. With `locks`, QEMU's image locks are taken on each. A backing format must
+/// be stored in the image. `format` `None` probes the top file, which only serves a person who asks.
+pub fn resolve_chain(
+    path: &Path,
+    format: Option<Format>,
+    read_only: bool,
+    locks: bool,
+) -> Result<Vec<ChainFile>, BlockError> {
+    resolve(path, format, read_only, locks, false)
+}
+
+/// As [`resolve_chain`], but a backing file whose format is not stored is probed. A guest that can write a raw
+/// backing file decides then what it is: for images from before the rule, on a person's word.
+pub fn resolve_chain_probing(
+    path: &Path,
+    format: Option<Format>,
+    read_only: bool,
+    locks: bool,
+) -> Result<Vec<ChainFile>, BlockError> {
+    resolve(path, format, read_only, locks, true)
+}
+
+/// Reads what an image says about itself, without opening its backing file. `format` `None` probes.
+/// Takes no lock, so it serves for an image in use; the answer may be old by then.
+pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockError> {
+    let file = open_image(path, true)?;
+    let format = settle_format(path, &file, format)?;
+    let file = HostFile::new(file).map_err(|e| BlockError::io(path, Action::Stat, e))?;
+    let stat = |e| BlockError::io(path, Action::Stat, e);
+    let file_bytes = file.len_bytes().map_err(stat)?;
+    let mut info = ImageInfo {
+        format,
+        virtual_size_bytes: file_bytes.checked_next_multiple_of(512).unwrap_or(file_bytes),
+        allocated_bytes: file.allocated_bytes().map_err(stat)?,
+        file_bytes,
+        cluster_bytes: None,
+        backing_name: None,
+        backing_format: None,
+        dirty: false,
+        corrupt: false,
+    };
+    if format == Format::Qcow2 {
+        let header = read_header(&file, path)?;
+        info.virtual_size_bytes = header.geometry.size_bytes;
+        info.cluster_bytes = Some(header.geometry.cluster_bytes());
+        info.dirty = header.is_dirty();
+        info.corrupt = header.is_corrupt();
+        info.backing_name = header.backing_name;
+        info.backing_format = header.backing_format;
+    }
+    Ok(info)
+}
+
+fn resolve(
+    path: &Path,
+    format: Option<Format>,
+    read_only: bool,
+    locks: bool,
+    probe_backing: bool,
+) -> Result<Vec<ChainFile>, BlockError> {
+    let mut chain: Vec<ChainFile> = Vec::new();
+    let mut seen = HashSet::new();
+    let mut next = Some((path.to_owned(), format));
+    while let Some((path, format)) = next.take() {
+        let read_only = read_only || !chain.is_empty();
+        let file = match open_image(&path, read_only) {
+            Err(BlockError::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::NotFound && !chain.is_empty() =>
+            {
+                let above = chain.last().map(|above| above.path_label.clone()).unwrap_or_default();
+                return Err(BlockError::BackingMissing { path: above, backing: path });
+            }
+            opened => opened?,
+        };
+        let meta = file.metadata().map_err(|e| BlockError::io(&path, Action::Stat, e))?;
+        if !seen.insert((meta.dev(), meta.ino())) {
+            return Err(BlockError::Loop { path });
+        }
+        if chain.len() >= CHAIN_MAX {
+            return Err(BlockError::TooDeep { path, max: CHAIN_MAX });
+        }
+        let format = settle_format(&path, &file, format)?;
+        if locks {
+            lock_image(&path, &file, read_only)?;
+        }
+        if format == Format::Qcow2 {
+            next = backing_of(&path, &file, probe_backing)?;
+        }
+        chain.push(ChainFile { file, path_label: path, format });
+    }
+    Ok(chain)
+}
+
+/// Opens a file or block device; anything else, which might block or have side effects, is refused unopened.
+fn open_image(path: &Path, read_only: bool) -> Result<File, BlockError> {
+    let meta = std::fs::metadata(path).map_err(|e| BlockError::io(path, Action::Open, e))?;
+    if meta.is_dir() {
+        return Err(BlockError::IsDirectory { path: path.to_owned() });
+    }
+    if !meta.is_file() && !meta.file_type().is_block_device() {
+        return Err(BlockError::NotAFile { path: path.to_owned() });
+    }
+    let opened = FileOptions::new().read(true).write(!read_only).open(path);
+    opened.map_err(|e| BlockError::io(path, Action::Open, e))
+}
+
+fn settle_format(path: &Path, file: &File, format: Option<Format>) -> Result<Format, BlockError> {
+    let mut first = [0; PROBE_BYTES];
+    let got = pread(file, 0, &ReadBufs::from_slice(&mut first)).map_err(|e| BlockError::io(path, Action::Read, e))?;
+    let first = first.get(..got).unwrap_or_default();
+    let Some(declared) = format else { return Ok(image::probe(first)) };
+    let checked = image::check_declared(declared, first);
+    checked.map_err(|source| BlockError::Mismatch { path: path.to_owned(), source })?;
+    Ok(declared)
+}
+
+/// Path and format of the backing file, from the image's header.
+fn backing_of(path: &Path, file: &File, probe: bool) -> Result<Option<(PathBuf, Option<Format>)>, BlockError> {
+    let clone = file.try_clone().and_then(HostFile::new).map_err(|e| BlockError::io(path, Action::Stat, e))?;
+    let header = read_header(&clone, path)?;
+    let Some(name) = header.backing_name else { return Ok(None) };
+    let format = match header.backing_format {
+        Some(format) => match format.parse::<Format>() {
+            Ok(format) => Some(format),
+            Err(_) => return Err(BlockError::BackingFormat { path: path.to_owned(), format }),
+        },
+        None if probe => None,
+        None => return Err(BlockError::BackingFormatMissing { path: path.to_owned(), name }),
+    };
+    // QEMU's rule for what is a protocol: a colon before the first slash.
+    let before_slash = name.split('/').next().unwrap_or_default();
+    if before_slash.contains(':') {
+        return Err(BlockError::BackingProtocol { path: path.to_owned(), name });
+    }
+    let directory = path.parent().unwrap_or(Path::new(""));
+    Ok(Some((directory.join(name), format)))
+}
+
+/// Lock bytes of QEMU (`block/file-posix.c`): a shared lock on 100 + bit says "I use this permission", on
+/// 200 + bit "nobody else may".
+const USED_BASE: i64 = 100;
+const UNSHARED_BASE: i64 = 200;
+const CONSISTENT_READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+
+/// Takes the locks of a reader or writer and looks for others whose locks exclude it. First take, then look:
+/// of two that arrive together, at least one sees the other.
+fn lock_image(path: &Path, file: &File, read_only: bool) -> Result<(), BlockError> {
+    let used: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] };
+    let unshared = [WRITE, RESIZE];
+    let taken: Vec<i64> =
+        used.iter().map(|bit| USED_BASE + bit).chain(unshared.iter().map(|bit| UNSHARED_BASE + bit)).collect();
+    let failed = |e| BlockError::io(path, Action::Lock, e);
+    for byte in &taken {
+        lock_shared(file, *byte).map_err(failed)?;
+    }
+    let excluded = used.iter().map(|bit| UNSHARED_BASE + bit).chain(unshared.iter().map(|bit| USED_BASE + bit));
+    for byte in excluded {
+        if lock_byte_held_elsewhere(file, byte).map_err(failed)? {
+            for byte in &taken {
+                unlock(file, *byte).map_err(failed)?;
+            }
+            let access = if read_only { "read access was asked for" } else { "write access was asked for" };
+            return Err(BlockError::Locked { path: path.to_owned(), access });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,182 @@
+//! What can go wrong with a disk, and what a device or the daemon makes of it.
+
+use std::io;
+use std::path::PathBuf;
+
+use image::qcow2::check::CheckError;
+use image::qcow2::{DecompressError, EntryError, HeaderError};
+use image::{Format, FormatMismatch};
+use rustix::io::Errno;
+use thiserror::Error;
+
+/// What the engine was doing when the host refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Opening the file.
+    Open,
+    /// Creating the file.
+    Create,
+    /// Asking for length or allocation.
+    Stat,
+    /// Taking or testing image locks.
+    Lock,
+    /// Reading guest data or tables.
+    Read,
+    /// Writing guest data or tables.
+    Write,
+    /// Waiting for stable storage.
+    Sync,
+    /// Zeroing or giving space back.
+    Discard,
+}
+
+impl std::fmt::Display for Action {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Action::Open => "cannot be opened",
+            Action::Create => "cannot be created",
+            Action::Stat => "cannot be examined",
+            Action::Lock => "cannot be locked",
+            Action::Read => "cannot be read",
+            Action::Write => "cannot be written",
+            Action::Sync => "cannot be flushed to stable storage",
+            Action::Discard => "cannot give space back",
+        })
+    }
+}
+
+/// The classes of failure that change what a caller does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// No space on the host: pause the guest, try the same request again later.
+    NoSpace,
+    /// The disk or file is read only.
+    ReadOnly,
+    /// The request is outside the disk.
+    OutOfRange,
+    /// The image contradicts itself.
+    Corrupt,
+    /// The host failed.
+    Io,
+    /// Something this engine does not do, or a chain it refuses to open.
+    Unsupported,
+}
+
+/// An error of the block engine. Each names the file it is about.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the fields are named in the messages right above them")]
+pub enum BlockError {
+    #[error("{path}: {action}", path = path.display())]
+    Io { path: PathBuf, action: Action, source: io::Error },
+    #[error("{path}: {action}: no space is left on the host; the request can be repeated when there is some", path = path.display())]
+    NoSpace { path: PathBuf, action: Action, source: io::Error },
+    #[error("{path}: the disk is read only", path = path.display())]
+    ReadOnly { path: PathBuf },
+    #[error("a request for {bytes} bytes at {offset} is outside the disk of {size_bytes} bytes")]
+    OutOfRange { offset: u64, bytes: u64, size_bytes: u64 },
+    #[error("{path}: the qcow2 header is refused", path = path.display())]
+    Header { path: PathBuf, source: HeaderError },
+    #[error("{path}: the file is not what it is declared to be; correct the format, or the file", path = path.display())]
+    Mismatch { path: PathBuf, source: FormatMismatch },
+    #[error("{path}: guest offset {guest_offset:#x} is mapped by a damaged entry; run a check with repair on the image", path = path.display())]
+    Entry { path: PathBuf, guest_offset: u64, source: EntryError },
+    #[error("{path}: the {table} at {offset:#x} lies past the end of the file ({file_bytes} bytes); the image was truncated", path = path.display())]
+    TablePastEnd { path: PathBuf, table: &'static str, offset: u64, file_bytes: u64 },
+    #[error("{path}: the compressed cluster for guest offset {guest_offset:#x} cannot be unpacked", path = path.display())]
+    Compressed { path: PathBuf, guest_offset: u64, source: DecompressError },
+    #[error("{path}: cluster {offset:#x} is counted as free, but holds a table; run a check with repair on the image", path = path.display())]
+    FreeTable { path: PathBuf, offset: u64 },
+    #[error("{path}: cluster {offset:#x} is in use, but its refcount is 0; run a check with repair on the image", path = path.display())]
+    RefcountZero { path: PathBuf, offset: u64 },
+    #[error("{path}: refcount table entry {index} ({raw:#x}) is not a cluster offset", path = path.display())]
+    RefcountTable { path: PathBuf, index: u64, raw: u64 },
+    #[error("{path}: the image is marked corrupt and can only be opened read only; run a check with repair on it", path = path.display())]
+    MarkedCorrupt { path: PathBuf },
+    #[error("{path}: refcounts cannot be rebuilt after an unclean end: {corruptions} contradictions, the first: {first}", path = path.display())]
+    Unrepairable { path: PathBuf, corruptions: u64, first: String },
+    #[error("{path}: refcounts cannot be rebuilt after an unclean end", path = path.display())]
+    Rebuild { path: PathBuf, source: CheckError<io::Error> },
+    #[error("{path}: an earlier flush failed, so what is on the disk is unknown; shut the guest down and check the image", path = path.display())]
+    FlushFailed { path: PathBuf },
+    #[error("{path}: the refcount table has reached its limit of 8 MiB; use a larger cluster size or refcount width", path = path.display())]
+    RefcountTableFull { path: PathBuf },
+    #[error("a disk needs at least one file")]
+    EmptyChain,
+    #[error("{path}: opened as {opened}, but the options say {option}", path = path.display())]
+    FormatDisagrees { path: PathBuf, opened: Format, option: Format },
+    #[error("{path}: its backing file {backing} was not given", path = path.display())]
+    BackingNotGiven { path: PathBuf, backing: String },
+    #[error("{path}: has no backing file, but {next} was given as one", path = path.display(), next = next.display())]
+    UnexpectedBacking { path: PathBuf, next: PathBuf },
+    #[error("{path}: is a directory; name an image file in it", path = path.display())]
+    IsDirectory { path: PathBuf },
+    #[error("{path}: is neither a file nor a block device", path = path.display())]
+    NotAFile { path: PathBuf },
+    #[error("{path}: its backing file {backing} does not exist; restore it, or correct the name with 'qemu-img rebase -u'", path = path.display(), backing = backing.display())]
+    BackingMissing { path: PathBuf, backing: PathBuf },
+    #[error("{path}: the name of its backing file, '{name}', is not a path; protocols and json: names are not supported", path = path.display())]
+    BackingProtocol { path: PathBuf, name: String },
+    #[error("{path}: does not say which format its backing file '{name}' has; add it with 'qemu-img rebase -u -b {name} -F FORMAT'", path = path.display())]
+    BackingFormatMissing { path: PathBuf, name: String },
+    #[error("{path}: format '{format}' is not supported for a backing file; raw and qcow2 are", path = path.display())]
+    BackingFormat { path: PathBuf, format: String },
+    #[error("{path}: the backing chain comes back to this file; correct it with 'qemu-img rebase -u'", path = path.display())]
+    Loop { path: PathBuf },
+    #[error("{path}: the backing chain has more than {max} files; commit or flatten some of them", path = path.display())]
+    TooDeep { path: PathBuf, max: usize },
+    #[error("{path}: another process uses the image ({access}); is a guest running on it?", path = path.display())]
+    Locked { path: PathBuf, access: &'static str },
+}
+
+impl BlockError {
+    /// Wraps a failure of the host; a lack of space gets its own variant.
+    pub(crate) fn io(path: &std::path::Path, action: Action, source: io::Error) -> BlockError {
+        let path = path.to_owned();
+        match source.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::NOSPC | Errno::DQUOT) => BlockError::NoSpace { path, action, source },
+            _ => BlockError::Io { path, action, source },
+        }
+    }
+
+    /// The class of the failure.
+    pub fn kind(&self) -> ErrorKind {
+        use BlockError as E;
+        match self {
+            E::NoSpace { .. } => ErrorKind::NoSpace,
+            E::ReadOnly { .. } => ErrorKind::ReadOnly,
+            E::OutOfRange { .. } => ErrorKind::OutOfRange,
+            E::Entry { .. }
+            | E::TablePastEnd { .. }
+            | E::Compressed { .. }
+            | E::FreeTable { .. }
+            | E::RefcountZero { .. }
+            | E::RefcountTable { .. }
+            | E::MarkedCorrupt { .. }
+            | E::Unrepairable { .. } => ErrorKind::Corrupt,
+            E::Header { source, .. } => match source {
+                HeaderError::Version(_)
+                | HeaderError::Encrypted(_)
+                | HeaderError::Feature { .. }
+                | HeaderError::Compression(_) => ErrorKind::Unsupported,
+                _ => ErrorKind::Corrupt,
+            },
+            E::Rebuild { source: CheckError::Snapshots(_), .. } => ErrorKind::Corrupt,
+            E::Rebuild { source: CheckError::TooLarge, .. } => ErrorKind::Unsupported,
+            E::Rebuild { source: CheckError::Read(_), .. } | E::Io { .. } | E::FlushFailed { .. } => ErrorKind::Io,
+            E::BackingMissing { .. } | E::Locked { .. } => ErrorKind::Io,
+            E::Mismatch { .. }
+            | E::RefcountTableFull { .. }
+            | E::EmptyChain
+            | E::FormatDisagrees { .. }
+            | E::BackingNotGiven { .. }
+            | E::UnexpectedBacking { .. }
+            | E::IsDirectory { .. }
+            | E::NotAFile { .. }
+            | E::BackingProtocol { .. }
+            | E::BackingFormatMissing { .. }
+            | E::BackingFormat { .. }
+            | E::Loop { .. }
+            | E::TooDeep { .. } => ErrorKind::Unsupported,
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! [`FileBackend`] over a file or block device of the host.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+
+use crate::io::FileBackend;
+use crate::sys::{ReadBufs, WriteBufs, pread, pwrite};
+
+/// Alignment of offset, length and memory that satisfies `O_DIRECT` on every disk in use.
+const DIRECT_ALIGN: u64 = 4096;
+/// Largest piece of zeroes, or of a bounced request, held in memory.
+const PIECE_BYTES: u64 = 256 << 10;
+
+/// An open file of the host. Opened with `O_DIRECT`, requests that are not aligned go through an aligned copy.
+pub struct HostFile {
+    file: File,
+    direct: bool,
+}
+
+impl HostFile {
+    /// Takes an open file; its flags say whether it is direct.
+    pub fn new(file: File) -> io::Result<HostFile> {
+        let direct = rustix::fs::fcntl_getfl(&file)?.contains(OFlags::DIRECT);
+        Ok(HostFile { file, direct })
+    }
+
+    fn must_bounce(&self, offset: u64, aligned_memory: bool) -> bool {
+        self.direct && (!aligned_memory || offset % DIRECT_ALIGN != 0)
+    }
+
+    /// Calls `step` with aligned pieces that cover the range: offset of the piece, the piece, and which part
+    /// of it belongs to the request.
+    fn bounce(
+        &self,
+        offset: u64,
+        len: usize,
+        step: &mut dyn FnMut(u64, &mut [u8], std::ops::Range<usize>, usize) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let end = offset.checked_add(len as u64).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut room = vec![0u8; (PIECE_BYTES + DIRECT_ALIGN) as usize];
+        let skip = room.as_ptr().align_offset(DIRECT_ALIGN as usize);
+        let mut at = offset;
+        while at < end {
+            let start = at - at % DIRECT_ALIGN;
+            let stop = end.min(start + PIECE_BYTES);
+            let piece_bytes = (stop - start).next_multiple_of(DIRECT_ALIGN) as usize;
+            let piece = room.get_mut(skip..skip + piece_bytes).ok_or(io::ErrorKind::InvalidInput)?;
+            let part = (at - start) as usize..(stop - start) as usize;
+            step(start, piece, part, (at - offset) as usize)?;
+            at = stop;
+        }
+        Ok(())
+    }
+
+    fn read_plain(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        let got = pread(&self.file, offset, bufs)?;
+        if got < bufs.len() {
+            bufs.range(got, bufs.len() - got).fill_zero();
+        }
+        Ok(())
+    }
+
+    fn fallocate(&self, mode: FallocateFlags, offset: u64, bytes: u64) -> io::Result<bool> {
+        match rustix::fs::fallocate(&self.file, mode | FallocateFlags::KEEP_SIZE, offset, bytes) {
+            Ok(()) => Ok(true),
+            Err(
+                rustix::io::Errno::OPNOTSUPP
+                | rustix::io::Errno::NODEV
+                | rustix::io::Errno::INVAL
+                | rustix::io::Errno::NOSYS,
+            ) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+impl FileBackend for HostFile {
+    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        if !self.must_bounce(offset, bufs.is_aligned(DIRECT_ALIGN as usize)) {
+            return self.read_plain(offset, bufs);
+        }
+        self.bounce(offset, bufs.len(), &mut |start, piece, part, at| {
+            self.read_plain(start, &ReadBufs::from_slice(piece))?;
+            let bytes = piece.get(part).unwrap_or_default();
+            bufs.range(at, bytes.len()).copy_from(bytes);
+            Ok(())
+        })
+    }
+
+    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
+        if !self.must_bounce(offset, bufs.is_aligned(DIRECT_ALIGN as usize)) {
+            return pwrite(&self.file, offset, bufs);
+        }
+        // The file must not grow by the padding of the last piece.
+        let end = offset.saturating_add(bufs.len() as u64);
+        let want_len = self.len_bytes()?.max(end);
+        self.bounce(offset, bufs.len(), &mut |start, piece, part, at| {
+            if part != (0..piece.len()) {
+                self.read_plain(start, &ReadBufs::from_slice(piece))?;
+            }
+            let target = piece.get_mut(part).unwrap_or_default();
+            bufs.range(at, target.len()).copy_to(target);
+            pwrite(&self.file, start, &WriteBufs::from_slice(piece))
+        })?;
+        if self.file.metadata()?.is_file() && self.len_bytes()? > want_len {
+            self.set_len_bytes(want_len)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.fallocate(FallocateFlags::PUNCH_HOLE, offset, bytes).map(|_| ())
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let mode = if may_unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
+        if self.fallocate(mode, offset, bytes)? {
+            return Ok(());
+        }
+        let zeroes = vec![0; PIECE_BYTES.min(bytes) as usize];
+        let mut done = 0;
+        while done < bytes {
+            let now = PIECE_BYTES.min(bytes - done);
+            self.write_at(offset + done, &WriteBufs::from_slice(zeroes.get(..now as usize).unwrap_or_default()))?;
+            done += now;
+        }
+        Ok(())
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        // Seeking serves block devices too, whose metadata says 0. Positioned I/O does not use the position.
+        Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?)
+    }
+
+    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks().saturating_mul(512))
+    }
+}

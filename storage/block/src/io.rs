@@ -1,0 +1,25 @@
+//! The seam between the engine and files.
+
+use std::io;
+
+use crate::sys::{ReadBufs, WriteBufs};
+
+/// A file, as the engine needs it. Calls may block. Two overlapping calls keep their order.
+pub trait FileBackend: Send {
+    /// Fills all of `bufs`; bytes past the end of the file are zeroes.
+    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()>;
+    /// Writes all of `bufs`, growing the file as needed. After an error any part may have been written.
+    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()>;
+    /// Returns when everything written before is on stable storage. `fdatasync(2)`.
+    fn sync_data(&self) -> io::Result<()>;
+    /// Gives the space of a range back; it reads as zeroes or unchanged. A file that cannot do it succeeds.
+    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()>;
+    /// Makes a range read as zeroes, inside the file or past its end. `may_unmap` allows it to become a hole.
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()>;
+    /// Length in bytes.
+    fn len_bytes(&self) -> io::Result<u64>;
+    /// Sets the length.
+    fn set_len_bytes(&self, bytes: u64) -> io::Result<()>;
+    /// Bytes of storage in use, at most 512 off.
+    fn allocated_bytes(&self) -> io::Result<u64>;
+}
