@@ -1,0 +1,265 @@
+//! What the tests share: a seeded random source, a file in memory that records and fails, qemu-img.
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+
+use block::{ChainBackend, ChainFile, Disk, FileBackend, Format, OpenOptions, ReadBufs, WriteBufs};
+
+/// xorshift64*: the same numbers for the same seed, everywhere.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// 0 to `end` - 1.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end.max(1)
+    }
+}
+
+const PAGE: u64 = 512;
+
+/// A sparse file.
+#[derive(Clone, Default)]
+pub struct Pages {
+    pages: HashMap<u64, [u8; PAGE as usize]>,
+    pub len: u64,
+}
+
+impl Pages {
+    pub fn read(&self, offset: u64, out: &mut [u8]) {
+        for (i, byte) in out.iter_mut().enumerate() {
+            let at = offset.wrapping_add(i as u64);
+            *byte = self.pages.get(&(at / PAGE)).map_or(0, |page| page[(at % PAGE) as usize]);
+        }
+    }
+
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let mut at = offset;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let within = (at % PAGE) as usize;
+            let (now, later) = rest.split_at(rest.len().min(PAGE as usize - within));
+            let page = self.pages.entry(at / PAGE).or_insert([0; PAGE as usize]);
+            page[within..within + now.len()].copy_from_slice(now);
+            at += now.len() as u64;
+            rest = later;
+        }
+        self.len = self.len.max(at);
+    }
+
+    pub fn zero(&mut self, offset: u64, bytes: u64) {
+        let end = offset + bytes;
+        let touched: Vec<u64> =
+            self.pages.keys().copied().filter(|p| (p + 1) * PAGE > offset && p * PAGE < end).collect();
+        for page in touched {
+            for at in (page * PAGE).max(offset)..((page + 1) * PAGE).min(end) {
+                self.pages.get_mut(&page).unwrap()[(at % PAGE) as usize] = 0;
+            }
+        }
+    }
+
+    fn missing(&self, offset: u64, bytes: u64) -> u64 {
+        (offset / PAGE..(offset + bytes).div_ceil(PAGE)).filter(|page| !self.pages.contains_key(page)).count() as u64
+    }
+
+    pub fn load(path: &Path) -> Pages {
+        let mut pages = Pages::default();
+        let bytes = std::fs::read(path).unwrap();
+        for (i, chunk) in bytes.chunks(PAGE as usize).enumerate() {
+            if chunk.iter().any(|b| *b != 0) {
+                pages.write(i as u64 * PAGE, chunk);
+            }
+        }
+        pages.len = bytes.len() as u64;
+        pages
+    }
+
+    pub fn store(&self, path: &Path) {
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::File::create(path).unwrap();
+        file.set_len(self.len).unwrap();
+        for (page, bytes) in &self.pages {
+            file.write_all_at(bytes, page * PAGE).unwrap();
+        }
+        file.set_len(self.len).unwrap();
+    }
+
+    pub fn apply(&mut self, op: &Op) {
+        match op {
+            Op::Write(offset, bytes) => self.write(*offset, bytes),
+            Op::Zero(offset, bytes) => self.zero(*offset, *bytes),
+            Op::Sync => {}
+        }
+    }
+
+    /// Our own checker over this file.
+    pub fn check(&self) -> image::qcow2::check::Report {
+        let mut area = vec![0; self.len.min(2 << 20) as usize];
+        self.read(0, &mut area);
+        let cluster_bytes = image::qcow2::header_area_bytes(&area).unwrap();
+        area.truncate(cluster_bytes as usize);
+        let header = image::qcow2::Header::parse(&area).unwrap();
+        let mut read = |offset: u64, out: &mut [u8]| -> Result<(), ()> {
+            self.read(offset, out);
+            Ok(())
+        };
+        image::qcow2::check::check(&header, self.len, &mut read).unwrap()
+    }
+}
+
+/// What reached the file.
+#[derive(Clone)]
+pub enum Op {
+    Write(u64, Vec<u8>),
+    Zero(u64, u64),
+    Sync,
+}
+
+/// A file in memory with its history and its faults.
+#[derive(Default)]
+pub struct MemState {
+    pub pages: Pages,
+    pub log: Vec<Op>,
+    /// New 512-byte pages that may still be written; then ENOSPC.
+    pub room: Option<u64>,
+    /// One write in this many fails with EIO, after writing a part.
+    pub fail_one_in: Option<(u64, u64)>,
+    pub sync_fails: bool,
+    pub reads: u64,
+}
+
+#[derive(Clone, Default)]
+pub struct MemFile(pub Arc<Mutex<MemState>>);
+
+impl MemFile {
+    pub fn of(pages: Pages) -> MemFile {
+        MemFile(Arc::new(Mutex::new(MemState { pages, ..MemState::default() })))
+    }
+
+    pub fn layer(&self, format: Format) -> ChainBackend {
+        ChainBackend { file: Box::new(self.clone()), path_label: "memory".into(), format }
+    }
+}
+
+impl FileBackend for MemFile {
+    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        let mut state = self.0.lock().unwrap();
+        state.reads += 1;
+        let mut out = vec![0; bufs.len()];
+        state.pages.read(offset, &mut out);
+        bufs.copy_from(&out);
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
+        let mut state = self.0.lock().unwrap();
+        let mut bytes = vec![0; bufs.len()];
+        bufs.copy_to(&mut bytes);
+        let mut result = Ok(());
+        if let Some(room) = state.room {
+            let need = state.pages.missing(offset, bytes.len() as u64);
+            if need > room {
+                bytes.truncate(bytes.len() / 2 / 512 * 512);
+                let need = state.pages.missing(offset, bytes.len() as u64);
+                bytes.truncate(if need > room { 0 } else { bytes.len() });
+                result = Err(io::Error::from_raw_os_error(28)); // ENOSPC
+            }
+            let need = state.pages.missing(offset, bytes.len() as u64);
+            state.room = Some(room - need);
+        }
+        if let Some((every, seed)) = &mut state.fail_one_in {
+            let mut rng = Rng(*seed);
+            let fails = rng.below(*every) == 0;
+            *seed = rng.0;
+            if fails {
+                bytes.truncate(bytes.len() / 2 / 8 * 8);
+                result = Err(io::Error::from_raw_os_error(5)); // EIO
+            }
+        }
+        state.pages.write(offset, &bytes);
+        state.log.push(Op::Write(offset, bytes));
+        result
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut state = self.0.lock().unwrap();
+        if state.sync_fails {
+            return Err(io::Error::from_raw_os_error(5));
+        }
+        state.log.push(Op::Sync);
+        Ok(())
+    }
+
+    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.write_zeroes(offset, bytes, true)
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64, _may_unmap: bool) -> io::Result<()> {
+        let mut state = self.0.lock().unwrap();
+        state.pages.zero(offset, bytes);
+        state.log.push(Op::Zero(offset, bytes));
+        Ok(())
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.0.lock().unwrap().pages.len)
+    }
+
+    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
+        self.0.lock().unwrap().pages.len = bytes;
+        Ok(())
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(self.0.lock().unwrap().pages.pages.len() as u64 * PAGE)
+    }
+}
+
+/// Runs qemu-img and returns its exit code and output.
+pub fn qemu_img_status(args: &[&str]) -> (i32, String) {
+    let run = Command::new("qemu-img").args(args).output();
+    let run = run.unwrap_or_else(|e| panic!("qemu-img does not run ({e}): install the Debian package qemu-utils"));
+    let text = String::from_utf8_lossy(&run.stdout).into_owned() + &String::from_utf8_lossy(&run.stderr);
+    (run.status.code().unwrap_or(-1), text)
+}
+
+/// Runs qemu-img, which must succeed.
+pub fn qemu_img(args: &[&str]) -> String {
+    let (status, text) = qemu_img_status(args);
+    assert_eq!(status, 0, "qemu-img {}: {text}", args.join(" "));
+    text
+}
+
+pub fn open_file(path: &Path, writable: bool) -> std::fs::File {
+    std::fs::OpenOptions::new().read(true).write(writable).open(path).unwrap()
+}
+
+/// Opens a chain of files, the top one writable.
+pub fn open_chain(files: &[(&Path, Format)], opts: &OpenOptions) -> Disk {
+    let chain = files.iter().enumerate().map(|(depth, (path, format))| ChainFile {
+        file: open_file(path, depth == 0 && !opts.read_only),
+        path_label: PathBuf::from(path),
+        format: *format,
+    });
+    Disk::open(chain.collect(), opts).unwrap()
+}
+
+/// All bytes of a disk.
+pub fn contents(disk: &mut Disk) -> Vec<u8> {
+    let mut out = vec![0; disk.size_bytes() as usize];
+    let chunk = 1 << 20;
+    for (i, part) in out.chunks_mut(chunk).enumerate() {
+        disk.read((i * chunk) as u64, part).unwrap();
+    }
+    out
+}
