@@ -7,9 +7,14 @@
 #![forbid(unsafe_code)]
 
 mod civil;
+pub mod debug;
+pub mod hpet;
+pub mod i8042;
 pub mod ioapic;
 pub mod pic;
 pub mod pit;
+pub mod pm;
+pub mod reset;
 pub mod rtc;
 pub mod serial;
 mod ticks;
