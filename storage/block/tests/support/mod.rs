@@ -37,9 +37,18 @@ pub struct Pages {
 
 impl Pages {
     pub fn read(&self, offset: u64, out: &mut [u8]) {
-        for (i, byte) in out.iter_mut().enumerate() {
-            let at = offset.wrapping_add(i as u64);
-            *byte = self.pages.get(&(at / PAGE)).map_or(0, |page| page[(at % PAGE) as usize]);
+        let mut at = offset;
+        let mut rest = out;
+        while !rest.is_empty() {
+            let within = (at % PAGE) as usize;
+            let take = rest.len().min(PAGE as usize - within);
+            let (now, later) = rest.split_at_mut(take);
+            match self.pages.get(&(at / PAGE)) {
+                Some(page) => now.copy_from_slice(&page[within..within + now.len()]),
+                None => now.fill(0),
+            }
+            at = at.wrapping_add(now.len() as u64);
+            rest = later;
         }
     }
 
