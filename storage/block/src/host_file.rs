@@ -14,6 +14,10 @@ const DIRECT_ALIGN: u64 = 4096;
 /// Largest piece of zeroes, or of a bounced request, held in memory.
 const PIECE_BYTES: u64 = 256 << 10;
 
+/// Handles one aligned piece: its offset, its bytes, which of them the request asks for, where in the request
+/// they belong.
+type BounceStep<'a> = dyn FnMut(u64, &mut [u8], std::ops::Range<usize>, usize) -> io::Result<()> + 'a;
+
 /// An open file of the host. Opened with `O_DIRECT`, requests that are not aligned go through an aligned copy.
 pub struct HostFile {
     file: File,
@@ -28,17 +32,11 @@ impl HostFile {
     }
 
     fn must_bounce(&self, offset: u64, aligned_memory: bool) -> bool {
-        self.direct && (!aligned_memory || offset % DIRECT_ALIGN != 0)
+        self.direct && (!aligned_memory || !offset.is_multiple_of(DIRECT_ALIGN))
     }
 
-    /// Calls `step` with aligned pieces that cover the range: offset of the piece, the piece, and which part
-    /// of it belongs to the request.
-    fn bounce(
-        &self,
-        offset: u64,
-        len: usize,
-        step: &mut dyn FnMut(u64, &mut [u8], std::ops::Range<usize>, usize) -> io::Result<()>,
-    ) -> io::Result<()> {
+    /// Calls `step` with aligned pieces that cover the range.
+    fn bounce(&self, offset: u64, len: usize, step: &mut BounceStep<'_>) -> io::Result<()> {
         let end = offset.checked_add(len as u64).ok_or(io::ErrorKind::InvalidInput)?;
         let mut room = vec![0u8; (PIECE_BYTES + DIRECT_ALIGN) as usize];
         let skip = room.as_ptr().align_offset(DIRECT_ALIGN as usize);

@@ -201,7 +201,7 @@ impl<'a> WriteBufs<'a> {
 }
 
 fn aligned(pieces: &[libc::iovec], align: usize) -> bool {
-    pieces.iter().all(|piece| (piece.iov_base as usize | piece.iov_len) % align == 0)
+    pieces.iter().all(|piece| (piece.iov_base as usize | piece.iov_len).is_multiple_of(align))
 }
 
 fn io_offset(offset: u64) -> io::Result<i64> {
