@@ -115,7 +115,7 @@ impl Rtc {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.cmos[REG_B] & B_BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.cmos[REG_B] & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
     fn decode(&self, byte: u8) -> u8 {
         if self.cmos[REG_B] & B_BINARY != 0 { byte } else { (byte >> 4).wrapping_mul(10).wrapping_add(byte & 0xf) }
@@ -125,7 +125,7 @@ impl Rtc {
             return self.encode(hour);
         }
         let afternoon = if hour >= 12 { 0x80 } else { 0 };
-        let twelve = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let twelve = if hour.is_multiple_of(12) { 12 } else { hour % 12 };
         self.encode(twelve) | afternoon
     }
     fn decode_hour(&self, byte: u8) -> u8 {
@@ -148,7 +148,7 @@ impl Rtc {
         self.cmos[7] = self.encode(t.day);
         self.cmos[8] = self.encode(t.month);
         self.cmos[9] = self.encode(year);
-        self.cmos[CENTURY] = century / 10 << 4 | century % 10;
+        self.cmos[CENTURY] = ((century / 10) << 4) | (century % 10);
     }
     /// Takes the time registers as the time at `at`, which begins a second `phase_ns` before.
     fn take_time(&mut self, at: GuestNs, phase_ns: i64) {
