@@ -86,6 +86,8 @@ pub enum BlockError {
     Compressed { path: PathBuf, guest_offset: u64, source: DecompressError },
     #[error("{path}: cluster {offset:#x} is counted as free, but holds a table; run a check with repair on the image", path = path.display())]
     FreeTable { path: PathBuf, offset: u64 },
+    #[error("{path}: guest offset {guest_offset:#x} is mapped to cluster {offset:#x}, which holds a table; run a check with repair on the image", path = path.display())]
+    DataIsTable { path: PathBuf, guest_offset: u64, offset: u64 },
     #[error("{path}: cluster {offset:#x} is in use, but its refcount is 0; run a check with repair on the image", path = path.display())]
     RefcountZero { path: PathBuf, offset: u64 },
     #[error("{path}: refcount table entry {index} ({raw:#x}) is not a cluster offset", path = path.display())]
@@ -149,6 +151,7 @@ impl BlockError {
             | E::TablePastEnd { .. }
             | E::Compressed { .. }
             | E::FreeTable { .. }
+            | E::DataIsTable { .. }
             | E::RefcountZero { .. }
             | E::RefcountTable { .. }
             | E::MarkedCorrupt { .. }

@@ -233,3 +233,44 @@ fn judge(case: &Case, pages: &Pages, history: &History, base: &MemFile, cut: usi
         assert_eq!(report.corruptions, 0, "{what}, after more writes: {:?}", report.findings);
     }
 }
+
+#[test]
+fn a_cut_while_refcounts_are_rebuilt_loses_nothing() {
+    for options in ["lazy_refcounts=on,cluster_size=512,refcount_bits=64", "lazy_refcounts=on,cluster_size=4k"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("top.qcow2");
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), "1M"]);
+        let mut disk = support::open_chain(&[(&path, Format::Qcow2)], &OpenOptions::default());
+        let data: Vec<u8> = (0..SECTORS / 2).flat_map(|sector| version_bytes(sector + 1)).collect();
+        disk.write(0, &data).unwrap();
+        drop(disk);
+        let mut start = Pages::load(&path);
+        start.write(72, &1u64.to_be_bytes());
+        let mut block = [0; 8];
+        start.read(48, &mut block);
+        start.read(u64::from_be_bytes(block), &mut block);
+        start.zero(u64::from_be_bytes(block), 256);
+        let file = MemFile::of(start.clone());
+        drop(Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap());
+        let log = file.0.lock().unwrap().log.clone();
+        assert!(log.len() > 4);
+        let (mut synced, mut since, mut rng) = (start, 0, Rng(3));
+        for cut in 0..=log.len() {
+            let mut torn = synced.clone();
+            for op in &log[since..cut] {
+                apply_torn(&mut torn, op, &mut rng);
+            }
+            let file = MemFile::of(torn);
+            let mut disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
+            disk.write(SIZE_BYTES - 4096, &[7; 4096]).unwrap();
+            assert!(support::contents(&mut disk)[..data.len()] == data, "{options} cut {cut}");
+            drop(disk);
+            let report = file.0.lock().unwrap().pages.check();
+            assert_eq!(report.corruptions, 0, "{options} cut {cut}: {:?}", report.findings);
+            if matches!(log.get(cut), Some(Op::Sync)) {
+                log[since..cut].iter().for_each(|op| synced.apply(op));
+                since = cut + 1;
+            }
+        }
+    }
+}

@@ -191,3 +191,31 @@ fn damage_found_while_writing_marks_the_image() {
     drop(disk);
     assert!(inspect(&image, Some(Format::Qcow2)).unwrap().corrupt);
 }
+
+#[test]
+fn an_entry_that_claims_a_table_as_data_is_not_written_through() {
+    use std::os::unix::fs::FileExt;
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image.qcow2");
+    // Cluster 1 is the refcount table, 2 the first refcount block, 3 the L1 table, 4 the L2 table made here.
+    for table in 1..=4u64 {
+        block::create_qcow2(&image, 1 << 20, &block::CreateOptions::default()).unwrap();
+        let mut disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
+        disk.write(0, &[1; 512]).unwrap();
+        drop(disk);
+        for flags in [1u64 << 63, 1 << 63 | 1] {
+            let file = open_file(&image, true);
+            file.write_all_at(&(table << 16 | flags).to_be_bytes(), 4 << 16).unwrap();
+            file.write_all_at(&[0; 8], 72).unwrap(); // not marked corrupt by the round before
+            let mut before = [0; 512];
+            file.read_exact_at(&mut before, table << 16).unwrap();
+            let mut disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
+            assert_eq!(disk.write(0, &[0x66; 512]).unwrap_err().kind(), ErrorKind::Corrupt, "table in cluster {table}");
+            drop(disk);
+            let mut after = [0; 512];
+            file.read_exact_at(&mut after, table << 16).unwrap();
+            assert!(before == after, "table in cluster {table} was overwritten");
+        }
+        std::fs::remove_file(&image).unwrap();
+    }
+}

@@ -33,12 +33,14 @@ impl Qcow2Node {
         match plan_write(entry, &self.geometry) {
             WritePlan::InPlace { host } if self.l1_entry(offset)?.copied => {
                 let bytes = self.in_place_bytes(host, offset, bufs.len() as u64)? as usize;
+                self.refuse_tables(offset, host, within + bytes as u64)?;
                 let write = self.file.write_at(host + within, &bufs.range(0, bytes));
                 write.map_err(|e| self.io(Action::Write, e))?;
                 Ok(bytes)
             }
             WritePlan::Reserved { host } if self.l1_entry(offset)?.copied => {
                 let bytes = (cluster_bytes - within).min(bufs.len() as u64) as usize;
+                self.refuse_tables(offset, host, cluster_bytes)?;
                 self.fill(below, offset, &bufs.range(0, bytes), host, 1)?;
                 self.set_entries(offset, std::iter::once(L2Entry::fresh_data(host)))?;
                 Ok(bytes)
@@ -64,6 +66,19 @@ impl Qcow2Node {
         Ok(run.min(max))
     }
 
+    /// A damaged or malicious entry may claim that a table is guest data: a write there would let the guest
+    /// rewrite the tables.
+    fn refuse_tables(&self, guest_offset: u64, host: u64, bytes: u64) -> Result<(), BlockError> {
+        let bits = self.geometry.cluster_bits;
+        let mut clusters = host >> bits..(host + bytes).div_ceil(1 << bits);
+        match clusters.find(|cluster| self.table_clusters.contains(cluster)) {
+            None => Ok(()),
+            Some(cluster) => {
+                Err(BlockError::DataIsTable { path: self.path.clone(), guest_offset, offset: cluster << bits })
+            }
+        }
+    }
+
     /// Writes into new clusters: as many as need one, lie in one slice and are free in a row.
     fn write_new(&mut self, below: &mut [Node], offset: u64, bufs: &WriteBufs<'_>) -> Result<usize, BlockError> {
         let geometry = self.geometry;
@@ -82,10 +97,19 @@ impl Qcow2Node {
                 _ => break,
             }
         }
+        let never_used = self.file_clusters;
         let (cluster, count) = self.alloc_run(frees.len() as u64)?;
         let host = cluster << geometry.cluster_bits;
         let bytes = (count * cluster_bytes - within).min(end - offset) as usize;
-        let filled = self.fill(below, offset, &bufs.range(0, bytes), host, count);
+        let bufs = bufs.range(0, bytes);
+        // Clusters past the end of the file are zeroes by themselves: no need to write any around the data.
+        let filled = match self.zero_around(offset, bytes as u64) {
+            Ok(true) if cluster >= never_used => {
+                self.file.write_at(host + within, &bufs).map_err(|e| self.io(Action::Write, e))
+            }
+            Ok(_) => self.fill(below, offset, &bufs, host, count),
+            Err(error) => Err(error),
+        };
         let stored = filled.and_then(|()| {
             let entries = (0..count).map(|i| L2Entry::fresh_data(host + i * cluster_bytes));
             self.set_entries(first, entries)
@@ -119,6 +143,13 @@ impl Qcow2Node {
         let (head, tail) = (WriteBufs::from_slice(&head), WriteBufs::from_slice(&tail));
         let whole = WriteBufs::concat(&[&head, bufs, &tail]);
         self.file.write_at(host, &whole).map_err(|e| self.io(Action::Write, e))
+    }
+
+    /// Whether the guest sees only zeroes before and after a range in the clusters it begins and ends in.
+    fn zero_around(&mut self, offset: u64, bytes: u64) -> Result<bool, BlockError> {
+        let head_is_zero = self.geometry.is_aligned(offset) || self.reads_zero(offset)?;
+        let end = offset + bytes;
+        Ok(head_is_zero && (self.geometry.is_aligned(end) || self.reads_zero(end - 1)?))
     }
 
     /// What the guest sees; past the end of the disk, zeroes.
