@@ -346,3 +346,9 @@ fn open_node(
         _ => Ok(Node::Qcow2(Box::new(node))),
     }
 }
+
+#[test]
+fn a_disk_can_move_to_its_io_thread() {
+    fn is_send<T: Send>() {}
+    is_send::<Disk>();
+}

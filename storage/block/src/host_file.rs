@@ -24,6 +24,13 @@ pub struct HostFile {
     direct: bool,
 }
 
+/// Makes an open file bypass the host's page cache (`O_DIRECT`), for [`crate::CacheMode::None`]. Fails where
+/// the file system has no direct I/O.
+pub fn use_direct_io(file: &File) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    Ok(rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)?)
+}
+
 impl HostFile {
     /// Takes an open file; its flags say whether it is direct.
     pub fn new(file: File) -> io::Result<HostFile> {

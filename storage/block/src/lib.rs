@@ -29,7 +29,7 @@ pub use chain::{ChainFile, ImageInfo, inspect, resolve_chain, resolve_chain_prob
 pub use create::{CreateOptions, create_qcow2, create_raw};
 pub use disk::{CacheMode, ChainBackend, Counters, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};
-pub use host_file::HostFile;
+pub use host_file::{HostFile, use_direct_io};
 pub use image::Format;
 pub use io::FileBackend;
 pub use sys::{ReadBufs, WriteBufs};

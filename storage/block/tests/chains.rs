@@ -204,3 +204,21 @@ fn created_images_are_what_qemu_sees() {
         );
     }
 }
+
+#[test]
+fn a_disk_of_no_bytes_is_a_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+    create_qcow2(&ours, 0, &CreateOptions::default()).unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", theirs.to_str().unwrap(), "0"]);
+    for image in [ours, theirs] {
+        assert!(qemu_img(&["check", "-f", "qcow2", image.to_str().unwrap()]).contains("No errors"));
+        let chain = resolve_chain(&image, Some(Format::Qcow2), false, true).unwrap();
+        let mut disk = Disk::open(chain, &OpenOptions::default()).unwrap();
+        assert_eq!(disk.size_bytes(), 0);
+        disk.write(0, &[]).unwrap();
+        assert!(disk.write(0, &[0; 512]).is_err());
+        disk.discard(0, 0).unwrap();
+        disk.flush().unwrap();
+    }
+}

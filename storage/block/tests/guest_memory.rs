@@ -2,10 +2,11 @@
 
 mod support;
 
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use block::{CacheMode, ChainFile, CreateOptions, Disk, ErrorKind, Format, OpenOptions, create_qcow2, create_raw};
+use block::{
+    CacheMode, ChainFile, CreateOptions, Disk, ErrorKind, Format, OpenOptions, create_qcow2, create_raw, use_direct_io,
+};
 use support::{Rng, contents, open_chain, qemu_img};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
@@ -57,13 +58,14 @@ fn more_pieces_than_one_system_call_takes() {
     assert!(got == want);
 }
 
-/// Opens with `O_DIRECT`, or says why the test cannot run here (tmpfs before Linux 6.6 has none).
+/// Opens for direct I/O, or says why the test cannot run here (tmpfs before Linux 6.6 has none).
 fn open_direct(path: &Path) -> Option<std::fs::File> {
-    let file = std::fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path);
-    if let Err(error) = &file {
-        eprintln!("skipped: {} cannot be opened with O_DIRECT: {error}", path.display());
+    let file = support::open_file(path, true);
+    let direct = use_direct_io(&file);
+    if let Err(error) = &direct {
+        eprintln!("skipped: {} has no direct I/O: {error}", path.display());
     }
-    file.ok()
+    direct.ok().map(|()| file)
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Rebuilding refcounts of an image whose last writer kept them lazily and did not close it.
 
+use std::collections::BTreeMap;
+
 use image::qcow2::check::{Counts, count_references};
-use image::qcow2::{INCOMPAT_DIRTY, INCOMPAT_OFFSET, REFTABLE_POINTER_OFFSET, layout, refcount};
+use image::qcow2::{Geometry, INCOMPAT_DIRTY, INCOMPAT_OFFSET, REFTABLE_MAX_BYTES, REFTABLE_POINTER_OFFSET, refcount};
 
 use super::Qcow2Node;
 use crate::error::{Action, BlockError};
@@ -32,28 +34,23 @@ impl Qcow2Node {
         let geometry = self.geometry;
         let bits = geometry.cluster_bits;
         let start = counts.end().max(self.file_clusters);
-        let (table_clusters, blocks) = layout::refcount_clusters(&geometry, start);
-        if table_clusters << bits > image::qcow2::REFTABLE_MAX_BYTES.max(1 << bits) {
+        let Some((by_block, table_clusters)) = arrange(&geometry, counts, start) else {
             return Err(BlockError::RefcountTableFull { path: self.path.clone() });
-        }
+        };
+        let blocks = by_block.len() as u64;
         let end = start + blocks + table_clusters;
-        let mut by_block: Vec<Vec<(usize, u64)>> = vec![Vec::new(); blocks as usize];
-        let own = (start..end).map(|cluster| (cluster, 1));
-        for (cluster, count) in counts.iter().chain(own) {
-            if let Some(block) = by_block.get_mut((cluster >> geometry.refblock_bits()) as usize) {
-                block.push(((cluster & (geometry.refblock_entries() - 1)) as usize, count));
-            }
-        }
         let mut table = vec![0u8; (table_clusters << bits) as usize];
-        for ((index, block), entry) in by_block.iter().enumerate().zip(table.chunks_exact_mut(8)) {
+        for ((block_index, block), cluster) in by_block.iter().zip(start..) {
             let mut contents = vec![0; geometry.cluster_bytes() as usize];
             for (index, count) in block {
-                // Checked against the width above.
+                // Checked against the width by the caller.
                 let _ = refcount::set(&mut contents, geometry.refcount_order, *index, *count);
             }
-            let offset = (start + index as u64) << bits;
+            let offset = cluster << bits;
             self.write_file(offset, &contents)?;
-            entry.copy_from_slice(&offset.to_be_bytes());
+            if let Some(entry) = table.chunks_exact_mut(8).nth(*block_index as usize) {
+                entry.copy_from_slice(&offset.to_be_bytes());
+            }
         }
         let table_offset = (start + blocks) << bits;
         self.write_file(table_offset, &table)?;
@@ -68,4 +65,36 @@ impl Qcow2Node {
         self.file_clusters = end;
         Ok(())
     }
+}
+
+/// Refcounts by refcount block, each with its index in the block.
+type Blocks = BTreeMap<u64, Vec<(usize, u64)>>;
+
+/// Which refcount blocks are needed for `counts` and for the new blocks and table themselves, which lie from
+/// `start` on; and the clusters of the table. A block without references is left out, so that a sparse file
+/// costs nothing. `None` when the table would be larger than the format's limit.
+fn arrange(geometry: &Geometry, counts: &Counts, start: u64) -> Option<(Blocks, u64)> {
+    let mut used = Blocks::new();
+    let add = |blocks: &mut Blocks, cluster: u64, count: u64| {
+        let index = (cluster & (geometry.refblock_entries() - 1)) as usize;
+        blocks.entry(cluster >> geometry.refblock_bits()).or_default().push((index, count));
+    };
+    counts.iter().for_each(|(cluster, count)| add(&mut used, cluster, count));
+    let (mut block_count, mut table_clusters) = (used.len() as u64, 1);
+    loop {
+        let last_block = (start + block_count + table_clusters - 1) >> geometry.refblock_bits();
+        let own = (last_block + 1).saturating_sub(start >> geometry.refblock_bits());
+        let shared = u64::from(used.contains_key(&(start >> geometry.refblock_bits())));
+        let want_blocks = used.len() as u64 + own - shared;
+        let want_table = ((last_block + 1) * 8).div_ceil(geometry.cluster_bytes());
+        if want_table * geometry.cluster_bytes() > REFTABLE_MAX_BYTES.max(geometry.cluster_bytes()) {
+            return None;
+        }
+        if (want_blocks, want_table) == (block_count, table_clusters) {
+            break;
+        }
+        (block_count, table_clusters) = (want_blocks.max(block_count), want_table.max(table_clusters));
+    }
+    (start..start + block_count + table_clusters).for_each(|cluster| add(&mut used, cluster, 1));
+    Some((used, table_clusters))
 }
