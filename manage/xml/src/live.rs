@@ -113,3 +113,17 @@ fn add_backing(disk: &mut Element, backing: &[(String, String)]) {
     let at = disk.children.iter().position(|node| matches!(node, Node::Element(e) if e.name == "source"));
     disk.children.insert(at.map_or(0, |at| at + 1), Node::Element(chain));
 }
+
+impl DomainDefinition {
+    /// Alias and pseudo terminal of a running domain's console: of the one called `alias`, else of the first.
+    pub fn console_pty(&self, alias: Option<&str>) -> Option<LivePty> {
+        let devices = self.root.get("devices")?;
+        let serials = devices.all("serial").chain(devices.all("console"));
+        let mut ptys = serials.filter_map(|device| {
+            let alias = device.child_attribute("alias", "name")?.to_owned();
+            let path = device.child_attribute("source", "path")?.to_owned();
+            Some(LivePty { alias, path })
+        });
+        ptys.find(|pty| alias.is_none_or(|alias| pty.alias == alias))
+    }
+}

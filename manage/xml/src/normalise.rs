@@ -134,11 +134,7 @@ fn normalise_devices(devices: &mut Element, context: &mut DefineContext<'_>) -> 
                     device.remove("source");
                 }
             }
-            "rng" => {
-                if device.attribute("model").is_none() {
-                    device.set_attribute("model", "virtio");
-                }
-            }
+            "rng" if device.attribute("model").is_none() => device.set_attribute("model", "virtio"),
             _ => {}
         }
     }

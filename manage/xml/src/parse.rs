@@ -161,7 +161,7 @@ impl Builder<'_> {
             Event::GeneralRef(reference) => {
                 let name = reference.xml10_content();
                 let resolved = match reference.resolve_char_ref() {
-                    Ok(Some(character)) if character == '\0' => return Err("xmlParseCharRef: invalid value 0".into()),
+                    Ok(Some('\0')) => return Err("xmlParseCharRef: invalid value 0".into()),
                     Ok(Some(character)) => character.to_string(),
                     Ok(None) => quick_xml::escape::resolve_predefined_entity(&name)
                         .ok_or_else(|| format!("Entity '{name}' not defined"))?

@@ -1,0 +1,46 @@
+//! Entropy device. VIRTIO 5.4
+
+use guest_ram::Memory;
+use virtio_queue::DescriptorChain;
+
+use crate::chain;
+use crate::model::Model;
+use crate::work::{Device, Served};
+
+/// Random bytes for one request; the driver asks again for more.
+const REQUEST_BYTES: usize = 4096;
+
+/// Where random bytes come from.
+pub trait RandomSource: Send {
+    /// Fills `buffer`. False: nothing could be had; the request is answered with no bytes.
+    fn fill(&mut self, buffer: &mut [u8]) -> bool;
+}
+
+/// What the driver is told.
+pub(crate) fn model() -> Model {
+    Model { device_type: 4, class: 0x00_ff00, features: 0, queue_sizes: &[8], config: Vec::new() }
+}
+
+/// The working half.
+pub(crate) struct Rng {
+    source: Box<dyn RandomSource>,
+}
+
+impl Rng {
+    pub(crate) fn new(source: Box<dyn RandomSource>) -> Rng {
+        Rng { source }
+    }
+}
+
+impl Device for Rng {
+    fn serve(&mut self, _index: u16, memory: &Memory, chain: DescriptorChain<&Memory>) -> Served {
+        let Ok(gathered) = chain::gather(memory, chain) else { return Served::Used(0) };
+        let bytes = (chain::length(&gathered.writable) as usize).min(REQUEST_BYTES);
+        let mut random = [0; REQUEST_BYTES];
+        let random = random.get_mut(..bytes).unwrap_or(&mut []);
+        if !self.source.fill(random) {
+            return Served::Used(0);
+        }
+        Served::Used(chain::fill(&gathered.writable, random) as u32)
+    }
+}
