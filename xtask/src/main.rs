@@ -1,2 +1,66 @@
-//! xtask
-fn main() {}
+//! The project's chores: `cargo xtask demo`, `cargo xtask test` and what they are made of.
+#![forbid(unsafe_code)]
+
+mod cpio;
+mod guest;
+mod packages;
+mod run;
+mod tests;
+mod tidy;
+
+use anyhow::{Result, bail};
+
+const HELP: &str = "\
+cargo xtask <task> [options]
+
+  test [--long]       everything that must hold: tidy, formatting, lints, all tests (--long: the slow ones too)
+  guest               builds the demo guest (kernel, initrd, disk) into target/guest and says where
+  tidy                compares ARCHITECTURE.md with the crates and their dependencies
+
+  --yes               install missing Debian packages without asking (also with CI=true)
+";
+
+fn main() -> Result<()> {
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    let yes = take_flag(&mut args, "--yes") || std::env::var("CI").is_ok_and(|v| v == "true");
+    let consent = if yes { packages::Consent::Given } else { packages::Consent::Ask };
+    let task = if args.is_empty() { String::new() } else { args.remove(0) };
+    match task.as_str() {
+        "test" => {
+            let long = take_flag(&mut args, "--long");
+            no_more(&args)?;
+            tests::run(consent, long)
+        }
+        "guest" => {
+            no_more(&args)?;
+            let guest = guest::build(consent)?;
+            println!("kernel {}", guest.kernel.display());
+            println!("initrd {}", guest.initrd.display());
+            println!("bench initrd {}", guest.bench_initrd.display());
+            println!("disk   {}", guest.disk.display());
+            Ok(())
+        }
+        "tidy" => {
+            no_more(&args)?;
+            tidy::run()
+        }
+        "" | "help" | "--help" | "-h" => {
+            print!("{HELP}");
+            Ok(())
+        }
+        other => bail!("there is no task {other:?}; `cargo xtask help` lists them"),
+    }
+}
+
+fn take_flag(args: &mut Vec<String>, flag: &str) -> bool {
+    let before = args.len();
+    args.retain(|a| a != flag);
+    args.len() != before
+}
+
+fn no_more(args: &[String]) -> Result<()> {
+    match args.first() {
+        Some(extra) => bail!("unexpected argument {extra:?}; `cargo xtask help` lists what a task takes"),
+        None => Ok(()),
+    }
+}
