@@ -76,8 +76,13 @@ fn set(bits: &mut [u32; 8], vector: u8, on: bool) {
 }
 
 impl Lapic {
-    /// After power-on: enabled in IA32_APIC_BASE, software-disabled, all LVTs masked. SDM 3A 11.4.7.1.
+    /// After power-on: enabled in IA32_APIC_BASE, software-disabled, LVTs masked. SDM 3A 11.4.7.1. The boot processor's
+    /// LINT0 passes the 8259 through, as firmware leaves it: guests are booted without firmware too.
     pub fn new(id: u32) -> Lapic {
+        let mut lvt = [MASKED; 6];
+        if id == 0 {
+            lvt[LVT_LINT0] = 0x700;
+        }
         Lapic {
             base: 0xfee0_0000 | ENABLE | if id == 0 { BSP } else { 0 },
             id,
@@ -91,7 +96,7 @@ impl Lapic {
             esr: 0,
             esr_pending: 0,
             icr: 0,
-            lvt: [MASKED; 6],
+            lvt,
             initial_count: 0,
             divide: 0,
             count_start_ns: 0,
