@@ -23,7 +23,7 @@ const NO_PAGE: u64 = u64::MAX;
 pub(crate) struct Block {
     first_op: u32,
     op_count: u16,
-    /// Instructions in the block; one less than its operations where it ends without a branch.
+    /// Instructions in the block: its operations but the last, which leaves it.
     pub instructions: u16,
     gpa: u64,
     bytes: u16,
@@ -183,13 +183,12 @@ impl BlockCache {
             cpu.tlb.drop_writes();
         }
         let op_count = (self.ops.len() - first_op) as u16;
-        let ends_itself = self.ops.last().is_some_and(|op| op.len != 0);
         let index = self.blocks.len() as u32;
         let key = cpu.mode.key();
         self.blocks.push(Block {
             first_op: first_op as u32,
             op_count,
-            instructions: op_count - !ends_itself as u16,
+            instructions: op_count - 1,
             gpa,
             bytes: used as u16,
             key,
@@ -213,7 +212,7 @@ impl BlockCache {
                 Next::Op(decoded) => {
                     self.ops.push(decoded.op);
                     if decoded.ends {
-                        return decoder.position();
+                        break;
                     }
                 }
             }

@@ -97,7 +97,8 @@ pub(crate) enum Next {
 pub(crate) fn register(r: Register) -> u8 {
     match r {
         Register::AH | Register::CH | Register::DH | Register::BH => (r as u8 - Register::AH as u8) | 8 << 4,
-        _ => r.number() as u8,
+        // An 8-bit register's own number counts AH to BH too.
+        _ => r.full_register().number() as u8,
     }
 }
 
