@@ -67,6 +67,17 @@ impl DomainDefinition {
         self.change(|root| root.get_or_add(name).set_text(action.as_str()))
     }
 
+    /// Removes what only a client that may write gets to see: passwords of displays.
+    pub fn remove_secrets(&mut self) -> Result<(), DomainXmlError> {
+        self.change(|root| {
+            if let Some(devices) = root.get_mut("devices") {
+                for graphics in devices.elements_mut().filter(|device| device.name == "graphics") {
+                    graphics.remove_attribute("passwd");
+                }
+            }
+        })
+    }
+
     /// The title or the description; `None` where there is none.
     pub fn text_of(&self, element: &str) -> Option<String> {
         self.root.get(element).map(Element::text)

@@ -1,0 +1,308 @@
+//! Everything a client can be told went wrong, and the one table that gives each its libvirt code, domain and wording.
+//!
+//! Scripts match on the codes and test suites on the texts, so both are libvirt's wherever libvirt has the case. A new
+//! error does not compile until [`DaemonError::number`] knows it, and the whole table is a golden test.
+
+use std::io;
+use std::path::PathBuf;
+
+use monitor::{Failure, FailureClass};
+use rpc_wire::ErrorCode as Code;
+use rpc_wire::ErrorDomain as Origin;
+use rpc_wire::{ErrorBody, XdrError};
+use uuid::Uuid;
+use xml::{DomainXmlError, XmlErrorKind};
+
+/// A refused call.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // fields are named after what the text says about them
+pub enum DaemonError {
+    // The protocol.
+    #[error("unknown procedure: {number}")]
+    UnknownProcedure { number: u32 },
+    #[error("Cannot find program {program} version {version}")]
+    UnknownProgram { program: u32, version: u32 },
+    #[error("Unable to decode message payload: {0}")]
+    Payload(#[from] XdrError),
+    #[error("a call cannot have status {status}")]
+    CallStatus { status: u32 },
+    #[error("the connection has not been opened")]
+    NotOpened,
+    #[error("serial {serial} has an open stream already, or too many streams are open")]
+    StreamBusy { serial: u32 },
+    #[error("this stream was not opened for holes")]
+    UnexpectedHole,
+    #[error("this function is not supported by the connection driver: {api}")]
+    NotSupported { api: &'static str },
+    #[error("operation forbidden: read only access prevents {api}")]
+    ReadOnly { api: &'static str },
+    #[error("access denied: user {uid} may not use this daemon, which serves user {owner}")]
+    WrongUser { uid: u32, owner: u32 },
+    #[error("invalid argument: unsupported flags (0x{flags:x}) in function {api}")]
+    UnsupportedFlags { flags: u32, api: &'static str },
+    #[error("operation forbidden: {api} with secure flag")]
+    SecureReadOnly { api: &'static str },
+    #[error("invalid argument: {argument} in {api} must not be {found}")]
+    BadArgument { argument: &'static str, found: i64, api: &'static str },
+
+    // Connecting.
+    #[error("no connection driver available for {uri}")]
+    NoDriver { uri: String },
+    #[error("internal error: unexpected {scheme} URI path '{path}', try {scheme}:///{expected}")]
+    UriPath { scheme: String, path: String, expected: &'static str },
+    #[error("unsupported event ID {event_id}")]
+    UnknownEvent { event_id: i32 },
+    #[error("internal error: domain event callback {callback_id} not registered")]
+    NoCallback { callback_id: i32 },
+
+    #[error("resource busy: a client may hold {limit} event registrations")]
+    TooManyCallbacks { limit: usize },
+
+    // Finding domains.
+    #[error("Domain not found: no domain with matching name '{name}'")]
+    NoDomainNamed { name: String },
+    #[error("Domain not found: no domain with matching uuid '{uuid}'")]
+    NoDomainWithUuid { uuid: Uuid },
+    #[error("Domain not found: no domain with matching uuid '{uuid}' ({name})")]
+    NoDomain { uuid: Uuid, name: String },
+    #[error("Domain not found: no domain with matching id {id}")]
+    NoDomainWithId { id: i32 },
+
+    #[error("Too many domains '{count}' for limit '{limit}'")]
+    TooManyDomains { count: usize, limit: usize },
+
+    // Definitions.
+    #[error("{0}")]
+    Xml(#[from] DomainXmlError),
+    #[error("operation failed: domain '{name}' already exists with uuid {uuid}")]
+    NameTaken { name: String, uuid: Uuid },
+    #[error("operation failed: domain '{name}' is already defined with uuid {uuid}")]
+    UuidTaken { name: String, uuid: Uuid },
+    #[error("operation failed: domain is already active as '{name}'")]
+    AlreadyActive { name: String },
+    #[error("Requested operation is not valid: domain with name '{name}' already exists")]
+    RenameTarget { name: String },
+    #[error("Requested operation is not valid: cannot rename active domain")]
+    RenameActive,
+    #[error("Requested operation is not valid: cannot rename a transient domain")]
+    RenameTransient,
+    #[error("invalid argument: new name of domain '{name}' is missing, empty or contains '/'")]
+    RenameInvalid { name: String },
+    #[error("Requested operation is not valid: cannot set autostart for transient domain")]
+    AutostartTransient,
+    #[error("Requested operation is not valid: cannot undefine transient domain")]
+    UndefineTransient,
+    #[error("Requested operation is not valid: transient domains do not have any persistent config")]
+    NoPersistentConfig,
+    #[error("invalid argument: Flags 'VIR_DOMAIN_AFFECT_LIVE' and 'VIR_DOMAIN_AFFECT_CONFIG' are mutually exclusive")]
+    BothAffected,
+    #[error("metadata not found: Requested metadata element is not present")]
+    NoMetadata,
+    #[error("invalid argument: {detail}")]
+    MetadataInvalid { detail: &'static str },
+    #[error(
+        "invalid argument: requested vcpus is greater than max allowable vcpus for the persistent domain: {wanted} > {max}"
+    )]
+    TooManyVcpus { wanted: u32, max: u32 },
+    #[error("invalid argument: cannot set memory higher than max memory ({wanted} KiB > {max} KiB)")]
+    TooMuchMemory { wanted: u64, max: u64 },
+    #[error(
+        "Operation not supported: {what} of a running domain cannot be changed; use --config and restart the domain"
+    )]
+    LiveChange { what: &'static str },
+    #[error("invalid argument: invalid path {path} not assigned to domain")]
+    NoSuchDisk { path: String },
+    #[error("invalid argument: invalid path, '{device}' is not a known interface")]
+    NoSuchInterface { device: String },
+
+    // Running.
+    #[error("Requested operation is not valid: domain is not running")]
+    NotRunning,
+    #[error("Requested operation is not valid: domain is already running")]
+    AlreadyRunning,
+    #[error("unsupported configuration: {detail}")]
+    Unsupported { detail: String },
+    #[error(
+        "unsupported configuration: domain type 'kvm' does not work on this host: {reason}; use type 'qemu' for the \
+         software CPU"
+    )]
+    KvmUnusable { reason: String },
+    #[error("Network not found: no network with matching name '{name}'")]
+    NoNetwork { name: String },
+    #[error("Cannot access storage file '{path}': {source}")]
+    StorageFile { path: PathBuf, source: io::Error },
+    #[error("Cannot access storage file '{path}': it is a directory, a disk needs an image file or a block device")]
+    StorageDirectory { path: PathBuf },
+    #[error("Cannot access backing file '{path}' of storage file '{parent}': {source}")]
+    BackingFile { path: PathBuf, parent: PathBuf, source: io::Error },
+    #[error("invalid argument: the backing files of '{path}' form a loop or are more than {limit}")]
+    BackingLoop { path: PathBuf, limit: usize },
+    #[error("internal error: {path}: {detail}")]
+    ImageFormat { path: PathBuf, detail: String },
+    #[error("unable to open {what} '{path}': {source}")]
+    BootFile { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("{}{}", failure_prefix(.0.class), .0.text)]
+    Vmm(Failure),
+    #[error("internal error: vireo-vmm ended {when}{}", said(.last_words))]
+    VmmEnded { when: &'static str, last_words: String },
+    #[error("unable to run {program}: {source}; --vmm names the program")]
+    VmmProgram { program: PathBuf, source: io::Error },
+    #[error("Timed out during operation: vireo-vmm of domain '{name}' has not answered within {seconds} s")]
+    VmmSilent { name: String, seconds: u64 },
+    #[error("internal error: monitor of domain '{name}': {detail}")]
+    Monitor { name: String, detail: String },
+    #[error("argument unsupported: QEMU guest agent is not configured")]
+    NoAgent,
+    #[error("internal error: cannot find console device '{alias}'")]
+    NoConsole { alias: String },
+    #[error("operation failed: Active console session exists for this domain")]
+    ConsoleBusy,
+    #[error("unable to open console '{path}': {source}")]
+    ConsoleOpen { path: PathBuf, source: io::Error },
+
+    #[error("unsupported configuration: Stats types bits 0x{groups:x} are not supported by this daemon")]
+    StatsGroups { groups: u32 },
+    #[error("Operation not supported: CPU time is not kept per host CPU; --total shows the sum")]
+    PerCpuStats,
+
+    // The host.
+    #[error("unsupported configuration: Host SMBIOS information is not available")]
+    NoSmbios,
+    #[error("invalid argument: {detail}")]
+    HostArgument { detail: String },
+    #[error("unable to {action} {path}: {source}")]
+    File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("internal error: the owner of domain '{name}' has ended")]
+    OwnerGone { name: String },
+}
+
+fn said(last_words: &str) -> String {
+    if last_words.is_empty() { " without a word".into() } else { format!(": {last_words}") }
+}
+
+fn failure_prefix(class: FailureClass) -> &'static str {
+    match class {
+        FailureClass::Config | FailureClass::Engine => "unsupported configuration: ",
+        FailureClass::Image | FailureClass::Boot | FailureClass::Internal | FailureClass::Command => "internal error: ",
+        FailureClass::Resource => "out of memory: ",
+        FailureClass::State => "Requested operation is not valid: ",
+    }
+}
+
+impl DaemonError {
+    /// Code and domain of libvirt.
+    #[rustfmt::skip] // one row per error
+    pub fn number(&self) -> (Code, Origin) {
+        use DaemonError as E;
+        match self {
+            E::UnknownProcedure { .. } => (Code::Rpc, Origin::Rpc),
+            E::UnknownProgram { .. } => (Code::Rpc, Origin::Rpc),
+            E::Payload(_) => (Code::Rpc, Origin::Rpc),
+            E::CallStatus { .. } => (Code::Rpc, Origin::Rpc),
+            E::NotOpened => (Code::InternalError, Origin::Rpc),
+            E::StreamBusy { .. } => (Code::Rpc, Origin::Streams),
+            E::UnexpectedHole => (Code::Rpc, Origin::Streams),
+            E::NotSupported { .. } => (Code::NoSupport, Origin::Qemu),
+            E::ReadOnly { .. } => (Code::OperationDenied, Origin::Domain),
+            E::WrongUser { .. } => (Code::AccessDenied, Origin::Rpc),
+            E::UnsupportedFlags { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::SecureReadOnly { .. } => (Code::OperationDenied, Origin::Domain),
+            E::BadArgument { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::NoDriver { .. } => (Code::NoConnect, Origin::None),
+            E::UriPath { .. } => (Code::InternalError, Origin::Qemu),
+            E::UnknownEvent { .. } => (Code::InternalError, Origin::Rpc),
+            E::NoCallback { .. } => (Code::InternalError, Origin::Rpc),
+            E::TooManyCallbacks { .. } => (Code::ResourceBusy, Origin::Rpc),
+            E::NoDomainNamed { .. } => (Code::NoDomain, Origin::Qemu),
+            E::NoDomainWithUuid { .. } => (Code::NoDomain, Origin::Qemu),
+            E::NoDomain { .. } => (Code::NoDomain, Origin::Qemu),
+            E::NoDomainWithId { .. } => (Code::NoDomain, Origin::Qemu),
+            E::TooManyDomains { .. } => (Code::Rpc, Origin::Rpc),
+            E::Xml(error) => xml_number(error.kind()),
+            E::NameTaken { .. } => (Code::OperationFailed, Origin::Domain),
+            E::UuidTaken { .. } => (Code::OperationFailed, Origin::Domain),
+            E::AlreadyActive { .. } => (Code::OperationInvalid, Origin::Domain),
+            E::RenameTarget { .. } => (Code::OperationInvalid, Origin::Domain),
+            E::RenameActive => (Code::OperationInvalid, Origin::Qemu),
+            E::RenameTransient => (Code::OperationInvalid, Origin::Qemu),
+            E::RenameInvalid { .. } => (Code::InvalidArg, Origin::Domain),
+            E::AutostartTransient => (Code::OperationInvalid, Origin::Qemu),
+            E::UndefineTransient => (Code::OperationInvalid, Origin::Qemu),
+            E::NoPersistentConfig => (Code::OperationInvalid, Origin::Domain),
+            E::BothAffected => (Code::InvalidArg, Origin::Qemu),
+            E::NoMetadata => (Code::NoDomainMetadata, Origin::Domain),
+            E::MetadataInvalid { .. } => (Code::InvalidArg, Origin::Domain),
+            E::TooManyVcpus { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::TooMuchMemory { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::LiveChange { .. } => (Code::OperationUnsupported, Origin::Qemu),
+            E::NoSuchDisk { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::NoSuchInterface { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::NotRunning => (Code::OperationInvalid, Origin::Qemu),
+            E::AlreadyRunning => (Code::OperationInvalid, Origin::Qemu),
+            E::Unsupported { .. } => (Code::ConfigUnsupported, Origin::Qemu),
+            E::KvmUnusable { .. } => (Code::ConfigUnsupported, Origin::Qemu),
+            E::NoNetwork { .. } => (Code::NoNetwork, Origin::Network),
+            E::StorageFile { .. } => (Code::SystemError, Origin::Storage),
+            E::StorageDirectory { .. } => (Code::SystemError, Origin::Storage),
+            E::BackingFile { .. } => (Code::SystemError, Origin::Storage),
+            E::BackingLoop { .. } => (Code::InvalidArg, Origin::Storage),
+            E::ImageFormat { .. } => (Code::InternalError, Origin::Storage),
+            E::BootFile { .. } => (Code::SystemError, Origin::Qemu),
+            E::Vmm(failure) => failure_number(failure.class),
+            E::VmmEnded { .. } => (Code::InternalError, Origin::Qemu),
+            E::VmmProgram { .. } => (Code::SystemError, Origin::Qemu),
+            E::VmmSilent { .. } => (Code::OperationTimeout, Origin::Qemu),
+            E::Monitor { .. } => (Code::InternalError, Origin::Qemu),
+            E::NoAgent => (Code::ArgumentUnsupported, Origin::Qemu),
+            E::NoConsole { .. } => (Code::InternalError, Origin::Qemu),
+            E::ConsoleBusy => (Code::OperationFailed, Origin::Qemu),
+            E::ConsoleOpen { .. } => (Code::SystemError, Origin::Qemu),
+            E::StatsGroups { .. } => (Code::ArgumentUnsupported, Origin::Qemu),
+            E::PerCpuStats => (Code::OperationUnsupported, Origin::Qemu),
+            E::NoSmbios => (Code::ConfigUnsupported, Origin::Qemu),
+            E::HostArgument { .. } => (Code::InvalidArg, Origin::None),
+            E::File { .. } => (Code::SystemError, Origin::Qemu),
+            E::OwnerGone { .. } => (Code::InternalError, Origin::Qemu),
+        }
+    }
+
+    /// The body of the refusal.
+    pub fn body(&self) -> ErrorBody {
+        let (code, domain) = self.number();
+        ErrorBody::new(code, domain, &text(self))
+    }
+}
+
+/// The whole text; operating system errors as libvirt prints them, without their number.
+fn text(error: &DaemonError) -> String {
+    let mut text = error.to_string();
+    if let (Some(start), true) = (text.rfind(" (os error "), text.contains("os error")) {
+        let end = text[start..].find(')').map_or(text.len(), |length| start + length + 1);
+        text.replace_range(start..end, "");
+    }
+    text
+}
+
+fn xml_number(kind: XmlErrorKind) -> (Code, Origin) {
+    match kind {
+        XmlErrorKind::Syntax => (Code::XmlDetail, Origin::Domain),
+        XmlErrorKind::Content => (Code::XmlError, Origin::Domain),
+        XmlErrorKind::Schema => (Code::XmlInvalidSchema, Origin::Xml),
+        XmlErrorKind::NoName => (Code::NoName, Origin::Domain),
+        XmlErrorKind::NoTarget => (Code::NoTarget, Origin::Domain),
+        XmlErrorKind::OsType => (Code::OsType, Origin::Domain),
+        XmlErrorKind::InvalidArgument => (Code::InvalidArg, Origin::Domain),
+        XmlErrorKind::Internal => (Code::InternalError, Origin::Domain),
+        XmlErrorKind::Unsupported => (Code::ConfigUnsupported, Origin::Domain),
+    }
+}
+
+fn failure_number(class: FailureClass) -> (Code, Origin) {
+    match class {
+        FailureClass::Config | FailureClass::Engine => (Code::ConfigUnsupported, Origin::Qemu),
+        FailureClass::Image => (Code::InternalError, Origin::Storage),
+        FailureClass::Boot | FailureClass::Internal | FailureClass::Command => (Code::InternalError, Origin::Qemu),
+        FailureClass::Resource => (Code::NoMemory, Origin::Qemu),
+        FailureClass::State => (Code::OperationInvalid, Origin::Qemu),
+    }
+}
