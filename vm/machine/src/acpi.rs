@@ -1,8 +1,8 @@
 //! ACPI tables of the board. Numbers of chapters are those of the ACPI specification 6.5.
 
-use acpi_tables::{Aml, aml};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, aml};
 use chipset::hpet::HPET_HZ;
 use chipset::pm::SLP_TYP_S5;
 use chipset::reset::{RESET_CONTROL, RESET_VALUE};
@@ -206,10 +206,8 @@ impl Aml for RouteTable {
             .flat_map(|device| (0..4u8).map(move |pin| (device, pin)))
             .map(|(device, pin)| [u32::from(device) << 16 | 0xffff, pin.into(), pci::gsi(device, pin).into()])
             .collect();
-        let packages: Vec<aml::Package<'_>> = entries
-            .iter()
-            .map(|[address, pin, gsi]| aml::Package::new(vec![address, pin, &aml::ZERO, gsi]))
-            .collect();
+        let packages: Vec<aml::Package<'_>> =
+            entries.iter().map(|[address, pin, gsi]| aml::Package::new(vec![address, pin, &aml::ZERO, gsi])).collect();
         let mut list = aml::PackageBuilder::new();
         packages.iter().for_each(|package| list.add_element(package));
         aml::Name::new("_PRT".into(), &list).to_aml_bytes(sink);
@@ -234,8 +232,7 @@ impl Aml for IsaBridge<'_> {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         let address = aml::Name::new("_ADR".into(), &0x001f_0000u32);
         let rtc = IsaDevice { name: "RTC_", id: "PNP0B00", uid: None, ports: &[(0x70, 2)], irqs: &[8] };
-        let keyboard =
-            IsaDevice { name: "KBD_", id: "PNP0303", uid: None, ports: &[(0x60, 1), (0x64, 1)], irqs: &[1] };
+        let keyboard = IsaDevice { name: "KBD_", id: "PNP0303", uid: None, ports: &[(0x60, 1), (0x64, 1)], irqs: &[1] };
         let mouse = IsaDevice { name: "MOU_", id: "PNP0F13", uid: None, ports: &[], irqs: &[12] };
         let serial_ports: Vec<([(u16, u8); 1], [u8; 1])> =
             SERIAL_PORTS.iter().map(|&(port, irq)| ([(port, 8)], [irq])).collect();
@@ -320,12 +317,16 @@ mod tests {
             &block[start..start + u32_at(&block, start + 4) as usize]
         };
         let xsdt = table(u64_at(&block, 24));
-        let entries: Vec<&[u8]> = xsdt[36..].chunks(8).map(|e| table(u64::from_le_bytes(e.try_into().unwrap()))).collect();
+        let entries: Vec<&[u8]> =
+            xsdt[36..].chunks(8).map(|e| table(u64::from_le_bytes(e.try_into().unwrap()))).collect();
         let names: Vec<&[u8]> = entries.iter().map(|t| &t[..4]).collect();
         assert_eq!(names, [b"FACP", b"APIC", b"MCFG", b"HPET", b"WAET"]);
         let (facs, dsdt) = (table(u32_at(entries[0], 36).into()), table(u64_at(entries[0], 140)));
         assert_eq!((&facs[..4], &dsdt[..4]), (&b"FACS"[..], &b"DSDT"[..]));
-        assert_eq!((u64::from(u32_at(entries[0], 36)) % 64, u32_at(entries[0], 40) as u64), (0, u64_at(entries[0], 140)));
+        assert_eq!(
+            (u64::from(u32_at(entries[0], 36)) % 64, u32_at(entries[0], 40) as u64),
+            (0, u64_at(entries[0], 140))
+        );
         for table in entries.into_iter().chain([xsdt, dsdt]) {
             assert_eq!(sum(table), 0, "{}", String::from_utf8_lossy(&table[..4]));
         }

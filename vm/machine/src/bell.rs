@@ -12,19 +12,30 @@ pub type SharedWork = Arc<Mutex<dyn Work>>;
 
 /// Where a working half runs.
 pub struct Bell {
-    eventfd: Option<OwnedFd>,
+    /// Waking: rung for the I/O thread. Inline: written when what the working half waits for has changed.
+    event: OwnedFd,
+    inline: bool,
     work: OnceLock<Weak<Mutex<dyn Work>>>,
     rung: AtomicBool,
 }
 
 impl Bell {
-    /// A bell that writes to `eventfd`.
-    pub fn waking(eventfd: OwnedFd) -> Bell {
-        Bell { eventfd: Some(eventfd), work: OnceLock::new(), rung: AtomicBool::new(false) }
+    /// A bell that writes to `event`, an eventfd; its reader runs the working half.
+    pub fn waking(event: OwnedFd) -> Bell {
+        Bell { event, inline: false, work: OnceLock::new(), rung: AtomicBool::new(false) }
     }
-    /// A bell that runs the working half on the thread that rings.
-    pub fn inline() -> Bell {
-        Bell { eventfd: None, work: OnceLock::new(), rung: AtomicBool::new(false) }
+    /// A bell that runs the working half on the thread that rings, and writes to `event`, an eventfd, where
+    /// [`Work::interest`] is another one afterwards.
+    pub fn inline(event: OwnedFd) -> Bell {
+        Bell { event, inline: true, work: OnceLock::new(), rung: AtomicBool::new(false) }
+    }
+    /// Whether ringing runs the working half.
+    pub fn is_inline(&self) -> bool {
+        self.inline
+    }
+    /// The eventfd given to [`Bell::waking`] or [`Bell::inline`], for the I/O thread.
+    pub fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
     }
     /// Says which working half it is; once.
     pub fn connect(&self, work: &SharedWork) {
@@ -36,26 +47,32 @@ impl Bell {
         let Some(work) = self.work.get().and_then(Weak::upgrade) else { return };
         while self.rung.load(Ordering::Acquire) {
             let Some(mut work) = work.try_lock() else { return };
+            let before = work.interest();
             while self.rung.swap(false, Ordering::AcqRel) {
                 work.work();
             }
+            if work.interest() != before {
+                self.write_event();
+            }
         }
+    }
+    fn write_event(&self) {
+        // The counter of an eventfd that cannot take more is not zero: its reader wakes up all the same.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
 }
 
 impl Ring for Bell {
     fn ring(&self) {
-        match &self.eventfd {
-            // The counter of an eventfd that cannot take more is not zero: its reader wakes up all the same.
-            Some(fd) => drop(rustix::io::write(fd, &1u64.to_ne_bytes())),
-            None => {
-                self.rung.store(true, Ordering::Release);
-                self.run();
-            }
+        if self.inline {
+            self.rung.store(true, Ordering::Release);
+            self.run();
+        } else {
+            self.write_event();
         }
     }
     fn eventfd(&self) -> Option<BorrowedFd<'_>> {
-        self.eventfd.as_ref().map(AsFd::as_fd)
+        (!self.inline).then(|| self.event())
     }
 }
 
@@ -63,6 +80,10 @@ impl Ring for Bell {
 mod tests {
     use super::*;
 
+    use hv_core::Interest;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    /// Rings its own bell until the count is 3; waits for input from then on.
     struct Counting(u32, Arc<Bell>);
     impl Work for Counting {
         fn work(&mut self) {
@@ -71,17 +92,23 @@ mod tests {
                 self.1.ring(); // left-over work
             }
         }
+        fn interest(&self) -> Interest {
+            Interest { readable: self.0 >= 3, writable: false }
+        }
     }
 
     #[test]
-    fn an_inline_bell_runs_work_that_rings_again() {
-        let bell = Arc::new(Bell::inline());
+    fn an_inline_bell_runs_work_that_rings_again_and_tells_of_a_new_interest() {
+        let bell = Arc::new(Bell::inline(eventfd(0, EventfdFlags::NONBLOCK).unwrap()));
         let counting = Arc::new(Mutex::new(Counting(0, bell.clone())));
         let work: SharedWork = counting.clone();
         bell.connect(&work);
         bell.ring();
         assert_eq!(counting.lock().0, 3);
+        let mut count = [0; 8];
+        assert_eq!(rustix::io::read(bell.event(), &mut count), Ok(8));
         bell.ring();
         assert_eq!(counting.lock().0, 4);
+        assert!(rustix::io::read(bell.event(), &mut count).is_err());
     }
 }

@@ -25,5 +25,5 @@ pub use boot::{BootError, BootSource, Entry};
 pub use counters::Exits;
 pub use deadlines::Alarm;
 pub use devices::DeviceSpec;
-pub use machine::{Machine, MachineConfig, MachineError, Worker};
+pub use machine::{Machine, MachineConfig, MachineError, Stopper, Worker};
 pub use power::PowerLatch;

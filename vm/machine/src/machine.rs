@@ -105,9 +105,31 @@ pub struct Machine {
     boot: BootSource,
     acpi: AcpiConfig,
     power: Arc<PowerLatch>,
-    stop: Vec<StopToken>,
-    kick: Vec<Arc<dyn Kick>>,
+    stopper: Stopper,
     workers: Vec<Worker>,
+}
+
+/// Makes vCPUs return from `run`, from any thread. Clones stop the same vCPUs.
+#[derive(Clone)]
+pub struct Stopper {
+    tokens: Vec<StopToken>,
+    kicks: Vec<Arc<dyn Kick>>,
+}
+
+impl Stopper {
+    /// Asks every vCPU to return.
+    pub fn stop(&self) {
+        self.tokens.iter().for_each(StopToken::stop);
+        self.kicks.iter().for_each(|kick| kick.kick());
+    }
+    /// Takes the request back, before vCPUs run again.
+    pub fn clear(&self) {
+        self.tokens.iter().for_each(StopToken::clear);
+    }
+    /// The token that vCPU `index` runs with.
+    pub fn token(&self, index: usize) -> Option<&StopToken> {
+        self.tokens.get(index)
+    }
 }
 
 /// A working half and its doorbell, for the I/O thread.
@@ -158,8 +180,10 @@ impl Machine {
             boot: config.boot,
             acpi,
             power,
-            stop: vcpus.iter().map(|_| StopToken::default()).collect(),
-            kick: vcpus.iter().map(Vcpu::kicker).collect(),
+            stopper: Stopper {
+                tokens: vcpus.iter().map(|_| StopToken::default()).collect(),
+                kicks: vcpus.iter().map(Vcpu::kicker).collect(),
+            },
             workers,
         };
         Ok((machine, vcpus))
@@ -177,28 +201,15 @@ impl Machine {
     pub fn power(&self) -> &Arc<PowerLatch> {
         &self.power
     }
-    /// The token that stops vCPU `index`.
-    pub fn stop_token(&self, index: usize) -> Option<&StopToken> {
-        self.stop.get(index)
-    }
-    /// What makes the vCPUs look at their tokens.
-    pub fn kickers(&self) -> &[Arc<dyn Kick>] {
-        &self.kick
+    /// What stops the vCPUs.
+    pub fn stopper(&self) -> &Stopper {
+        &self.stopper
     }
     /// Working halves, in slot order.
     pub fn workers(&self) -> &[Worker] {
         &self.workers
     }
 
-    /// Asks every vCPU to return from `run`.
-    pub fn stop_vcpus(&self) {
-        self.stop.iter().for_each(StopToken::stop);
-        self.kick.iter().for_each(|kick| kick.kick());
-    }
-    /// Takes the request back, before vCPUs run again.
-    pub fn clear_stop(&self) {
-        self.stop.iter().for_each(StopToken::clear);
-    }
     /// Runs what working halves have pending, on the calling thread. For a machine whose vCPUs and I/O thread stand.
     pub fn drain_workers(&self) {
         self.workers.iter().for_each(|worker| worker.work.lock().work());
@@ -223,7 +234,7 @@ impl Machine {
         let low_end = self.regions.first().map_or(0, |&(_, bytes)| bytes);
         let target = Target { ram: &self.ram, map: &map, low_end, rsdp: layout::ACPI_TABLES };
         let mut states = vec![self.boot.load(&target)?];
-        states.resize_with(self.stop.len(), || x86::State { halted: true, ..x86::State::power_on() });
+        states.resize_with(self.stopper.tokens.len(), || x86::State { halted: true, ..x86::State::power_on() });
         Ok(states)
     }
 }
@@ -245,15 +256,9 @@ fn add_devices(
     }
     let mut workers = Vec::new();
     for (device, spec) in (1u8..).zip(specs) {
-        let bell = if clock.is_virtual() {
-            Bell::inline()
-        } else {
-            let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-            let fd = rustix::event::eventfd(0, flags)
-                .map_err(|e| MachineError::Event { device, source: e.into() })?;
-            Bell::waking(fd)
-        };
-        let bell = Arc::new(bell);
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let event = rustix::event::eventfd(0, flags).map_err(|e| MachineError::Event { device, source: e.into() })?;
+        let bell = Arc::new(if clock.is_virtual() { Bell::inline(event) } else { Bell::waking(event) });
         let made = devices::make(spec, ram, board.messages(), board.interrupt_pin(device), bell.clone());
         bell.connect(&made.work);
         board.add_function(device, made.function);

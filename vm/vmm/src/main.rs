@@ -1,2 +1,101 @@
-//! vmm
-fn main() {}
+//! The process of one virtual machine; see the library.
+#![forbid(unsafe_code)]
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use monitor::ShutdownCause;
+use vmm::error::{VmmError, causes};
+use vmm::notes::Notes;
+use vmm::owner::End;
+use vmm::run_args::{self, RunArgs, USAGE};
+use vmm::setup::{self, Files, OwnTerminal};
+use vmm::{engine, signals, terminal};
+
+fn main() -> ExitCode {
+    install_last_words();
+    let mut args = std::env::args_os().skip(1);
+    let command = args.next().unwrap_or_default();
+    let result = match command.to_str().unwrap_or_default() {
+        "run" => run(args),
+        "--version" => {
+            println!("vireo-vmm {}", env!("CARGO_PKG_VERSION"));
+            Ok(ExitCode::SUCCESS)
+        }
+        _ => {
+            eprint!("{USAGE}");
+            Ok(ExitCode::from(2))
+        }
+    };
+    result.unwrap_or_else(|error| {
+        terminal::restore();
+        eprintln!("vireo-vmm: {}", causes(&error));
+        ExitCode::from(if matches!(error, VmmError::Args(_)) { 2 } else { 1 })
+    })
+}
+
+/// A panic is a bug of ours, on whichever thread: the process says so and ends, because half a machine helps nobody.
+fn install_last_words() {
+    std::panic::set_hook(Box::new(|info| {
+        terminal::restore();
+        let thread = std::thread::current();
+        eprintln!("vireo-vmm: internal error in thread {}: {info}", thread.name().unwrap_or("?"));
+        std::process::exit(101);
+    }));
+}
+
+fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode, VmmError> {
+    let Some(args) = run_args::parse(args)? else {
+        print!("{USAGE}");
+        return Ok(ExitCode::SUCCESS);
+    };
+    let stats = open_stats(&args)?;
+    let (config, files) = args.open()?;
+    let notes = Arc::new(Notes::new().map_err(VmmError::host("make an event descriptor"))?);
+    let signals = signals::catch().map_err(VmmError::host("catch signals"))?;
+    let terminal = own_terminal()?;
+    let setup = setup::prepare(&config, &Files(files), Some(terminal), &notes)?;
+    let mut owner = engine::build(&config, setup, notes, signals)?.owner;
+    terminal::make_raw(io::stdin()).map_err(VmmError::host("set the terminal"))?;
+    let end = owner.run(false);
+    owner.finish();
+    terminal::restore();
+    if let Some(mut file) = stats {
+        let written = file.write_all(owner.stats().to_json().as_bytes());
+        written.map_err(VmmError::host("write the statistics"))?;
+    }
+    Ok(exit_code(end?))
+}
+
+fn open_stats(args: &RunArgs) -> Result<Option<File>, VmmError> {
+    let create = |path: &std::path::PathBuf| {
+        let failed = |source| VmmError::Open { what: "statistics file", path: path.clone(), source };
+        File::create(path).map_err(failed)
+    };
+    args.stats.as_ref().map(create).transpose()
+}
+
+fn own_terminal() -> Result<OwnTerminal, VmmError> {
+    let reopen = |fd: &dyn Fn(bool) -> io::Result<std::os::fd::OwnedFd>, write| {
+        fd(write).map_err(VmmError::host("open the terminal"))
+    };
+    let input = reopen(&|write| terminal::reopen_nonblocking(io::stdin().as_fd(), write), false)?;
+    let output = reopen(&|write| terminal::reopen_nonblocking(io::stdout().as_fd(), write), true)?;
+    let leave_key = io::stdin().is_terminal().then_some(terminal::LEAVE_KEY);
+    Ok(OwnTerminal { input, output, leave_key })
+}
+
+/// A guest that ends as it wanted is a success; 1 after a crash, 128 and the number after a signal, as shells do.
+fn exit_code(end: End) -> ExitCode {
+    match end {
+        End::Machine(ShutdownCause::PowerOff | ShutdownCause::Reset | ShutdownCause::Quit) | End::LeaveKey => {
+            ExitCode::SUCCESS
+        }
+        End::Machine(ShutdownCause::Crash) => ExitCode::FAILURE,
+        End::Signal(number) => ExitCode::from(128u8.saturating_add(number as u8)),
+    }
+}

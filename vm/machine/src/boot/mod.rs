@@ -86,7 +86,9 @@ pub enum BootError {
         minor: u8,
     },
     /// Compression that is not supported.
-    #[error("the kernel is packed in a way that is not supported (it begins with {magic:02x?}); gzip, xz, zstd and lz4 are")]
+    #[error(
+        "the kernel is packed in a way that is not supported (it begins with {magic:02x?}); gzip, xz, zstd and lz4 are"
+    )]
     Compression {
         /// First bytes.
         magic: Vec<u8>,

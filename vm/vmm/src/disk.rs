@@ -1,0 +1,213 @@
+//! Guest disks over the block engine, with the domain's answer to failures.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use block::{BlockError, ChainFile, Disk, ErrorKind, Format, OpenOptions};
+use hv_core::{DiskBackend, DiskFault, GuestBuffer};
+use monitor::{CacheMode, Discard, DiskErrorPolicy, DiskFormat, DiskStats};
+use parking_lot::Mutex;
+
+use crate::error::{VmmError, causes};
+use crate::notes::{DiskNote, Note, Notes};
+
+/// A disk as everyone in the process sees it. Only its controller's thread does I/O while the machine runs.
+pub struct SharedDisk {
+    target: String,
+    size_bytes: u64,
+    read_only: bool,
+    disk: Mutex<Disk>,
+    /// The top image, to ask the host about it.
+    top: File,
+    reads: Meter,
+    writes: Meter,
+    flushes: Meter,
+    errors: AtomicU64,
+}
+
+/// How many requests, how many bytes, how long.
+#[derive(Default)]
+struct Meter {
+    requests: AtomicU64,
+    bytes: AtomicU64,
+    ns: AtomicU64,
+}
+
+impl Meter {
+    fn add(&self, bytes: u64, since: Instant) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.ns.fetch_add(since.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    }
+}
+
+impl SharedDisk {
+    /// Opens the chain of `config`; `files` are its images, top first.
+    pub fn open(config: &monitor::Disk, files: Vec<OwnedFd>) -> Result<SharedDisk, VmmError> {
+        let failed = |source| VmmError::Disk { target: config.target.clone(), source };
+        let host = |source| VmmError::Host { what: "duplicate a disk's descriptor", source };
+        let format = |format| match format {
+            DiskFormat::Raw => Format::Raw,
+            DiskFormat::Qcow2 => Format::Qcow2,
+        };
+        let top_format = config.chain.first().map(|link| format(link.format)).ok_or(BlockError::EmptyChain);
+        let top = files.first().ok_or(BlockError::EmptyChain).map_err(failed)?.try_clone().map_err(host)?;
+        let chain: Vec<ChainFile> = config
+            .chain
+            .iter()
+            .zip(files)
+            .map(|(link, file)| ChainFile {
+                file: file.into(),
+                path_label: link.path.clone().into(),
+                format: format(link.format),
+            })
+            .collect();
+        let options = OpenOptions {
+            read_only: config.read_only,
+            format: top_format.map_err(failed)?,
+            discard: match config.discard {
+                Discard::Unmap => block::Discard::Unmap,
+                Discard::Ignore => block::Discard::Ignore,
+            },
+            cache: match config.cache {
+                CacheMode::Writeback => block::CacheMode::Writeback,
+                CacheMode::None => block::CacheMode::None,
+                CacheMode::Unsafe => block::CacheMode::Unsafe,
+            },
+            ..OpenOptions::default()
+        };
+        let disk = Disk::open(chain, &options).map_err(failed)?;
+        Ok(SharedDisk {
+            target: config.target.clone(),
+            size_bytes: disk.size_bytes(),
+            read_only: config.read_only,
+            disk: Mutex::new(disk),
+            top: top.into(),
+            reads: Meter::default(),
+            writes: Meter::default(),
+            flushes: Meter::default(),
+            errors: AtomicU64::default(),
+        })
+    }
+
+    /// Target name.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// Puts everything on stable storage; before the process ends.
+    pub fn flush(&self) -> Result<(), BlockError> {
+        self.disk.lock().flush()
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> DiskStats {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let metadata = self.top.metadata().ok();
+        DiskStats {
+            target: self.target.clone(),
+            reads: of(&self.reads.requests),
+            read_bytes: of(&self.reads.bytes),
+            read_ns: of(&self.reads.ns),
+            writes: of(&self.writes.requests),
+            write_bytes: of(&self.writes.bytes),
+            write_ns: of(&self.writes.ns),
+            flushes: of(&self.flushes.requests),
+            flush_ns: of(&self.flushes.ns),
+            errors: of(&self.errors),
+            capacity_bytes: self.size_bytes,
+            allocation_bytes: metadata.as_ref().map_or(0, |m| m.blocks().saturating_mul(512)),
+            physical_bytes: metadata.as_ref().map_or(0, MetadataExt::size),
+        }
+    }
+}
+
+/// The disk as its controller uses it.
+pub struct DiskEnd {
+    /// The disk.
+    pub shared: Arc<SharedDisk>,
+    /// Answer to failed writes, flushes and discards.
+    pub on_write_error: DiskErrorPolicy,
+    /// Answer to failed reads.
+    pub on_read_error: DiskErrorPolicy,
+    /// Where failures are told.
+    pub notes: Arc<Notes>,
+}
+
+impl DiskEnd {
+    fn answer(
+        &self,
+        result: Result<(), BlockError>,
+        policy: DiskErrorPolicy,
+        operation: &'static str,
+    ) -> Result<(), DiskFault> {
+        let Err(error) = result else { return Ok(()) };
+        self.shared.errors.fetch_add(1, Ordering::Relaxed);
+        // What the guest should not have asked is its own affair.
+        if matches!(error.kind(), ErrorKind::OutOfRange | ErrorKind::ReadOnly) {
+            return Err(DiskFault::Report);
+        }
+        let no_space = error.kind() == ErrorKind::NoSpace;
+        let held = policy == DiskErrorPolicy::Stop || policy == DiskErrorPolicy::Enospace && no_space;
+        let target = self.shared.target.clone();
+        self.notes.leave(Note::Disk(DiskNote { target, operation, no_space, held, text: causes(&error) }));
+        match policy {
+            DiskErrorPolicy::Ignore => Ok(()),
+            _ if held => Err(DiskFault::Hold),
+            _ => Err(DiskFault::Report),
+        }
+    }
+}
+
+fn length(buffers: &[GuestBuffer<'_>]) -> u64 {
+    buffers.iter().map(|buffer| buffer.len() as u64).sum()
+}
+
+impl DiskBackend for DiskEnd {
+    fn size_bytes(&self) -> u64 {
+        self.shared.size_bytes
+    }
+    fn read_only(&self) -> bool {
+        self.shared.read_only
+    }
+    fn read(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
+        let start = Instant::now();
+        let result = self.shared.disk.lock().read_at(offset, buffers);
+        if result.is_ok() {
+            self.shared.reads.add(length(buffers), start);
+        }
+        self.answer(result, self.on_read_error, "read")
+    }
+    fn write(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
+        let start = Instant::now();
+        let result = self.shared.disk.lock().write_at(offset, buffers);
+        if result.is_ok() {
+            self.shared.writes.add(length(buffers), start);
+        }
+        self.answer(result, self.on_write_error, "write")
+    }
+    fn flush(&mut self) -> Result<(), DiskFault> {
+        let start = Instant::now();
+        let result = self.shared.disk.lock().flush();
+        if result.is_ok() {
+            self.shared.flushes.add(0, start);
+        }
+        self.answer(result, self.on_write_error, "flush")
+    }
+    fn discard(&mut self, offset: u64, bytes: u64) -> Result<(), DiskFault> {
+        let result = self.shared.disk.lock().discard(offset, bytes);
+        self.answer(result, self.on_write_error, "discard")
+    }
+    fn write_zeroes(&mut self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), DiskFault> {
+        let start = Instant::now();
+        let result = self.shared.disk.lock().write_zeroes(offset, bytes, may_unmap);
+        if result.is_ok() {
+            self.shared.writes.add(bytes, start);
+        }
+        self.answer(result, self.on_write_error, "write")
+    }
+}

@@ -1,0 +1,247 @@
+//! The thread that owns a machine: it alone starts, stops, resets and ends it.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use hv_core::{Accel, Halt, Lifecycle as _, PowerEvent};
+use machine::Machine;
+use monitor::{ShutdownCause, VmConfig};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::console::HostEnd;
+use crate::disk::SharedDisk;
+use crate::error::{VmmError, causes};
+use crate::event::Event;
+use crate::io_thread::{IoParts, IoThread};
+use crate::lifecycle::{Action, Cause, Lifecycle, Policy};
+use crate::notes::{Note, Notes};
+use crate::setup::Setup;
+use crate::signals;
+use crate::stats::RunStats;
+use crate::vcpu_thread::VcpuThread;
+
+/// Why a machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// As the lifecycle decided.
+    Machine(ShutdownCause),
+    /// A signal.
+    Signal(i32),
+    /// The leave key.
+    LeaveKey,
+}
+
+/// A built machine with its threads, standing.
+pub struct Owner {
+    machine: Machine,
+    vcpus: Vec<VcpuThread>,
+    io: IoThread,
+    notes: Arc<Notes>,
+    lifecycle: Lifecycle,
+    disks: Vec<Arc<SharedDisk>>,
+    ends: Vec<Arc<HostEnd>>,
+    signals: &'static Event,
+    running: bool,
+}
+
+impl Owner {
+    /// Builds the machine on `accel` and starts its threads, which stand.
+    pub fn build<A: Accel>(
+        accel: &A,
+        config: &VmConfig,
+        setup: Setup,
+        notes: Arc<Notes>,
+        signals: &'static Event,
+    ) -> Result<Owner, VmmError> {
+        let Setup { machine, disks, serial, ends, monitor: _, wake } = setup;
+        let (mut machine, vcpus) = Machine::build(accel, machine)?;
+        let states = machine.reset()?;
+        let (stopper, listener_notes) = (machine.stopper().clone(), notes.clone());
+        machine.power().listen(move || {
+            stopper.stop();
+            listener_notes.leave(Note::Power);
+        });
+        machine.board().clock().pause();
+        let io = IoThread::spawn(IoParts {
+            board: machine.board().clone(),
+            workers: machine.workers().to_vec(),
+            serial,
+            ends: ends.clone(),
+            wake,
+            notes: notes.clone(),
+        })
+        .map_err(VmmError::host("start the I/O thread"))?;
+        let mut threads = Vec::new();
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let stop = machine.stopper().token(index).cloned().unwrap_or_default();
+            let thread = VcpuThread::spawn(index, vcpu, machine.board().clone(), stop, notes.clone())
+                .map_err(VmmError::host("start a vCPU thread"))?;
+            threads.push(thread);
+        }
+        let policy = Policy { on_poweroff: config.on_poweroff, on_reboot: config.on_reboot, on_crash: config.on_crash };
+        let lifecycle = Lifecycle::new(policy);
+        let mut owner = Owner { machine, vcpus: threads, io, notes, lifecycle, disks, ends, signals, running: false };
+        owner.set_states(states)?;
+        Ok(owner)
+    }
+
+    fn set_states(&mut self, states: Vec<x86::State>) -> Result<(), VmmError> {
+        for (index, (vcpu, state)) in self.vcpus.iter_mut().zip(states).enumerate() {
+            vcpu.set_state(state).map_err(|source| VmmError::Vcpu { index, source })?;
+        }
+        Ok(())
+    }
+
+    /// Runs the machine until it ends.
+    pub fn run(&mut self, paused: bool) -> Result<End, VmmError> {
+        if !paused && let Some(end) = self.apply(Cause::Cont)? {
+            return Ok(end);
+        }
+        loop {
+            self.wait();
+            if let Some(number) = signals::caught() {
+                self.halt();
+                return Ok(End::Signal(number));
+            }
+            for note in self.notes.take() {
+                if let Some(end) = self.act_on(note)? {
+                    return Ok(end);
+                }
+            }
+        }
+    }
+
+    fn wait(&self) {
+        let mut fds = [
+            PollFd::new(self.notes.bell(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN),
+        ];
+        // Interrupted by a signal or not: the loop looks at everything.
+        let _ = poll(&mut fds, None);
+    }
+
+    fn act_on(&mut self, note: Note) -> Result<Option<End>, VmmError> {
+        match note {
+            Note::LeaveKey => {
+                self.halt();
+                return Ok(Some(End::LeaveKey));
+            }
+            Note::Vcpu => {
+                for index in 0..self.vcpus.len() {
+                    let halt = self.vcpus.get_mut(index).and_then(VcpuThread::try_halted);
+                    if let Some(end) = halt.map(|halt| self.vcpu_halted(index, halt)).transpose()?.flatten() {
+                        return Ok(Some(end));
+                    }
+                }
+            }
+            Note::Power => {
+                let cause = match self.machine.power().take() {
+                    Some(PowerEvent::PowerOff) => Cause::GuestPowerOff,
+                    Some(PowerEvent::Reset) => Cause::GuestReset,
+                    Some(PowerEvent::Panicked) => Cause::Crash("the guest reports a panic".into()),
+                    Some(PowerEvent::IoErrorPause) => Cause::DiskHeld,
+                    None => return Ok(None),
+                };
+                return self.apply(cause);
+            }
+            Note::Disk(disk) => {
+                eprintln!("vireo-vmm: disk {}: {} failed: {}", disk.target, disk.operation, disk.text);
+                if disk.held {
+                    return self.apply(Cause::DiskHeld);
+                }
+            }
+            Note::Signal(number) => {
+                self.halt();
+                return Ok(Some(End::Signal(number)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn vcpu_halted(&mut self, index: usize, halt: Halt) -> Result<Option<End>, VmmError> {
+        match halt {
+            // Asked for, by a power event that has a note of its own.
+            Halt::Stop => Ok(None),
+            Halt::TripleFault => {
+                self.machine.power().request(PowerEvent::Reset);
+                Ok(None)
+            }
+            Halt::Debug => self.apply(Cause::Crash(format!("vCPU {index} stopped for a debugger, and there is none"))),
+            Halt::InternalError(error) => self.apply(Cause::Crash(format!("vCPU {index} cannot go on: {error}"))),
+        }
+    }
+
+    fn apply(&mut self, cause: Cause) -> Result<Option<End>, VmmError> {
+        let actions = match self.lifecycle.apply(cause) {
+            Ok(actions) => actions,
+            Err(_) => return Ok(None),
+        };
+        for action in actions {
+            match action {
+                Action::Halt => self.halt(),
+                Action::Run => self.go(),
+                Action::Reset => {
+                    let states = self.machine.reset()?;
+                    self.set_states(states)?;
+                }
+                Action::PressPower => self.machine.board().press_power_button(),
+                Action::Emit(event) => self.emit(&event),
+                Action::End(cause) => return Ok(Some(End::Machine(cause))),
+            }
+        }
+        Ok(None)
+    }
+
+    fn emit(&mut self, event: &monitor::Event) {
+        if let monitor::Event::Crashed { text } = event {
+            eprintln!("vireo-vmm: {text}");
+        }
+    }
+
+    /// vCPUs, I/O thread and clock stand.
+    fn halt(&mut self) {
+        if !self.running {
+            return;
+        }
+        self.running = false;
+        self.machine.stopper().stop();
+        self.vcpus.iter_mut().for_each(|vcpu| drop(vcpu.wait_halted()));
+        self.io.pause();
+        self.machine.board().clock().pause();
+    }
+
+    /// They go on.
+    fn go(&mut self) {
+        if self.running {
+            return;
+        }
+        self.running = true;
+        self.machine.board().clock().resume();
+        self.machine.stopper().clear();
+        self.machine.resume_workers();
+        self.io.resume();
+        self.vcpus.iter_mut().for_each(VcpuThread::run);
+    }
+
+    /// Brings what the guest printed and wrote to the host. The machine stands.
+    pub fn finish(&mut self) {
+        self.halt();
+        self.machine.board().flush_serial();
+        self.ends.iter().for_each(|end| end.flush());
+        for disk in &self.disks {
+            if let Err(error) = disk.flush() {
+                eprintln!("vireo-vmm: disk {}: the last flush failed: {}", disk.target(), causes(&error));
+            }
+        }
+    }
+
+    /// Counters; complete when the machine stands.
+    pub fn stats(&self) -> RunStats {
+        RunStats {
+            instructions: self.vcpus.iter().map(VcpuThread::instructions).sum(),
+            exits: self.machine.board().exits(),
+            console_bytes: self.ends.iter().map(|end| end.printed_bytes()).sum(),
+            guest_ns: self.machine.board().clock().now().0,
+        }
+    }
+}
