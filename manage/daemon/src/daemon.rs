@@ -6,7 +6,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, mpsc};
 use uuid::Uuid;
 use xml::{DomainDefinition, VirtType};
 
@@ -122,36 +122,36 @@ impl Daemon {
             self.registry.reserve_ids(run_file.id);
             let files = RunFiles::new(&self.paths.state, &run_file.name, run_file.uuid);
             let name = run_file.name.clone();
-            if let Err(error) = self.adopt(run_file, &files).await {
+            let (uuid, process) = (run_file.uuid, Process::find(run_file.process));
+            let adopted = match process {
+                Some(process) => self.adopt(run_file, &files, process).await,
+                None => {
+                    let words = crate::launch::last_words(&self.log_path(&name), run_file.log_start);
+                    Err(DaemonError::VmmEnded { when: "while no daemon watched", last_words: words })
+                }
+            };
+            if let Err(error) = adopted {
                 eprintln!("domain '{name}': not found again: {error}");
                 files.remove();
+                if let Some(domain) = self.registry.by_uuid(uuid) {
+                    let mut snapshot = (*domain.snapshot()).clone();
+                    snapshot.status = Status::OFF_CRASHED;
+                    domain.publish(snapshot);
+                }
             }
         }
         Ok(())
     }
 
-    async fn adopt(self: &Arc<Self>, run_file: RunFile, files: &RunFiles) -> Result<(), DaemonError> {
-        let name = run_file.name.clone();
-        let Some(process) = Process::find(run_file.process) else {
-            let words = crate::launch::last_words(&self.log_path(&name), run_file.log_start);
-            if let Some(domain) = self.registry.by_uuid(run_file.uuid) {
-                let mut snapshot = (*domain.snapshot()).clone();
-                snapshot.status = Status::OFF_CRASHED;
-                domain.publish(snapshot);
-            }
-            return Err(DaemonError::VmmEnded { when: "while no daemon watched", last_words: words });
-        };
-        let definition = DomainDefinition::load(run_file.live_xml.as_bytes())?;
-        let (monitor, events) = MonitorLink::connect(&files.monitor(), &name, &run_file.uuid.to_string()).await?;
-        let status = match monitor.ask(&name, monitor::Command::QueryStatus).await? {
-            monitor::Reply::Status(status) => owner::adopted_status(status),
-            _ => return Err(DaemonError::Monitor { name, detail: "no status in the answer to query-status".into() }),
-        };
-        let live = Live { id: run_file.id, definition: Definition::new(&definition), pid: process.id().pid, monitor };
+    /// Takes hold of a process again. One that cannot be talked to is ended: nobody could manage its guest, and a second
+    /// start would share its disks.
+    async fn adopt(self: &Arc<Self>, run_file: RunFile, files: &RunFiles, process: Process) -> Result<(), DaemonError> {
+        let talk = self.talk_again(&run_file, files, &process).await;
+        let (live, status, events) = talk.inspect_err(|_| process.kill())?;
         let domain = match self.registry.by_uuid(run_file.uuid) {
             Some(domain) => domain,
             None => {
-                let snapshot = Snapshot { status, ..Snapshot::unborn(&name) };
+                let snapshot = Snapshot { status, ..Snapshot::unborn(&run_file.name) };
                 let domain = Arc::new(Domain::new(run_file.uuid, snapshot));
                 self.registry.insert(domain.clone());
                 domain
@@ -167,6 +167,23 @@ impl Daemon {
             Running { process, events, files: files.clone(), run_file, ending: None, reboot: false },
         );
         Ok(())
+    }
+
+    async fn talk_again(
+        &self,
+        run_file: &RunFile,
+        files: &RunFiles,
+        process: &Process,
+    ) -> Result<(Live, Status, mpsc::UnboundedReceiver<monitor::Event>), DaemonError> {
+        let name = run_file.name.clone();
+        let definition = DomainDefinition::load(run_file.live_xml.as_bytes())?;
+        let (monitor, events) = MonitorLink::connect(&files.monitor(), &name, &run_file.uuid.to_string()).await?;
+        let status = match monitor.ask(&name, monitor::Command::QueryStatus).await? {
+            monitor::Reply::Status(status) => owner::adopted_status(status),
+            _ => return Err(DaemonError::Monitor { name, detail: "no status in the answer to query-status".into() }),
+        };
+        let live = Live { id: run_file.id, definition: Definition::new(&definition), pid: process.id().pid, monitor };
+        Ok((live, status, events))
     }
 
     /// Starts the domains marked for it: in system mode once per boot of the host, in a session at every start.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use rpc_wire::frame::{Frame, Header, QEMU_PROGRAM, REMOTE_PROGRAM, Status, frame_of};
 use rpc_wire::procs::{self, Access, Flow, Procedure};
-use rpc_wire::xdr::from_bytes;
-use rpc_wire::{Call, qemu, remote};
+use rpc_wire::xdr::{Decoder, from_bytes};
+use rpc_wire::{Call, Xdr, qemu, remote};
 
 use crate::client::Client;
 use crate::daemon::Daemon;
@@ -107,7 +107,9 @@ fn route(daemon: &Arc<Daemon>, client: &Arc<Client>, frame: &Frame) -> Result<()
     } else {
         qemu_call(&ctx, number, &frame.payload)
     };
-    handled.unwrap_or(Err(DaemonError::NotSupported { api: row.api }))
+    handled
+        .or_else(|| agent_call(&ctx, program, number, &frame.payload))
+        .unwrap_or(Err(DaemonError::NotSupported { api: row.api }))
 }
 
 /// Calls that make sense before CONNECT_OPEN: authentication, features, open and close.
@@ -291,6 +293,21 @@ fn absent_call(ctx: &Ctx, number: u32, payload: &[u8]) -> Option<Result<(), Daem
         connect_secret_event_deregister_any => absent::secret_event_deregister,
     }
     later {})
+}
+
+/// Calls that a guest's agent would answer: file systems, host name, time, users, keys, vcpus as the guest sees them.
+const AGENT_CALLS: [u32; 12] = [277, 294, 335, 336, 337, 338, 349, 357, 371, 418, 424, 425];
+
+/// No guest has an agent, and no channel for one. Like every domain call these begin with the domain.
+fn agent_call(ctx: &Ctx, program: u32, number: u32, payload: &[u8]) -> Option<Result<(), DaemonError>> {
+    if program != REMOTE_PROGRAM || !AGENT_CALLS.contains(&number) {
+        return None;
+    }
+    let answer = rpc_wire::DomainRef::decode(&mut Decoder::new(payload)).map_err(DaemonError::from).and_then(|dom| {
+        let running = ctx.daemon.registry.find(&dom)?.snapshot().live.is_some();
+        Err(if running { DaemonError::NoAgent } else { DaemonError::NotRunning })
+    });
+    Some(answer)
 }
 
 fn qemu_call(ctx: &Ctx, number: u32, payload: &[u8]) -> Option<Result<(), DaemonError>> {

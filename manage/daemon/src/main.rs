@@ -26,6 +26,7 @@ mod image_chain;
 mod launch;
 mod listener;
 mod monitor_link;
+mod notify;
 mod options;
 mod outbox;
 mod owner;
@@ -127,6 +128,7 @@ async fn serve(options: &Options, client_limit: usize) -> Result<(), StartError>
     for listener in listeners {
         tokio::spawn(listener::accept_all(daemon.clone(), listener));
     }
+    notify::ready();
     let starting = daemon.clone();
     tokio::spawn(async move { starting.autostart().await });
     let mut term = signal(SignalKind::terminate()).map_err(StartError::Signals)?;

@@ -38,7 +38,10 @@ impl Process {
     pub fn find(id: ProcessId) -> Option<Process> {
         let pidfd = open_pidfd(id.pid).ok()?;
         // Checked after opening: from here on the descriptor means this process and no later one.
-        let same = start_ticks(id.pid).is_ok_and(|ticks| ticks == id.start_ticks);
+        let fields = stat_fields(id.pid).ok()?;
+        // A zombie has ended, whether or not somebody has asked how.
+        let lives = fields.first().is_some_and(|state| !matches!(state.as_str(), "Z" | "X"));
+        let same = fields.get(START).and_then(|field| field.parse().ok()) == Some(id.start_ticks) && lives;
         let pidfd = watch(pidfd).ok()?;
         same.then_some(Process { id, pidfd })
     }
