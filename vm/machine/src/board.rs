@@ -14,7 +14,7 @@ use chipset::reset::{RESET_CONTROL, ResetControl};
 use chipset::rtc::Rtc;
 use chipset::serial::{Serial, SerialSink};
 use hv_core::{
-    Clock, Doorbell, Gpa, GuestNs, IrqLine, LineTarget, MsiSink, ResetDevice, Space, TimedDevice, VcpuIo, Vm,
+    Clock, Doorbell, Gpa, GuestNs, IrqLine, LineTarget, Msi, MsiSink, ResetDevice, Space, TimedDevice, VcpuIo, Vm,
 };
 use parking_lot::Mutex;
 use pci::host_bridge::{ECAM_WINDOW, HostBridge};
@@ -190,6 +190,13 @@ impl Board {
     /// Someone pressed the power button.
     pub fn press_power_button(&self) {
         self.chips.pm.lock().press_power_button();
+    }
+    /// A non-maskable interrupt to every vCPU. SDM 3A 11.11
+    pub fn inject_nmi(&self) {
+        /// Physical destination 0xff: all.
+        const TO_ALL: u64 = 0xfeef_f000;
+        const MODE_NMI: u32 = 4 << 8;
+        MsiSink::signal(&*self.messages, Msi { address: TO_ALL, data: MODE_NMI });
     }
     /// Presets CMOS memory for firmware.
     pub(crate) fn preset_cmos(&self, index: u8, value: u8) {

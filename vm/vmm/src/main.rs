@@ -8,12 +8,13 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use monitor::ShutdownCause;
+use monitor::{ShutdownCause, StartReply};
 use vmm::error::{VmmError, causes};
 use vmm::notes::Notes;
 use vmm::owner::End;
-use vmm::run_args::{self, RunArgs, USAGE};
+use vmm::run_args::{self, ArgsError, RunArgs, USAGE};
 use vmm::setup::{self, Files, OwnTerminal};
+use vmm::start::StartSocket;
 use vmm::{engine, signals, terminal};
 
 fn main() -> ExitCode {
@@ -22,6 +23,8 @@ fn main() -> ExitCode {
     let command = args.next().unwrap_or_default();
     let result = match command.to_str().unwrap_or_default() {
         "run" => run(args),
+        "--start-fd" => start(args),
+        "--probe-kvm" => probe_kvm(),
         "--version" => {
             println!("vireo-vmm {}", env!("CARGO_PKG_VERSION"));
             Ok(ExitCode::SUCCESS)
@@ -69,6 +72,37 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode, VmmError> {
         written.map_err(VmmError::host("write the statistics"))?;
     }
     Ok(exit_code(end?))
+}
+
+/// Started by vireod. What follows the number (`--name`, `--uuid`) is there for people who look at process lists.
+fn start(mut args: impl Iterator<Item = OsString>) -> Result<ExitCode, VmmError> {
+    let number = args.next().unwrap_or_default().to_string_lossy().into_owned();
+    let want = "the number of an open socket";
+    let fd = number.parse().map_err(|_| ArgsError::Value { option: "--start-fd", value: number, want })?;
+    let mut socket = StartSocket::take(fd)?;
+    let built = socket.receive().and_then(|(config, files)| {
+        let notes = Arc::new(Notes::new().map_err(VmmError::host("make an event descriptor"))?);
+        let signals = signals::catch().map_err(VmmError::host("catch signals"))?;
+        let setup = setup::prepare(&config, &files, None, &notes)?;
+        Ok((engine::build(&config, setup, notes, signals)?, config.paused))
+    });
+    let (built, paused) = match built {
+        Ok(built) => built,
+        Err(error) => {
+            socket.answer(&StartReply::Failed(error.failure()));
+            return Err(error);
+        }
+    };
+    let mut owner = built.owner;
+    socket.answer(&StartReply::Ready { accel: built.accel });
+    let end = owner.run(paused);
+    owner.finish();
+    Ok(exit_code(end?))
+}
+
+/// Says whether KVM works here.
+fn probe_kvm() -> Result<ExitCode, VmmError> {
+    Err(VmmError::KvmUnsupported)
 }
 
 fn open_stats(args: &RunArgs) -> Result<Option<File>, VmmError> {

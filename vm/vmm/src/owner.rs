@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hv_core::{Accel, Halt, Lifecycle as _, PowerEvent};
 use machine::Machine;
-use monitor::{ShutdownCause, VmConfig};
+use monitor::{Command, Event as MonitorEvent, Failure, Reply, ShutdownCause, Stats, VmConfig};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::console::HostEnd;
@@ -14,6 +14,7 @@ use crate::error::{VmmError, causes};
 use crate::event::Event;
 use crate::io_thread::{IoParts, IoThread};
 use crate::lifecycle::{Action, Cause, Lifecycle, Policy};
+use crate::monitor_server::{Asked, MonitorServer};
 use crate::notes::{Note, Notes};
 use crate::setup::Setup;
 use crate::signals;
@@ -40,6 +41,7 @@ pub struct Owner {
     lifecycle: Lifecycle,
     disks: Vec<Arc<SharedDisk>>,
     ends: Vec<Arc<HostEnd>>,
+    monitor: MonitorServer,
     signals: &'static Event,
     running: bool,
 }
@@ -53,7 +55,8 @@ impl Owner {
         notes: Arc<Notes>,
         signals: &'static Event,
     ) -> Result<Owner, VmmError> {
-        let Setup { machine, disks, serial, ends, monitor: _, wake } = setup;
+        let Setup { machine, disks, serial, ends, monitor, wake } = setup;
+        let monitor = MonitorServer::new(monitor, config.uuid.clone()).map_err(VmmError::host("serve the monitor"))?;
         let (mut machine, vcpus) = Machine::build(accel, machine)?;
         let states = machine.reset()?;
         let (stopper, listener_notes) = (machine.stopper().clone(), notes.clone());
@@ -80,7 +83,8 @@ impl Owner {
         }
         let policy = Policy { on_poweroff: config.on_poweroff, on_reboot: config.on_reboot, on_crash: config.on_crash };
         let lifecycle = Lifecycle::new(policy);
-        let mut owner = Owner { machine, vcpus: threads, io, notes, lifecycle, disks, ends, signals, running: false };
+        let mut owner =
+            Owner { machine, vcpus: threads, io, notes, lifecycle, disks, ends, monitor, signals, running: false };
         owner.set_states(states)?;
         Ok(owner)
     }
@@ -108,16 +112,74 @@ impl Owner {
                     return Ok(end);
                 }
             }
+            for asked in self.monitor.turn() {
+                if let Some(end) = self.obey(asked)? {
+                    return Ok(end);
+                }
+            }
         }
     }
 
     fn wait(&self) {
-        let mut fds = [
+        let mut fds = vec![
             PollFd::new(self.notes.bell(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN),
         ];
+        self.monitor.poll_fds(&mut fds);
         // Interrupted by a signal or not: the loop looks at everything.
         let _ = poll(&mut fds, None);
+    }
+
+    fn obey(&mut self, asked: Asked) -> Result<Option<End>, VmmError> {
+        let Asked { peer, request } = asked;
+        let cause = match request.command {
+            Command::QueryStatus => {
+                let status = Reply::Status(self.lifecycle.status());
+                self.monitor.answer(peer, request.id, Ok(status));
+                return Ok(None);
+            }
+            Command::QueryStats => {
+                let stats = Reply::Stats(self.monitor_stats());
+                self.monitor.answer(peer, request.id, Ok(stats));
+                return Ok(None);
+            }
+            Command::InjectNmi => {
+                self.machine.board().inject_nmi();
+                self.monitor.answer(peer, request.id, Ok(Reply::Done));
+                return Ok(None);
+            }
+            Command::Cont => Cause::Cont,
+            Command::Stop => Cause::Stop,
+            Command::SystemPowerdown => Cause::PowerButton,
+            Command::SystemReset => Cause::Reset,
+            Command::Quit => Cause::Quit,
+        };
+        let quits = cause == Cause::Quit;
+        let actions = match self.lifecycle.apply(cause) {
+            Ok(actions) => actions,
+            Err(failure) => {
+                self.monitor.answer(peer, request.id, Err(failure));
+                return Ok(None);
+            }
+        };
+        if quits {
+            self.monitor.answer(peer, request.id, Ok(Reply::Done));
+        }
+        let performed = self.perform(actions);
+        let failure: Option<Failure> = performed.as_ref().err().map(VmmError::failure);
+        if !quits {
+            self.monitor.answer(peer, request.id, failure.map_or(Ok(Reply::Done), Err));
+        }
+        performed
+    }
+
+    fn monitor_stats(&self) -> Stats {
+        let resident = rustix::fs::fstat(self.machine.ram().memfd()).map_or(0, |stat| stat.st_blocks.unsigned_abs());
+        Stats {
+            vcpus: self.vcpus.iter().map(VcpuThread::stats).collect(),
+            disks: self.disks.iter().map(|disk| disk.stats()).collect(),
+            ram_resident_kib: resident / 2,
+        }
     }
 
     fn act_on(&mut self, note: Note) -> Result<Option<End>, VmmError> {
@@ -146,6 +208,12 @@ impl Owner {
             }
             Note::Disk(disk) => {
                 eprintln!("vireo-vmm: disk {}: {} failed: {}", disk.target, disk.operation, disk.text);
+                self.emit(&MonitorEvent::IoError {
+                    target: disk.target,
+                    operation: disk.operation.into(),
+                    reason: if disk.no_space { "enospc".into() } else { String::new() },
+                    paused: disk.held,
+                });
                 if disk.held {
                     return self.apply(Cause::DiskHeld);
                 }
@@ -171,11 +239,15 @@ impl Owner {
         }
     }
 
+    /// Carries out what follows from `cause`. One that does not fit the run state is the past's, and has no effect.
     fn apply(&mut self, cause: Cause) -> Result<Option<End>, VmmError> {
-        let actions = match self.lifecycle.apply(cause) {
-            Ok(actions) => actions,
-            Err(_) => return Ok(None),
-        };
+        match self.lifecycle.apply(cause) {
+            Ok(actions) => self.perform(actions),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) -> Result<Option<End>, VmmError> {
         for action in actions {
             match action {
                 Action::Halt => self.halt(),
@@ -192,10 +264,11 @@ impl Owner {
         Ok(None)
     }
 
-    fn emit(&mut self, event: &monitor::Event) {
-        if let monitor::Event::Crashed { text } = event {
+    fn emit(&mut self, event: &MonitorEvent) {
+        if let MonitorEvent::Crashed { text } = event {
             eprintln!("vireo-vmm: {text}");
         }
+        self.monitor.tell_all(event);
     }
 
     /// vCPUs, I/O thread and clock stand.
@@ -233,6 +306,7 @@ impl Owner {
                 eprintln!("vireo-vmm: disk {}: the last flush failed: {}", disk.target(), causes(&error));
             }
         }
+        self.monitor.farewell();
     }
 
     /// Counters; complete when the machine stands.
