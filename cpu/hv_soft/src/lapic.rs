@@ -439,7 +439,9 @@ impl Cpu {
             return;
         }
         self.lapic.tsc_deadline = value;
-        self.lapic.timer_due_ns = (value != 0).then(|| value.saturating_sub(self.msrs.tsc_offset));
+        // The offset is a signed number: a TSC that starts at 0 after guest time did is behind it.
+        let due = value as i128 - self.msrs.tsc_offset as i64 as i128;
+        self.lapic.timer_due_ns = (value != 0).then(|| due.clamp(0, u64::MAX as i128) as u64);
         self.look_at_clock = 0;
     }
 }
