@@ -14,21 +14,7 @@ impl Archive {
     fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) {
         self.inode += 1;
         let name_bytes = name.len() + 1;
-        let fields = [
-            self.inode,
-            mode,
-            0,
-            0,
-            1,
-            0,
-            data.len() as u32,
-            0,
-            0,
-            device.0,
-            device.1,
-            name_bytes as u32,
-            0,
-        ];
+        let fields = [self.inode, mode, 0, 0, 1, 0, data.len() as u32, 0, 0, device.0, device.1, name_bytes as u32, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());

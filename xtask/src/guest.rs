@@ -121,7 +121,8 @@ fn depends(module: &[u8]) -> Vec<String> {
 }
 
 /// Applets the scripts below call.
-const APPLETS: &[&str] = &["sh", "mount", "insmod", "switch_root", "sleep", "cat", "mkdir", "reboot", "poweroff", "echo"];
+const APPLETS: &[&str] =
+    &["sh", "mount", "insmod", "switch_root", "sleep", "cat", "mkdir", "reboot", "poweroff", "echo"];
 
 fn skeleton(busybox: &[u8]) -> Archive {
     let mut archive = Archive::new();
@@ -203,7 +204,9 @@ fn disk(dir: &Path, image: &Path, busybox: &[u8], modules: &Modules) -> Result<(
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
         Ok(())
     };
-    for name in ["dev", "proc", "sys", "tmp", "root", "sbin", "usr/bin", "usr/sbin", "etc/acpi/PWRF", "lib/modules", "var/run"] {
+    for name in
+        ["dev", "proc", "sys", "tmp", "root", "sbin", "usr/bin", "usr/sbin", "etc/acpi/PWRF", "lib/modules", "var/run"]
+    {
         fs::create_dir_all(tree.join(name))?;
     }
     put("bin/busybox", 0o755, busybox)?;

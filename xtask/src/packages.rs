@@ -30,7 +30,8 @@ const fn need(program: &'static str, package: &'static str, purpose: &'static st
 }
 
 /// To compile and link.
-pub const BUILD: &[Need] = &[need("cc", "gcc", "linking, and the C parts of zstd and ring"), need("ld", "binutils", "linking")];
+pub const BUILD: &[Need] =
+    &[need("cc", "gcc", "linking, and the C parts of zstd and ring"), need("ld", "binutils", "linking")];
 /// To build the demo guest.
 pub const GUEST: &[Need] = &[need("mke2fs", "e2fsprogs", "the file system of the demo guest")];
 /// To test against the peers.
@@ -113,7 +114,8 @@ fn add_suite(suite: &str, consent: Consent) -> Result<()> {
     let file = format!("/etc/apt/sources.list.d/{suite}.list");
     confirm(&format!("add the suite {suite} to apt ({file})?"), consent)?;
     let line = format!("deb http://deb.debian.org/debian {suite} main\n");
-    let mut tee = as_root("tee").arg(&file).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null()).spawn()?;
+    let mut tee =
+        as_root("tee").arg(&file).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null()).spawn()?;
     tee.stdin.take().context("no pipe to tee")?.write_all(line.as_bytes())?;
     if !tee.wait()?.success() {
         bail!("{file} could not be written");

@@ -120,8 +120,7 @@ impl GuestRam {
                 .with_mmap_flags(libc_map_shared_noreserve())
                 .build()
                 .map_err(|e| host_error(std::io::Error::other(e)))?;
-            let region =
-                GuestRegionMmap::new(mapping, GuestAddress(gpa.0)).ok_or(RamError::Layout { gpa, bytes })?;
+            let region = GuestRegionMmap::new(mapping, GuestAddress(gpa.0)).ok_or(RamError::Layout { gpa, bytes })?;
             regions.push(region);
             file_offset += bytes;
         }
@@ -178,9 +177,7 @@ impl GuestRam {
 
     /// Copies `buf` into guest memory. `Outside`: some byte is not memory; part of the data may have been written.
     pub fn write(&self, gpa: Gpa, buf: &[u8]) -> Result<(), RamError> {
-        self.memory
-            .write_slice(buf, GuestAddress(gpa.0))
-            .map_err(|_| RamError::Outside { gpa, bytes: buf.len() })
+        self.memory.write_slice(buf, GuestAddress(gpa.0)).map_err(|_| RamError::Outside { gpa, bytes: buf.len() })
     }
 }
 

@@ -119,12 +119,5 @@ impl Accel for KvmAccel {
 
 fn leaf(e: &kvm_bindings::kvm_cpuid_entry2) -> CpuidLeaf {
     let indexed = e.flags & kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0;
-    CpuidLeaf {
-        leaf: e.function,
-        subleaf: indexed.then_some(e.index),
-        eax: e.eax,
-        ebx: e.ebx,
-        ecx: e.ecx,
-        edx: e.edx,
-    }
+    CpuidLeaf { leaf: e.function, subleaf: indexed.then_some(e.index), eax: e.eax, ebx: e.ebx, ecx: e.ecx, edx: e.edx }
 }

@@ -78,11 +78,9 @@ impl fmt::Display for Refusal {
                  a virtual machine: ask for nested virtualisation)",
                 path.display()
             ),
-            Refusal::Open { path, kind: io::ErrorKind::PermissionDenied } => write!(
-                f,
-                "this user may not open {}: add the user to the group kvm and log in again",
-                path.display()
-            ),
+            Refusal::Open { path, kind: io::ErrorKind::PermissionDenied } => {
+                write!(f, "this user may not open {}: add the user to the group kvm and log in again", path.display())
+            }
             Refusal::Open { path, kind } => write!(f, "{} cannot be opened: {kind}", path.display()),
             Refusal::Call { call, error } => write!(f, "{call} failed: {error}"),
             Refusal::Stopped { step, exit } => write!(
@@ -124,7 +122,8 @@ pub(crate) fn run(kvm: &Kvm) -> Result<(), Refusal> {
         unsafe { vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
     }
     let mut vcpu = vm.create_vcpu(0).map_err(call("KVM_CREATE_VCPU"))?;
-    let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+    let cpuid =
+        kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
     vcpu.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
     let mut sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
     (sregs.cs.base, sregs.cs.selector) = (0, 0);

@@ -136,12 +136,7 @@ impl KvmVcpu {
         let run = self.fd.get_kvm_run();
         // SAFETY: the last exit was a port access, so this member of the union is the one the kernel filled in.
         let io = unsafe { run.__bindgen_anon_1.io };
-        PortExit {
-            port: io.port,
-            bytes: io.size as usize,
-            count: io.count as usize,
-            offset: io.data_offset as usize,
-        }
+        PortExit { port: io.port, bytes: io.size as usize, count: io.count as usize, offset: io.data_offset as usize }
     }
 
     /// Reads (or, with `Some`, writes) element `i` of a port access.

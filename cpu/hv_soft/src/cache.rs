@@ -151,7 +151,8 @@ impl BlockCache {
             native.reset();
         }
         let Some((page, ..)) = cpu.ram.host_page(Gpa(gpa)) else {
-            return cpu.give_up(format!("instructions outside guest memory (at guest address {gpa:#x}) cannot be executed"));
+            return cpu
+                .give_up(format!("instructions outside guest memory (at guest address {gpa:#x}) cannot be executed"));
         };
         let offset = gpa & (PAGE_BYTES - 1);
         let room = (PAGE_BYTES - offset) as usize;
@@ -168,7 +169,9 @@ impl BlockCache {
             let next = (pc | (PAGE_BYTES - 1)).wrapping_add(1);
             let second = cpu.fetch_page(next)?;
             let Some((page, ..)) = cpu.ram.host_page(Gpa(second)) else {
-                return cpu.give_up(format!("instructions outside guest memory (at guest address {second:#x}) cannot be executed"));
+                return cpu.give_up(format!(
+                    "instructions outside guest memory (at guest address {second:#x}) cannot be executed"
+                ));
             };
             new_page |= cpu.code_map.add(&cpu.ram, second, MAX_LENGTH as u64);
             hostmem::read_bytes(HostPtr(page as u64), &mut bytes[room..room + MAX_LENGTH]);

@@ -299,7 +299,8 @@ impl Cpu {
         if (old ^ self.rflags) & (rf::AC | rf::VM) != 0 {
             self.update_mode();
         }
-        self.attention = if value & rf::TF != 0 { self.attention | attention::STEP } else { self.attention & !attention::STEP };
+        self.attention =
+            if value & rf::TF != 0 { self.attention | attention::STEP } else { self.attention & !attention::STEP };
         self.update_interrupt();
     }
 
@@ -346,12 +347,9 @@ impl Cpu {
             16
         };
         let stack32 = self.seg[SS].big();
-        let flat = self.protected() && [ES, SS, DS].iter().all(|&s| flat_data(&self.seg[s])) && flat_code(&self.seg[CS]);
-        self.mode = if bits == 64 {
-            Mode { bits, flat: true, stack32: true }
-        } else {
-            Mode { bits, flat, stack32 }
-        };
+        let flat =
+            self.protected() && [ES, SS, DS].iter().all(|&s| flat_data(&self.seg[s])) && flat_code(&self.seg[CS]);
+        self.mode = if bits == 64 { Mode { bits, flat: true, stack32: true } } else { Mode { bits, flat, stack32 } };
         self.stack = match (bits, flat, stack32) {
             (64, ..) => StackKind::Long,
             (_, true, true) => StackKind::Flat32,
@@ -418,7 +416,11 @@ impl Cpu {
 
 fn flat_data(seg: &Segment) -> bool {
     // Writable, expand-up data with base 0 and a 4 GiB limit.
-    seg.usable() && seg.base == 0 && seg.limit == u32::MAX && seg.kind() & 0b1110 == 0b0010 && seg.attributes & 0x90 == 0x90
+    seg.usable()
+        && seg.base == 0
+        && seg.limit == u32::MAX
+        && seg.kind() & 0b1110 == 0b0010
+        && seg.attributes & 0x90 == 0x90
 }
 
 fn flat_code(seg: &Segment) -> bool {

@@ -1,6 +1,8 @@
 //! From instruction bytes to [`Op`]s: iced decodes, this file chooses the handler and normalises the operands.
 
-use iced_x86::{Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic as M, OpKind, Register};
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic as M, OpKind, Register,
+};
 
 use crate::cpu::{BLOCK_RIP, CS, Cpu, ES, FS, Flow, GS, Handler, Io, Mode, NO_SEG, Op, RAX, SS, ZERO, addr};
 use crate::native::Native;
@@ -357,7 +359,10 @@ impl One<'_> {
     fn native(&mut self) {
         let mode = self.mode;
         let has_memory = (0..self.i.op_count()).any(|n| {
-            matches!(self.i.op_kind(n), OpKind::Memory | OpKind::MemorySegRDI | OpKind::MemorySegEDI | OpKind::MemorySegDI)
+            matches!(
+                self.i.op_kind(n),
+                OpKind::Memory | OpKind::MemorySegRDI | OpKind::MemorySegEDI | OpKind::MemorySegDI
+            )
         });
         if has_memory && (0..self.i.op_count()).any(|n| self.is_mem(n)) {
             self.memory();
@@ -946,7 +951,11 @@ impl One<'_> {
             return;
         }
         let (mem, width) = self.destination();
-        self.run(if mem { by_word!(width, T => stack::pop_mem::<T>) } else { by_word!(width, T => stack::pop_reg::<T>) });
+        self.run(if mem {
+            by_word!(width, T => stack::pop_mem::<T>)
+        } else {
+            by_word!(width, T => stack::pop_reg::<T>)
+        });
     }
 
     fn strings(&mut self) -> bool {
@@ -1003,8 +1012,20 @@ impl One<'_> {
 
     fn system(&mut self) -> bool {
         match self.i.mnemonic() {
-            M::Nop | M::Pause | M::Endbr64 | M::Endbr32 | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1
-            | M::Prefetcht2 | M::Prefetchw | M::Prefetch | M::Prefetchwt1 | M::Reservednop | M::Mfence | M::Lfence
+            M::Nop
+            | M::Pause
+            | M::Endbr64
+            | M::Endbr32
+            | M::Prefetchnta
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchw
+            | M::Prefetch
+            | M::Prefetchwt1
+            | M::Reservednop
+            | M::Mfence
+            | M::Lfence
             | M::Sfence => self.run(system::nop),
             M::Clflush | M::Clflushopt | M::Clwb => {
                 self.memory();
@@ -1064,7 +1085,11 @@ impl One<'_> {
             self.op.imm = self.immediate(port);
         }
         self.ends = true;
-        self.run(if out { by_width!(width, T => system::port_out::<T>) } else { by_width!(width, T => system::port_in::<T>) });
+        self.run(if out {
+            by_width!(width, T => system::port_out::<T>)
+        } else {
+            by_width!(width, T => system::port_in::<T>)
+        });
     }
 
     fn segment_base(&mut self) {
@@ -1198,8 +1223,22 @@ impl MnemonicExt for M {
         use M::*;
         matches!(
             self,
-            Cmova | Cmovae | Cmovb | Cmovbe | Cmove | Cmovg | Cmovge | Cmovl | Cmovle | Cmovne | Cmovno | Cmovnp
-                | Cmovns | Cmovo | Cmovp | Cmovs
+            Cmova
+                | Cmovae
+                | Cmovb
+                | Cmovbe
+                | Cmove
+                | Cmovg
+                | Cmovge
+                | Cmovl
+                | Cmovle
+                | Cmovne
+                | Cmovno
+                | Cmovnp
+                | Cmovns
+                | Cmovo
+                | Cmovp
+                | Cmovs
         )
     }
 }

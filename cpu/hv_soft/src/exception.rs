@@ -108,7 +108,8 @@ impl Cpu {
         let at = self.idtr.base.wrapping_add(at);
         let gate = Descriptor { raw: self.load_sys(io, at, 8)?, at };
         let high = if bytes == 16 { self.load_sys(io, at.wrapping_add(8), 8)? } else { 0 };
-        let known = if bytes == 16 { matches!(gate.kind(), 14 | 15) } else { matches!(gate.kind(), 5 | 6 | 7 | 14 | 15) };
+        let known =
+            if bytes == 16 { matches!(gate.kind(), 14 | 15) } else { matches!(gate.kind(), 5 | 6 | 7 | 14 | 15) };
         if gate.is_segment() || !known || event.kind == Kind::Software && gate.dpl() < self.cpl {
             return self.gp(error);
         }
@@ -161,7 +162,13 @@ impl Cpu {
         };
         let mut rsp = top & !15;
         let old_flags = self.full_rflags();
-        let frame = [self.seg[SS].selector as u64, self.gpr[RSP], self.flags_to_push(event), self.seg[CS].selector as u64, self.rip];
+        let frame = [
+            self.seg[SS].selector as u64,
+            self.gpr[RSP],
+            self.flags_to_push(event),
+            self.seg[CS].selector as u64,
+            self.rip,
+        ];
         for value in frame {
             rsp = rsp.wrapping_sub(8);
             self.push_checked(io, entry.cpl, rsp, value)?;
@@ -172,7 +179,8 @@ impl Cpu {
         }
         if inner {
             let cpl = entry.cpl;
-            self.seg[SS] = Segment { selector: cpl as u16, base: 0, limit: 0, attributes: Segment::UNUSABLE | (cpl as u32) << 5 };
+            self.seg[SS] =
+                Segment { selector: cpl as u16, base: 0, limit: 0, attributes: Segment::UNUSABLE | (cpl as u32) << 5 };
         }
         self.gpr[RSP] = rsp;
         self.finish_entry(entry, old_flags);
@@ -353,7 +361,11 @@ impl Cpu {
         match stack {
             Some((new_sp, ss)) => {
                 self.seg[SS] = ss;
-                self.gpr[RSP] = if to_long64 || ss.big() { if bytes == 8 { new_sp } else { new_sp & 0xffff_ffff } } else { self.gpr[RSP] & !0xffff | new_sp & 0xffff };
+                self.gpr[RSP] = if to_long64 || ss.big() {
+                    if bytes == 8 { new_sp } else { new_sp & 0xffff_ffff }
+                } else {
+                    self.gpr[RSP] & !0xffff | new_sp & 0xffff
+                };
             }
             None => self.gpr[RSP] = sp,
         }

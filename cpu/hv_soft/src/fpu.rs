@@ -33,7 +33,8 @@ pub(crate) struct Fpu {
     pub work_mxcsr: u32,
     pub host_mxcsr: u32,
 }
-const _: () = assert!(std::mem::offset_of!(Fpu, scratch) == at::SCRATCH && std::mem::offset_of!(Fpu, flags) == at::FLAGS);
+const _: () =
+    assert!(std::mem::offset_of!(Fpu, scratch) == at::SCRATCH && std::mem::offset_of!(Fpu, flags) == at::FLAGS);
 const _: () = assert!(std::mem::offset_of!(Fpu, host_mxcsr) == at::HOST_MXCSR);
 
 impl Fpu {

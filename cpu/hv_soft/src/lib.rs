@@ -32,9 +32,7 @@ mod state;
 use std::sync::Arc;
 
 use guest_ram::GuestRam;
-use hv_core::{
-    Accel, AccelError, AccelReport, Clock, Doorbell, DoorbellError, Msi, MsiSink, Topology, Vm, VmParts,
-};
+use hv_core::{Accel, AccelError, AccelReport, Clock, Doorbell, DoorbellError, Msi, MsiSink, Topology, Vm, VmParts};
 use x86::CpuidTable;
 
 pub use run::SoftVcpu;

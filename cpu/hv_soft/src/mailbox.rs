@@ -137,14 +137,7 @@ pub(crate) fn deliver_msi(boxes: &[std::sync::Arc<Mailbox>], msi: Msi) {
 
 /// Delivers an interrupt message by delivery mode. SMI, INIT and start-up messages go nowhere: there is one vCPU and
 /// no SMM.
-pub(crate) fn deliver(
-    boxes: &[std::sync::Arc<Mailbox>],
-    dest: u32,
-    logical: bool,
-    mode: u8,
-    vector: u8,
-    level: bool,
-) {
+pub(crate) fn deliver(boxes: &[std::sync::Arc<Mailbox>], dest: u32, logical: bool, mode: u8, vector: u8, level: bool) {
     for target in boxes.iter().filter(|b| b.is_destination(dest, logical)) {
         match mode {
             0 | 1 => target.request(vector, level),

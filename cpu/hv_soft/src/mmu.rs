@@ -124,7 +124,9 @@ impl Tlb {
     pub fn flush_page(&mut self, va: u64) {
         let same = |page: u64, meta: u64| page & !1 != 0 && (page ^ va) >> (meta & 63) == 0 || page == va & PAGE_MASK;
         for entry in self.entries.iter_mut() {
-            if (entry.read != NO_PAGE && same(entry.read, entry.meta)) || (entry.write != NO_PAGE && same(entry.write, entry.meta)) {
+            if (entry.read != NO_PAGE && same(entry.read, entry.meta))
+                || (entry.write != NO_PAGE && same(entry.write, entry.meta))
+            {
                 *entry = EMPTY;
             }
         }
@@ -317,7 +319,8 @@ impl Cpu {
 
     fn page_fault<T>(&mut self, va: u64, access: Access, present: bool, reserved: bool) -> Result<T, Stop> {
         self.cr2 = va;
-        let fetch_bit = access.exec && (self.cr4 & cr::SMEP != 0 || (self.cr4 & cr::PAE != 0 && self.efer & cr::NXE != 0));
+        let fetch_bit =
+            access.exec && (self.cr4 & cr::SMEP != 0 || (self.cr4 & cr::PAE != 0 && self.efer & cr::NXE != 0));
         let error = present as u32
             | (access.write as u32) << 1
             | ((access.set == USER) as u32) << 2
@@ -384,7 +387,14 @@ impl Cpu {
     }
 
     /// The 64-bit-entry formats (PAE and 4-level), from the table at `table` whose entries map 1 << `shift` bytes.
-    fn walk_levels(&mut self, va: u64, access: Access, table: u64, shift: u32, rights: Option<u64>) -> Result<Physical, Stop> {
+    fn walk_levels(
+        &mut self,
+        va: u64,
+        access: Access,
+        table: u64,
+        shift: u32,
+        rights: Option<u64>,
+    ) -> Result<Physical, Stop> {
         'retry: loop {
             let (mut table, mut shift) = (table, shift);
             let mut rights = rights.unwrap_or(RW | US);

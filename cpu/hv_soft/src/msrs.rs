@@ -92,9 +92,7 @@ impl Cpu {
             msr::SYSENTER_ESP => m.sysenter_esp,
             msr::SYSENTER_EIP => m.sysenter_eip,
             msr::MISC_ENABLE => m.misc_enable,
-            msr::MTRR_PHYS_BASE0..=msr::MTRR_PHYS_MASK7 => {
-                m.mtrr_variable[(register - msr::MTRR_PHYS_BASE0) as usize]
-            }
+            msr::MTRR_PHYS_BASE0..=msr::MTRR_PHYS_MASK7 => m.mtrr_variable[(register - msr::MTRR_PHYS_BASE0) as usize],
             msr::PAT => m.pat,
             msr::MTRR_DEF_TYPE => m.mtrr_default,
             msr::TSC_DEADLINE => self.lapic.tsc_deadline,

@@ -102,8 +102,12 @@ impl Native {
             return None;
         }
         match i.mnemonic() {
-            M::Vzeroupper => return Some((zero_upper::<false>, Thunk { address: 0, class: class::AVX, traits: 0, memory_bytes: 0 })),
-            M::Vzeroall => return Some((zero_upper::<true>, Thunk { address: 0, class: class::AVX, traits: 0, memory_bytes: 0 })),
+            M::Vzeroupper => {
+                return Some((zero_upper::<false>, Thunk { address: 0, class: class::AVX, traits: 0, memory_bytes: 0 }));
+            }
+            M::Vzeroall => {
+                return Some((zero_upper::<true>, Thunk { address: 0, class: class::AVX, traits: 0, memory_bytes: 0 }));
+            }
             _ => {}
         }
         let plan = Plan::new(i, &mut self.info)?;
@@ -116,8 +120,7 @@ impl Native {
                 address
             }
         };
-        let thunk =
-            Thunk { address, class: plan.class, traits: plan.traits, memory_bytes: plan.memory_bytes };
+        let thunk = Thunk { address, class: plan.class, traits: plan.traits, memory_bytes: plan.memory_bytes };
         Some((run_thunk, thunk))
     }
 }
@@ -147,21 +150,62 @@ fn offered_features(cpuid: &CpuidTable) -> HashSet<CpuidFeature> {
     let (b7, c7) = (word(7, |l| l.ebx), word(7, |l| l.ecx));
     let (ce, de) = (word(0x8000_0001, |l| l.ecx), word(0x8000_0001, |l| l.edx));
     let mut set: HashSet<F> = [
-        F::INTEL8086, F::INTEL186, F::INTEL286, F::INTEL386, F::INTEL486, F::X64, F::FPU, F::FPU287, F::FPU387,
-        F::MULTIBYTENOP, F::PAUSE, F::INTEL8086_ONLY,
+        F::INTEL8086,
+        F::INTEL186,
+        F::INTEL286,
+        F::INTEL386,
+        F::INTEL486,
+        F::X64,
+        F::FPU,
+        F::FPU287,
+        F::FPU387,
+        F::MULTIBYTENOP,
+        F::PAUSE,
+        F::INTEL8086_ONLY,
     ]
     .into_iter()
     .collect();
     let table = [
-        (d1, 8, F::CX8), (d1, 15, F::CMOV), (d1, 23, F::MMX), (d1, 24, F::FXSR), (d1, 25, F::SSE), (d1, 26, F::SSE2),
-        (d1, 19, F::CLFSH), (d1, 4, F::TSC), (d1, 5, F::MSR), (d1, 11, F::SEP),
-        (c1, 0, F::SSE3), (c1, 1, F::PCLMULQDQ), (c1, 9, F::SSSE3), (c1, 12, F::FMA), (c1, 13, F::CMPXCHG16B),
-        (c1, 19, F::SSE4_1), (c1, 20, F::SSE4_2), (c1, 22, F::MOVBE), (c1, 23, F::POPCNT), (c1, 25, F::AES),
-        (c1, 26, F::XSAVE), (c1, 28, F::AVX), (c1, 29, F::F16C), (c1, 30, F::RDRAND),
-        (b7, 0, F::FSGSBASE), (b7, 3, F::BMI1), (b7, 5, F::AVX2), (b7, 8, F::BMI2), (b7, 18, F::RDSEED),
-        (b7, 19, F::ADX), (b7, 20, F::SMAP), (b7, 23, F::CLFLUSHOPT), (b7, 24, F::CLWB), (b7, 29, F::SHA),
+        (d1, 8, F::CX8),
+        (d1, 15, F::CMOV),
+        (d1, 23, F::MMX),
+        (d1, 24, F::FXSR),
+        (d1, 25, F::SSE),
+        (d1, 26, F::SSE2),
+        (d1, 19, F::CLFSH),
+        (d1, 4, F::TSC),
+        (d1, 5, F::MSR),
+        (d1, 11, F::SEP),
+        (c1, 0, F::SSE3),
+        (c1, 1, F::PCLMULQDQ),
+        (c1, 9, F::SSSE3),
+        (c1, 12, F::FMA),
+        (c1, 13, F::CMPXCHG16B),
+        (c1, 19, F::SSE4_1),
+        (c1, 20, F::SSE4_2),
+        (c1, 22, F::MOVBE),
+        (c1, 23, F::POPCNT),
+        (c1, 25, F::AES),
+        (c1, 26, F::XSAVE),
+        (c1, 28, F::AVX),
+        (c1, 29, F::F16C),
+        (c1, 30, F::RDRAND),
+        (b7, 0, F::FSGSBASE),
+        (b7, 3, F::BMI1),
+        (b7, 5, F::AVX2),
+        (b7, 8, F::BMI2),
+        (b7, 18, F::RDSEED),
+        (b7, 19, F::ADX),
+        (b7, 20, F::SMAP),
+        (b7, 23, F::CLFLUSHOPT),
+        (b7, 24, F::CLWB),
+        (b7, 29, F::SHA),
         (c7, 22, F::RDPID),
-        (ce, 0, F::X64), (ce, 5, F::LZCNT), (ce, 8, F::PREFETCHW), (de, 11, F::SYSCALL), (de, 27, F::RDTSCP),
+        (ce, 0, F::X64),
+        (ce, 5, F::LZCNT),
+        (ce, 8, F::PREFETCHW),
+        (de, 11, F::SYSCALL),
+        (de, 27, F::RDTSCP),
     ];
     set.extend(table.iter().filter(|(word, bit, _)| word >> bit & 1 != 0).map(|(.., f)| *f));
     if d1 >> 0 & 1 != 0 && c1 & 1 != 0 {
@@ -239,7 +283,9 @@ impl Plan {
         self.traits |= match info.op_access(operand) {
             OpAccess::Read | OpAccess::CondRead => trait_bits::READS,
             OpAccess::Write => trait_bits::WRITES,
-            OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite => trait_bits::READS | trait_bits::WRITES,
+            OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite => {
+                trait_bits::READS | trait_bits::WRITES
+            }
             _ => return None,
         };
         let m = &mut self.instruction;
@@ -256,7 +302,8 @@ impl Plan {
         let explicit: Vec<Register> =
             (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n)).collect();
         let addressing = [i.memory_base(), i.memory_index()].map(Register::full_register);
-        let written = |a: OpAccess| !matches!(a, OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+        let written =
+            |a: OpAccess| !matches!(a, OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
         let mut pool: Vec<Register> = POOL.to_vec();
         // Registers that the instruction names only by its nature stay what they are.
         let mut implicit = Vec::new();
@@ -267,7 +314,9 @@ impl Plan {
                 if only_address {
                     continue;
                 }
-                if !matches!(full, Register::RAX | Register::RCX | Register::RDX | Register::RBX) || full == Register::RBX {
+                if !matches!(full, Register::RAX | Register::RCX | Register::RDX | Register::RBX)
+                    || full == Register::RBX
+                {
                     return None;
                 }
                 pool.retain(|p| *p != full);
@@ -387,7 +436,26 @@ impl Plan {
 /// A general register of `bytes` that is part of the 64-bit register `full`.
 fn sized(full: Register, bytes: usize) -> Register {
     let base = match bytes {
-        1 => return [Register::AL, Register::CL, Register::DL, Register::BL, Register::SPL, Register::BPL, Register::SIL, Register::DIL, Register::R8L, Register::R9L, Register::R10L, Register::R11L, Register::R12L, Register::R13L, Register::R14L, Register::R15L][full.number() & 15],
+        1 => {
+            return [
+                Register::AL,
+                Register::CL,
+                Register::DL,
+                Register::BL,
+                Register::SPL,
+                Register::BPL,
+                Register::SIL,
+                Register::DIL,
+                Register::R8L,
+                Register::R9L,
+                Register::R10L,
+                Register::R11L,
+                Register::R12L,
+                Register::R13L,
+                Register::R14L,
+                Register::R15L,
+            ][full.number() & 15];
+        }
         2 => Register::AX,
         4 => Register::EAX,
         _ => Register::RAX,
@@ -398,7 +466,9 @@ fn sized(full: Register, bytes: usize) -> Register {
 /// A register that the instruction uses beyond forming its address.
 fn is_implicit_operand(i: &Instruction, full: Register) -> bool {
     match i.mnemonic() {
-        M::Pcmpestri | M::Pcmpestrm | M::Vpcmpestri | M::Vpcmpestrm => matches!(full, Register::RAX | Register::RDX | Register::RCX),
+        M::Pcmpestri | M::Pcmpestrm | M::Vpcmpestri | M::Vpcmpestrm => {
+            matches!(full, Register::RAX | Register::RDX | Register::RCX)
+        }
         M::Pcmpistri | M::Vpcmpistri => full == Register::RCX,
         M::Mulx => full == Register::RDX,
         _ => false,

@@ -47,12 +47,7 @@ impl Descriptor {
     }
     /// The hidden part that a load of `selector` leaves in a segment register.
     pub fn segment(self, selector: u16) -> Segment {
-        Segment {
-            selector,
-            base: self.base(),
-            limit: self.limit(),
-            attributes: (self.raw >> 40 & 0xf0ff) as u32,
-        }
+        Segment { selector, base: self.base(), limit: self.limit(), attributes: (self.raw >> 40 & 0xf0ff) as u32 }
     }
 }
 
@@ -124,7 +119,8 @@ impl Cpu {
             self.load_real_segment(seg, selector);
             return Ok(());
         }
-        let loaded = if seg == SS { self.stack_segment(io, selector, self.cpl)? } else { self.data_segment(io, selector)? };
+        let loaded =
+            if seg == SS { self.stack_segment(io, selector, self.cpl)? } else { self.data_segment(io, selector)? };
         self.seg[seg] = loaded;
         self.update_mode();
         Ok(())
@@ -137,8 +133,8 @@ impl Cpu {
         let error = selector as u32 & !3;
         let mut descriptor = self.descriptor(io, selector, 13)?;
         let readable = !descriptor.is_code() || descriptor.kind() & 2 != 0;
-        let privileged = descriptor.is_code() && descriptor.conforming()
-            || descriptor.dpl() >= self.cpl.max((selector & 3) as u8);
+        let privileged =
+            descriptor.is_code() && descriptor.conforming() || descriptor.dpl() >= self.cpl.max((selector & 3) as u8);
         if !descriptor.is_segment() || !readable || !privileged {
             return self.gp(error);
         }

@@ -26,7 +26,8 @@ impl CodeBuffer {
             let map = |prot| libc::mmap(std::ptr::null_mut(), bytes, prot, libc::MAP_SHARED, fd, 0);
             let sized = libc::ftruncate(fd, bytes as libc::off_t);
             let write = if sized == 0 { map(libc::PROT_READ | libc::PROT_WRITE) } else { libc::MAP_FAILED };
-            let exec = if write == libc::MAP_FAILED { libc::MAP_FAILED } else { map(libc::PROT_READ | libc::PROT_EXEC) };
+            let exec =
+                if write == libc::MAP_FAILED { libc::MAP_FAILED } else { map(libc::PROT_READ | libc::PROT_EXEC) };
             let error = io::Error::last_os_error();
             libc::close(fd);
             if exec == libc::MAP_FAILED {

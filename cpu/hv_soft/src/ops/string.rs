@@ -54,7 +54,9 @@ fn set_index(cpu: &mut Cpu, reg: usize, value: u64, mask: u64) {
 
 fn linear(cpu: &mut Cpu, op: &Op, seg: u8, offset: u64, bytes: u64, write: bool) -> Result<u64, Stop> {
     match op.kind & addr::MODE {
-        addr::LONG | addr::LONG32 => Ok(offset.wrapping_add(if seg as usize == ES { 0 } else { cpu.seg_base[seg as usize & 7] })),
+        addr::LONG | addr::LONG32 => {
+            Ok(offset.wrapping_add(if seg as usize == ES { 0 } else { cpu.seg_base[seg as usize & 7] }))
+        }
         addr::FLAT => Ok(offset),
         _ => cpu.segmented(seg, offset, bytes, write),
     }
@@ -93,7 +95,8 @@ fn run<const WHAT: u8, T: GuestWord>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow
             return cpu.settle();
         }
         // A port may have asked for a stop; an interrupt must not wait for a long transfer.
-        if matches!(WHAT, INS | OUTS) && cpu.mailbox.events.load(std::sync::atomic::Ordering::Relaxed) != 0 && count > 1 {
+        if matches!(WHAT, INS | OUTS) && cpu.mailbox.events.load(std::sync::atomic::Ordering::Relaxed) != 0 && count > 1
+        {
             return Err(Stop::Again);
         }
     }

@@ -70,8 +70,20 @@ impl Cpu {
     }
 
     fn write_cr4(&mut self, value: u64) -> Flow {
-        let known = 0x7 | cr::DE | cr::PSE | cr::PAE | 1 << 6 | cr::PGE | cr::PCE | cr::OSFXSR | 1 << 10
-            | cr::UMIP | cr::FSGSBASE | cr::OSXSAVE | cr::SMEP | cr::SMAP;
+        let known = 0x7
+            | cr::DE
+            | cr::PSE
+            | cr::PAE
+            | 1 << 6
+            | cr::PGE
+            | cr::PCE
+            | cr::OSFXSR
+            | 1 << 10
+            | cr::UMIP
+            | cr::FSGSBASE
+            | cr::OSXSAVE
+            | cr::SMEP
+            | cr::SMAP;
         let drops_pae = self.long_mode() && value & cr::PAE == 0;
         if value & !known != 0 || drops_pae {
             return self.gp(0);
@@ -81,7 +93,10 @@ impl Cpu {
             return self.gp(0);
         }
         let changed = value ^ self.cr4;
-        if changed & cr::PAE != 0 && self.cr0 & cr::PG != 0 && !self.long_mode() && value & cr::PAE != 0
+        if changed & cr::PAE != 0
+            && self.cr0 & cr::PG != 0
+            && !self.long_mode()
+            && value & cr::PAE != 0
             && !self.load_pdptes(self.cr3)
         {
             return self.gp(0);
