@@ -9,6 +9,7 @@ use machine::MachineError;
 use monitor::{ChannelError, Failure, FailureClass};
 
 use crate::run_args::ArgsError;
+use crate::sandbox::SandboxError;
 
 /// What can go wrong on the way to a running machine.
 #[derive(Debug, thiserror::Error)]
@@ -61,9 +62,15 @@ pub enum VmmError {
         /// Asked for.
         name: String,
     },
-    /// KVM.
-    #[error("KVM is not supported by this build: use the software CPU (accel 'soft')")]
-    KvmUnsupported,
+    /// KVM was asked for and does not work here.
+    #[error("KVM cannot be used here: {reason}")]
+    KvmUnusable {
+        /// What failed and what helps.
+        reason: String,
+    },
+    /// A virtual clock counts instructions, which KVM does not.
+    #[error("a virtual clock needs the software CPU: use accel 'soft'")]
+    VirtualClockOnKvm,
     /// Virtual clock with more than one vCPU.
     #[error("a virtual clock needs exactly one vCPU, not {vcpus}")]
     VirtualClock {
@@ -117,6 +124,9 @@ pub enum VmmError {
         #[source]
         source: AccelError,
     },
+    /// The sandbox.
+    #[error("the process cannot be confined")]
+    Sandbox(#[from] SandboxError),
     /// A call to the host.
     #[error("cannot {what}")]
     Host {
@@ -149,7 +159,8 @@ impl VmmError {
             | VmmError::NvmeUnsupported { .. }
             | VmmError::DiskSerial { .. } => FailureClass::Config,
             VmmError::Disk { .. } => FailureClass::Image,
-            VmmError::KvmUnsupported => FailureClass::Engine,
+            VmmError::KvmUnusable { .. } => FailureClass::Engine,
+            VmmError::VirtualClockOnKvm => FailureClass::Config,
             VmmError::Machine(error) => match error {
                 MachineError::Boot(_) => FailureClass::Boot,
                 MachineError::Accel(_) => FailureClass::Engine,
@@ -161,7 +172,7 @@ impl VmmError {
                 | MachineError::WindowFull { .. } => FailureClass::Config,
             },
             VmmError::Vcpu { .. } => FailureClass::Engine,
-            VmmError::Host { .. } => FailureClass::Resource,
+            VmmError::Sandbox(_) | VmmError::Host { .. } => FailureClass::Resource,
         }
     }
 

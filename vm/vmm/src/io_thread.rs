@@ -15,6 +15,7 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use crate::console::{HostEnd, Input};
 use crate::event::{self, Event};
 use crate::notes::{Note, Notes};
+use crate::sandbox::{self, Files, SandboxError};
 
 /// Input read at once; the most a 16550 takes is 16.
 const INPUT_BYTES: usize = 256;
@@ -48,6 +49,8 @@ pub struct IoParts {
 enum Order {
     /// Stand still; answer when it is so.
     Pause,
+    /// Take the file system away from the thread; answered over the sender.
+    DenyFiles(SyncSender<Result<Files, SandboxError>>),
     Resume,
     End,
 }
@@ -79,6 +82,12 @@ impl IoThread {
     pub fn pause(&self) {
         self.order(Order::Pause);
         let _ = self.paused.recv();
+    }
+    /// Takes the file system away from the thread, which is paused. See [`sandbox::deny_files`].
+    pub fn deny_files(&self) -> Result<Files, SandboxError> {
+        let (sender, answer) = sync_channel(1);
+        self.order(Order::DenyFiles(sender));
+        answer.recv().unwrap_or(Ok(Files::NotEnforced))
     }
     /// Lets it go on.
     pub fn resume(&self) {
@@ -234,6 +243,10 @@ impl IoLoop {
                 let _ = self.answers.send(());
                 self.stand()
             }
+            Ok(Order::DenyFiles(answer)) => {
+                let _ = answer.send(sandbox::deny_files());
+                true
+            }
             Ok(Order::Resume) | Err(TryRecvError::Empty) => true,
             Ok(Order::End) | Err(TryRecvError::Disconnected) => false,
         }
@@ -245,6 +258,7 @@ impl IoLoop {
             match self.orders.recv() {
                 Ok(Order::Resume) => break,
                 Ok(Order::Pause) => drop(self.answers.send(())),
+                Ok(Order::DenyFiles(answer)) => drop(answer.send(sandbox::deny_files())),
                 Ok(Order::End) | Err(_) => return false,
             }
         }

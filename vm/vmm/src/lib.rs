@@ -23,6 +23,7 @@ pub mod notes;
 pub mod owner;
 pub mod random;
 pub mod run_args;
+pub mod sandbox;
 pub mod setup;
 pub mod signals;
 pub mod start;

@@ -11,8 +11,9 @@ use std::sync::Arc;
 use monitor::{ShutdownCause, StartReply};
 use vmm::error::{VmmError, causes};
 use vmm::notes::Notes;
-use vmm::owner::End;
+use vmm::owner::{End, Owner};
 use vmm::run_args::{self, ArgsError, RunArgs, USAGE};
+use vmm::sandbox::{self, Deed};
 use vmm::setup::{self, Files, OwnTerminal};
 use vmm::start::StartSocket;
 use vmm::{engine, signals, terminal};
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         "run" => run(args),
         "--start-fd" => start(args),
         "--probe-kvm" => probe_kvm(),
+        "--try-inside" => try_inside(args),
         "--version" => {
             println!("vireo-vmm {}", env!("CARGO_PKG_VERSION"));
             Ok(ExitCode::SUCCESS)
@@ -63,6 +65,9 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode, VmmError> {
     let terminal = own_terminal()?;
     let setup = setup::prepare(&config, &Files(files), Some(terminal), &notes)?;
     let mut owner = engine::build(&config, setup, notes, signals)?.owner;
+    if config.sandbox {
+        confine(&mut owner)?;
+    }
     terminal::make_raw(io::stdin()).map_err(VmmError::host("set the terminal"))?;
     let end = owner.run(false);
     owner.finish();
@@ -84,7 +89,11 @@ fn start(mut args: impl Iterator<Item = OsString>) -> Result<ExitCode, VmmError>
         let notes = Arc::new(Notes::new().map_err(VmmError::host("make an event descriptor"))?);
         let signals = signals::catch().map_err(VmmError::host("catch signals"))?;
         let setup = setup::prepare(&config, &files, None, &notes)?;
-        Ok((engine::build(&config, setup, notes, signals)?, config.paused))
+        let mut built = engine::build(&config, setup, notes, signals)?;
+        if config.sandbox {
+            confine(&mut built.owner)?;
+        }
+        Ok((built, config.paused))
     });
     let (built, paused) = match built {
         Ok(built) => built,
@@ -100,9 +109,35 @@ fn start(mut args: impl Iterator<Item = OsString>) -> Result<ExitCode, VmmError>
     Ok(exit_code(end?))
 }
 
+fn confine(owner: &mut Owner) -> Result<(), VmmError> {
+    if owner.confine()? == sandbox::Files::NotEnforced {
+        eprintln!("vireo-vmm: this kernel has no Landlock; the system call filter alone keeps files away");
+    }
+    Ok(())
+}
+
+/// `--try-inside open|connect|execve`: shows that the sandbox holds. The kernel ends the process with SIGSYS.
+fn try_inside(mut args: impl Iterator<Item = OsString>) -> Result<ExitCode, VmmError> {
+    let deed = match args.next().unwrap_or_default().to_str() {
+        Some("open") => Deed::Open,
+        Some("connect") => Deed::Connect,
+        Some("execve") => Deed::Execve,
+        other => {
+            let value = other.unwrap_or_default().to_owned();
+            return Err(ArgsError::Value { option: "--try-inside", value, want: "open, connect or execve" }.into());
+        }
+    };
+    let error = sandbox::try_inside(deed)?;
+    eprintln!("vireo-vmm: the sandbox did not stop {deed:?}: {error}");
+    Ok(ExitCode::FAILURE)
+}
+
 /// Says whether KVM works here.
 fn probe_kvm() -> Result<ExitCode, VmmError> {
-    Err(VmmError::KvmUnsupported)
+    let refusal = engine::kvm().err();
+    let report = serde_json::json!({ "usable": refusal.is_none(), "reason": refusal });
+    println!("{report}");
+    Ok(if refusal.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn open_stats(args: &RunArgs) -> Result<Option<File>, VmmError> {

@@ -16,6 +16,7 @@ use crate::io_thread::{IoParts, IoThread};
 use crate::lifecycle::{Action, Cause, Lifecycle, Policy};
 use crate::monitor_server::{Asked, MonitorServer};
 use crate::notes::{Note, Notes};
+use crate::sandbox::{self, Files};
 use crate::setup::Setup;
 use crate::signals;
 use crate::stats::RunStats;
@@ -94,6 +95,18 @@ impl Owner {
             vcpu.set_state(state).map_err(|source| VmmError::Vcpu { index, source })?;
         }
         Ok(())
+    }
+
+    /// Gives up files and system calls, on every thread, before anything runs. [`Files::NotEnforced`]: the kernel has no
+    /// Landlock, and the system call filter alone keeps files away.
+    pub fn confine(&mut self) -> Result<Files, VmmError> {
+        self.io.deny_files()?;
+        for vcpu in &mut self.vcpus {
+            vcpu.deny_files()?;
+        }
+        let files = sandbox::deny_files()?;
+        sandbox::filter_system_calls()?;
+        Ok(files)
     }
 
     /// Runs the machine until it ends.

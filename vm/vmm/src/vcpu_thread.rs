@@ -13,15 +13,18 @@ use machine::Board;
 use monitor::VcpuStats;
 
 use crate::notes::{Note, Notes};
+use crate::sandbox::{self, Files, SandboxError};
 
 enum Order {
     Run,
     SetState(Box<x86::State>),
+    DenyFiles,
 }
 
 enum Answer {
     Halted(Halt),
     StateSet(Result<(), AccelError>),
+    FilesDenied(Result<Files, SandboxError>),
 }
 
 /// Files of the thread in /proc, opened before the sandbox closes.
@@ -67,6 +70,7 @@ impl VcpuThread {
                         Answer::Halted(halt)
                     }
                     Order::SetState(state) => Answer::StateSet(vcpu.set_state(&state)),
+                    Order::DenyFiles => Answer::FilesDenied(sandbox::deny_files()),
                 };
                 let halted = matches!(answer, Answer::Halted(_));
                 let _ = sender.send(answer);
@@ -113,7 +117,7 @@ impl VcpuThread {
                     self.running = false;
                     return Some(halt);
                 }
-                Ok(Answer::StateSet(_)) => {}
+                Ok(Answer::StateSet(_) | Answer::FilesDenied(_)) => {}
                 Err(_) => self.running = false,
             }
         }
@@ -125,6 +129,15 @@ impl VcpuThread {
         match self.answers.recv() {
             Ok(Answer::StateSet(result)) => result,
             _ => Ok(()),
+        }
+    }
+
+    /// Takes the file system away from the thread, which stands. See [`sandbox::deny_files`].
+    pub fn deny_files(&mut self) -> Result<Files, SandboxError> {
+        self.order(Order::DenyFiles);
+        match self.answers.recv() {
+            Ok(Answer::FilesDenied(result)) => result,
+            _ => Ok(Files::NotEnforced),
         }
     }
 

@@ -1,0 +1,125 @@
+//! What the process gives up before the guest runs: every file by path, and every system call it does not need.
+//!
+//! The guest reaches us through devices and images; code that it takes over finds open descriptors and nothing else. The
+//! list was found by tracing boots, disk work, consoles, monitor commands and every way to end.
+
+use std::collections::BTreeMap;
+
+use landlock::{ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetError, RulesetStatus};
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+/// Why the sandbox could not be closed.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The filter is not what the kernel takes.
+    #[error("the system call filter cannot be built")]
+    Filter(#[from] BackendError),
+    /// The kernel did not take it.
+    #[error("the system call filter is refused by the kernel")]
+    Seccomp(#[from] seccompiler::Error),
+    /// Landlock failed in another way than being absent.
+    #[error("the file system cannot be locked away")]
+    Landlock(#[from] RulesetError),
+}
+
+/// Whether the file system is out of reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Files {
+    /// It is.
+    Denied,
+    /// The kernel has no Landlock. The system call filter still refuses to open anything.
+    NotEnforced,
+}
+
+/// Denies every file by path to the calling thread and the threads it starts.
+pub fn deny_files() -> Result<Files, SandboxError> {
+    let ruleset = Ruleset::default().handle_access(AccessFs::from_all(ABI::V5))?.create()?;
+    match ruleset.restrict_self()?.ruleset {
+        RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Ok(Files::Denied),
+        RulesetStatus::NotEnforced => Ok(Files::NotEnforced),
+    }
+}
+
+/// System calls without a condition.
+#[rustfmt::skip] // by purpose
+const ALLOWED: &[i64] = &[
+    // Images, consoles, statistics, the kernel at a reset.
+    libc::SYS_read, libc::SYS_write, libc::SYS_readv, libc::SYS_writev, libc::SYS_pread64, libc::SYS_pwrite64,
+    libc::SYS_preadv, libc::SYS_pwritev, libc::SYS_preadv2, libc::SYS_pwritev2, libc::SYS_lseek, libc::SYS_fstat,
+    libc::SYS_statx, libc::SYS_newfstatat, libc::SYS_fallocate, libc::SYS_ftruncate, libc::SYS_fsync, libc::SYS_fdatasync, libc::SYS_close,
+    libc::SYS_dup, libc::SYS_dup3,
+    // Waiting and time.
+    libc::SYS_poll, libc::SYS_ppoll, libc::SYS_timerfd_settime, libc::SYS_clock_gettime, libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep, libc::SYS_gettimeofday, libc::SYS_restart_syscall,
+    // Monitor peers.
+    libc::SYS_accept4, libc::SYS_sendto, libc::SYS_sendmsg, libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_shutdown,
+    // Threads, memory, signals, the end.
+    libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_munmap, libc::SYS_mremap, libc::SYS_madvise, libc::SYS_brk,
+    libc::SYS_getpid, libc::SYS_gettid, libc::SYS_tgkill, libc::SYS_rt_sigaction, libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn, libc::SYS_sigaltstack, libc::SYS_getrandom, libc::SYS_membarrier, libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+const PROT_EXEC: u64 = 4;
+/// Duplicates with a lower bound, flags, open file description locks.
+const FCNTL: &[i32] =
+    &[libc::F_DUPFD_CLOEXEC, libc::F_GETFL, libc::F_SETFL, libc::F_GETFD, libc::F_OFD_SETLK, libc::F_OFD_GETLK];
+/// Not blocking, and the terminal on the way out.
+const IOCTL: &[u64] = &[
+    libc::FIONBIO,
+    libc::TCGETS,
+    libc::TCSETS,
+    libc::TCSETSW,
+    libc::TCGETS2,
+    libc::TCSETS2,
+    libc::TCSETSW2,
+    libc::TIOCGWINSZ,
+];
+
+fn filter() -> Result<BpfProgram, SandboxError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|&number| (number, Vec::new())).collect();
+    let when = |argument, operator, value| -> Result<SeccompRule, BackendError> {
+        SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?])
+    };
+    for number in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(number, vec![when(2, SeccompCmpOp::MaskedEq(PROT_EXEC), 0)?]);
+    }
+    let fcntl: Result<_, BackendError> =
+        FCNTL.iter().map(|&command| when(1, SeccompCmpOp::Eq, command as u64)).collect();
+    rules.insert(libc::SYS_fcntl, fcntl?);
+    let ioctl: Result<_, BackendError> = IOCTL.iter().map(|&request| when(1, SeccompCmpOp::Eq, request)).collect();
+    rules.insert(libc::SYS_ioctl, ioctl?);
+    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?;
+    Ok(filter.try_into()?)
+}
+
+/// From now on any other system call, on any thread, ends the process.
+pub fn filter_system_calls() -> Result<(), SandboxError> {
+    Ok(seccompiler::apply_filter_all_threads(&filter()?)?)
+}
+
+/// A forbidden deed, to see that it is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deed {
+    /// Open a file.
+    Open,
+    /// Connect to a socket.
+    Connect,
+    /// Become another program.
+    Execve,
+}
+
+/// Closes the sandbox and tries `deed`. It does not return where the sandbox holds: the kernel ends the process.
+pub fn try_inside(deed: Deed) -> Result<std::io::Error, SandboxError> {
+    deny_files()?;
+    filter_system_calls()?;
+    let error = match deed {
+        Deed::Open => std::fs::File::open("/etc/passwd").err(),
+        Deed::Connect => std::os::unix::net::UnixStream::connect("/nonexistent").err(),
+        Deed::Execve => Some(std::os::unix::process::CommandExt::exec(&mut std::process::Command::new("/bin/true"))),
+    };
+    Ok(error.unwrap_or_else(|| std::io::Error::other("it was carried out")))
+}
