@@ -23,6 +23,10 @@ pub struct Guest {
     pub bench_initrd: PathBuf,
     /// qcow2 with an ext4 root file system.
     pub disk: PathBuf,
+    /// The unpacked kernel package.
+    pub kernel_tree: PathBuf,
+    /// A static busybox.
+    pub busybox: PathBuf,
 }
 
 /// What the initrd needs to reach the disk, and the guest for consoles, random numbers and the power button.
@@ -45,6 +49,8 @@ pub fn build(consent: Consent) -> Result<Guest> {
         initrd: dir.join("initrd.img"),
         bench_initrd: dir.join("bench-initrd.img"),
         disk: dir.join("demo.qcow2"),
+        kernel_tree,
+        busybox: busybox_tree.join("bin/busybox"),
     };
     fs::write(&guest.initrd, initrd(&busybox, &modules)?)?;
     fs::write(&guest.bench_initrd, bench_initrd(&busybox))?;
@@ -64,12 +70,12 @@ fn find(dir: &Path, prefix: &str) -> Result<PathBuf> {
 }
 
 /// Kernel modules by name, with the modules they need.
-struct Modules {
+pub struct Modules {
     by_name: BTreeMap<String, PathBuf>,
 }
 
 impl Modules {
-    fn scan(dir: &Path) -> Result<Modules> {
+    pub fn scan(dir: &Path) -> Result<Modules> {
         let mut by_name = BTreeMap::new();
         let mut pending = vec![dir.to_path_buf()];
         while let Some(dir) = pending.pop() {
@@ -89,7 +95,7 @@ impl Modules {
     }
 
     /// `names` and what they need, each after its needs; what is built into the kernel is not among them.
-    fn closure(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
+    pub fn closure(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
         let mut done = Vec::new();
         for name in names {
             self.add(&name.replace('-', "_"), &mut done)?;

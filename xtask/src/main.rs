@@ -3,6 +3,7 @@
 
 mod cpio;
 mod guest;
+mod lab;
 mod packages;
 mod run;
 mod tests;
@@ -15,12 +16,23 @@ cargo xtask <task> [options]
 
   test [--long]       everything that must hold: tidy, formatting, lints, all tests (--long: the slow ones too)
   guest               builds the demo guest (kernel, initrd, disk) into target/guest and says where
+  lab [--exits]       real KVM inside an emulated machine: probe, tiny guests, demo guest (--exits: counts of a boot)
   tidy                compares ARCHITECTURE.md with the crates and their dependencies
 
   --yes               install missing Debian packages without asking (also with CI=true)
 ";
 
-fn main() -> Result<()> {
+fn main() -> std::process::ExitCode {
+    match task() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn task() -> Result<()> {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     let yes = take_flag(&mut args, "--yes") || std::env::var("CI").is_ok_and(|v| v == "true");
     let consent = if yes { packages::Consent::Given } else { packages::Consent::Ask };
@@ -38,6 +50,13 @@ fn main() -> Result<()> {
             println!("initrd {}", guest.initrd.display());
             println!("bench initrd {}", guest.bench_initrd.display());
             println!("disk   {}", guest.disk.display());
+            Ok(())
+        }
+        "lab" => {
+            let exits = take_flag(&mut args, "--exits");
+            no_more(&args)?;
+            let job = if exits { lab::Job::Exits } else { lab::Job::Check };
+            print!("{}", lab::go(consent, &job)?);
             Ok(())
         }
         "tidy" => {

@@ -79,6 +79,9 @@ const IOCTL: &[u64] = &[
     libc::TIOCGWINSZ,
 ];
 
+/// The type byte of KVM's ioctls. Linux include/uapi/linux/kvm.h.
+const KVM_IOCTL_TYPE: u64 = 0xae;
+
 fn filter() -> Result<BpfProgram, SandboxError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|&number| (number, Vec::new())).collect();
     let when = |argument, operator, value| -> Result<SeccompRule, BackendError> {
@@ -90,8 +93,11 @@ fn filter() -> Result<BpfProgram, SandboxError> {
     let fcntl: Result<_, BackendError> =
         FCNTL.iter().map(|&command| when(1, SeccompCmpOp::Eq, command as u64)).collect();
     rules.insert(libc::SYS_fcntl, fcntl?);
-    let ioctl: Result<_, BackendError> = IOCTL.iter().map(|&request| when(1, SeccompCmpOp::Eq, request)).collect();
-    rules.insert(libc::SYS_ioctl, ioctl?);
+    let ioctl: Result<Vec<_>, BackendError> = IOCTL.iter().map(|&request| when(1, SeccompCmpOp::Eq, request)).collect();
+    let mut ioctl = ioctl?;
+    // KVM's calls, by their type byte: they work on descriptors of KVM alone.
+    ioctl.push(when(1, SeccompCmpOp::MaskedEq(0xff00), KVM_IOCTL_TYPE << 8)?);
+    rules.insert(libc::SYS_ioctl, ioctl);
     let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?;
     Ok(filter.try_into()?)
 }
