@@ -39,8 +39,12 @@ const COUNT_EXITS: &str = "\
 T=/sys/kernel/tracing/events/kvm
 echo 'hist:keys=exit_reason:size=512' > $T/kvm_exit/trigger
 echo 'hist:keys=reason:size=128' > $T/kvm_userspace_exit/trigger
+echo 'hist:keys=port.hex,rw:size=512' > $T/kvm_pio/trigger
+echo 'hist:keys=type,gpa.hex:size=4096' > $T/kvm_mmio/trigger
+echo 'hist:keys=ecx.hex,write:size=512' > $T/kvm_msr/trigger
 vireo-vmm run --accel kvm --kernel /l2/vmlinuz --initrd /l2/bench.img --append 'console=ttyS0 quiet' --memory 128 < /dev/null
-for e in kvm_exit kvm_userspace_exit; do
+for e in kvm_exit kvm_userspace_exit kvm_pio kvm_mmio kvm_msr; do
+  echo \"-- $e\"; grep hitcount $T/$e/hist | sed 's/.*{//' | awk '{ h=$0; sub(/.*hitcount: */,\"\",h); print h, $0 }' | sort -rn | head -14
   awk -v e=$e '/hitcount:/ { sub(/.*hitcount: */, \"\"); n += $1 } END { print \"LAB-COUNT \" e \" \" n + 0 }' $T/$e/hist
 done
 ";

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
+use crate::mapping::Mapping;
 use crate::{Gpa, PAGE_BYTES};
 
 /// The page holds instructions that a software CPU has decoded: writes to it are reported.
@@ -18,6 +19,8 @@ pub trait CodeWatcher: Send + Sync {
 }
 
 struct Shared {
+    /// The memory itself: whoever holds a region holds its marks, so it is unmapped after the last of them.
+    mapping: Mapping,
     base: Gpa,
     marks: Box<[AtomicU8]>,
     watcher: OnceLock<Arc<dyn CodeWatcher>>,
@@ -28,10 +31,14 @@ struct Shared {
 pub struct PageMarks(Arc<Shared>);
 
 impl PageMarks {
-    pub(crate) fn new(base: Gpa, bytes: u64) -> PageMarks {
+    pub(crate) fn new(mapping: Mapping, base: Gpa, bytes: u64) -> PageMarks {
         let pages = (bytes / PAGE_BYTES) as usize;
         let marks = std::iter::repeat_with(|| AtomicU8::new(0)).take(pages).collect();
-        PageMarks(Arc::new(Shared { base, marks, watcher: OnceLock::new() }))
+        PageMarks(Arc::new(Shared { mapping, base, marks, watcher: OnceLock::new() }))
+    }
+
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        self.0.mapping.resident_bytes()
     }
 
     pub(crate) fn watch(&self, watcher: Arc<dyn CodeWatcher>) {

@@ -126,11 +126,15 @@ fn madt(config: &AcpiConfig) -> Sdt {
     t
 }
 
+/// The highest bus number there is. The window decodes 256 buses for firmware, but Linux looks for devices on every bus
+/// that the table names, at two exits a slot.
+const LAST_BUS: u8 = 0;
+
 /// Where the ECAM is. PCI Firmware specification 3.3, 4.1.2
 fn mcfg() -> Sdt {
     let mut t = table(*b"MCFG", 44, 1);
     t.append_slice(&ECAM_BASE.to_le_bytes());
-    t.append_slice(&[0, 0, 0, 0xff, 0, 0, 0, 0]); // segment 0, buses 0 to 255
+    t.append_slice(&[0, 0, 0, LAST_BUS, 0, 0, 0, 0]); // segment 0, buses 0 to LAST_BUS
     t
 }
 
@@ -172,7 +176,7 @@ fn dsdt(config: &AcpiConfig) -> Vec<u8> {
 
 fn pci_root(config: &AcpiConfig, code: &mut Vec<u8>) {
     use aml::AddressSpaceCacheable::{Cacheable, NotCacheable};
-    let buses = aml::AddressSpace::new_bus_number(0u16, 255);
+    let buses = aml::AddressSpace::new_bus_number(0u16, LAST_BUS.into());
     let config_ports = aml::IO::new(0xcf8, 0xcf8, 1, 8);
     let low_ports = aml::AddressSpace::new_io(0u16, 0xcf7, None);
     let high_ports = aml::AddressSpace::new_io(0xd00u16, 0xffff, None);

@@ -187,11 +187,11 @@ impl Owner {
     }
 
     fn monitor_stats(&self) -> Stats {
-        let resident = rustix::fs::fstat(self.machine.ram().memfd()).map_or(0, |stat| stat.st_blocks.unsigned_abs());
+        let resident = self.machine.ram().resident_bytes();
         Stats {
             vcpus: self.vcpus.iter().map(VcpuThread::stats).collect(),
             disks: self.disks.iter().map(|disk| disk.stats()).collect(),
-            ram_resident_kib: resident / 2,
+            ram_resident_kib: resident / 1024,
         }
     }
 

@@ -57,7 +57,7 @@ const ALLOWED: &[i64] = &[
     // Monitor peers.
     libc::SYS_accept4, libc::SYS_sendto, libc::SYS_sendmsg, libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_shutdown,
     // Threads, memory, signals, the end.
-    libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_munmap, libc::SYS_mremap, libc::SYS_madvise, libc::SYS_brk,
+    libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_munmap, libc::SYS_mincore, libc::SYS_mremap, libc::SYS_madvise, libc::SYS_brk,
     libc::SYS_getpid, libc::SYS_gettid, libc::SYS_tgkill, libc::SYS_rt_sigaction, libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn, libc::SYS_sigaltstack, libc::SYS_getrandom, libc::SYS_membarrier, libc::SYS_exit,
     libc::SYS_exit_group,
