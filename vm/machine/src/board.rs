@@ -175,6 +175,10 @@ impl Board {
         let mut port = port.lock();
         let taken = bytes.len().min(port.room());
         port.receive(&bytes[..taken]);
+        if taken < bytes.len() {
+            // Asked when it is full, the port tells its sink when there is room again.
+            port.room();
+        }
         taken
     }
     /// Hands all collected output to the host's side.

@@ -76,7 +76,7 @@ fn mistakes_are_explained() {
         (&["--cpus", "0"], 1, "a machine needs at least one vCPU"),
         (&["--cpus", "2"], 1, "soft runs at most 1 vCPUs, not 2"),
         (&["--cpus", "2", "--clock", "virtual"], 1, "a virtual clock needs exactly one vCPU, not 2"),
-        (&["--accel", "kvm"], 1, "KVM is not supported"),
+        (&["--accel", "kvm", "--clock", "virtual"], 1, "virtual clock"),
         (&["--initrd", "/nonexistent/initrd"], 1, "/nonexistent/initrd: the initrd cannot be opened"),
         (&["--disk", "/nonexistent/disk"], 1, "disk 'vda' cannot be used: /nonexistent/disk"),
         (&["--disk", "/"], 1, "is a directory"),

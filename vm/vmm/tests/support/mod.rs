@@ -113,7 +113,8 @@ pub fn vmm() -> Command {
 pub fn run(guest: &Guest, options: &[&str]) -> (ExitStatus, String, String) {
     let directory = tempfile::tempdir().unwrap();
     let kernel = guest.write(directory.path());
-    let output = vmm().args(["run", "--accel", "soft", "--memory", "32", "--kernel"]).arg(kernel).args(options).output();
+    let output =
+        vmm().args(["run", "--accel", "soft", "--memory", "32", "--kernel"]).arg(kernel).args(options).output();
     let output = output.unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (output.status, text(output.stdout), text(output.stderr))
