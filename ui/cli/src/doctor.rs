@@ -1,0 +1,262 @@
+//! `vireo doctor`: what works on this host, and what to do about the rest.
+
+use std::env;
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::fs::{Access, access};
+use serde_json::{Value, json};
+
+use crate::failure::Failure;
+use crate::grammar::{Args, Done};
+use crate::run;
+use crate::shell::Shell;
+
+/// How a check came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// It works.
+    Good,
+    /// It does not, and something is slower or less safe for it.
+    Lesser,
+    /// It does not, and domains will not run.
+    Bad,
+}
+
+/// One line of the report.
+struct Finding {
+    what: &'static str,
+    verdict: Verdict,
+    found: String,
+    fix: Option<String>,
+}
+
+fn good(what: &'static str, found: impl Into<String>) -> Finding {
+    Finding { what, verdict: Verdict::Good, found: found.into(), fix: None }
+}
+
+fn lesser(what: &'static str, found: impl Into<String>, fix: impl Into<String>) -> Finding {
+    Finding { what, verdict: Verdict::Lesser, found: found.into(), fix: Some(fix.into()) }
+}
+
+fn bad(what: &'static str, found: impl Into<String>, fix: impl Into<String>) -> Finding {
+    Finding { what, verdict: Verdict::Bad, found: found.into(), fix: Some(fix.into()) }
+}
+
+/// The verb.
+pub fn doctor(shell: &mut Shell, _: &Args) -> Done {
+    let findings = [
+        programs(),
+        kvm(),
+        runtime_directory(),
+        daemon(),
+        io_uring(),
+        landlock(),
+        seccomp(),
+        user_namespaces(),
+        kernels(),
+        memory(),
+        open_files(),
+        virsh(),
+    ];
+    if shell.json {
+        let list = findings.iter().map(|finding| {
+            let verdict = match finding.verdict {
+                Verdict::Good => "ok",
+                Verdict::Lesser => "limited",
+                Verdict::Bad => "broken",
+            };
+            json!({ "check": finding.what, "verdict": verdict, "found": finding.found, "fix": finding.fix })
+        });
+        let list: Vec<Value> = list.collect();
+        shell.show(&Value::Array(list));
+    } else {
+        for finding in &findings {
+            let mark = match finding.verdict {
+                Verdict::Good => "ok  ",
+                Verdict::Lesser => "--  ",
+                Verdict::Bad => "FAIL",
+            };
+            shell.say(format!("{mark} {:<18} {}\n", finding.what, finding.found));
+            if let Some(fix) = &finding.fix {
+                shell.say(format!("{:>23} -> {fix}\n", ""));
+            }
+        }
+    }
+    if findings.iter().any(|finding| finding.verdict == Verdict::Bad) { Err(Failure::silent()) } else { Ok(()) }
+}
+
+fn on_path(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).map(|directory| directory.join(program)).find(|path| path.is_file())
+}
+
+fn programs() -> Finding {
+    let vmm = run::vmm();
+    let found = if vmm.is_absolute() { Some(vmm) } else { on_path("vireo-vmm") };
+    match found {
+        Some(path) => good("vireo-vmm", path.display().to_string()),
+        None => bad("vireo-vmm", "not found beside vireo or on the PATH", "cargo build --release builds it"),
+    }
+}
+
+fn kvm() -> Finding {
+    let what = "KVM";
+    let slower = "domains of type 'qemu' run on the software CPU meanwhile";
+    if !Path::new("/dev/kvm").exists() {
+        let fix =
+            format!("modprobe kvm-intel or kvm-amd; in a virtual machine, turn on nested virtualisation; {slower}");
+        return lesser(what, "/dev/kvm does not exist", fix);
+    }
+    if access("/dev/kvm", Access::READ_OK | Access::WRITE_OK).is_err() {
+        let fix = format!("adduser $USER kvm, and log in again; {slower}");
+        return lesser(what, "/dev/kvm may not be opened by this user", fix);
+    }
+    let probe = Command::new(run::vmm()).arg("--probe-kvm").stdin(Stdio::null()).stderr(Stdio::null()).output();
+    let report = probe.ok().and_then(|output| serde_json::from_slice::<Value>(&output.stdout).ok());
+    match report {
+        Some(report) => {
+            let reason = report.get("reason").and_then(Value::as_str).unwrap_or("no reason given").to_owned();
+            if report.get("usable").and_then(Value::as_bool) == Some(true) {
+                good(what, reason)
+            } else {
+                lesser(what, reason, "run on hardware, or on a host with nested virtualisation turned on")
+            }
+        }
+        None => lesser(what, "vireo-vmm --probe-kvm gives no report", slower),
+    }
+}
+
+fn runtime_directory() -> Finding {
+    let what = "session directory";
+    let fix = "log in through PAM (ssh, login), or set XDG_RUNTIME_DIR to a directory of yours with mode 0700";
+    let variable = |name| env::var_os(name).filter(|value: &std::ffi::OsString| !value.is_empty()).map(PathBuf::from);
+    let Some(directory) = variable("XDG_RUNTIME_DIR").or_else(|| variable("HOME").map(|home| home.join(".cache")))
+    else {
+        return bad(what, "neither XDG_RUNTIME_DIR nor HOME is set", fix);
+    };
+    let shown = directory.display().to_string();
+    if directory.is_dir() && access(&directory, Access::WRITE_OK).is_err() {
+        return bad(what, format!("{shown} may not be written"), fix);
+    }
+    good(what, shown)
+}
+
+fn daemon() -> Finding {
+    let what = "daemon";
+    let mut places = vec![PathBuf::from("/run/libvirt")];
+    places.extend(env::var_os("XDG_RUNTIME_DIR").map(|directory| PathBuf::from(directory).join("libvirt")));
+    let names = ["virtqemud-sock", "libvirt-sock"];
+    let sockets = places.iter().flat_map(|place| names.map(|name| place.join(name)));
+    let answering: Vec<_> = sockets.filter(|path| UnixStream::connect(path).is_ok()).collect();
+    match answering.first() {
+        Some(path) => good(what, format!("answers at {}", path.display())),
+        None => {
+            let fix = "vireo starts one for your session by itself; vireod --system serves the whole host";
+            lesser(what, "none runs", fix)
+        }
+    }
+}
+
+fn io_uring() -> Finding {
+    let what = "io_uring";
+    let setting = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
+    match setting.trim() {
+        "2" => lesser(what, "turned off", "sysctl kernel.io_uring_disabled=0; disks use plain threads meanwhile"),
+        "1" if !rustix::process::geteuid().is_root() => {
+            lesser(what, "for root only", "sysctl kernel.io_uring_disabled=0; disks use plain threads meanwhile")
+        }
+        "" => lesser(what, "this kernel does not say", "disks use it where it works and plain threads elsewhere"),
+        _ => good(what, "allowed"),
+    }
+}
+
+fn landlock() -> Finding {
+    let what = "Landlock";
+    match fs::read_to_string("/sys/kernel/security/lsm") {
+        Ok(modules) if modules.split(',').any(|module| module.trim() == "landlock") => good(what, "active"),
+        Ok(_) => lesser(what, "not active", "boot with lsm=landlock,…; guests are held by seccomp alone meanwhile"),
+        Err(_) => lesser(what, "cannot be told", "mount -t securityfs none /sys/kernel/security shows it"),
+    }
+}
+
+fn seccomp() -> Finding {
+    let what = "seccomp";
+    match fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail") {
+        Ok(actions) if actions.contains("kill_process") => good(what, "filters work"),
+        _ => {
+            bad(what, "the kernel has no filters", "use a kernel with CONFIG_SECCOMP_FILTER; guests need their sandbox")
+        }
+    }
+}
+
+fn user_namespaces() -> Finding {
+    let what = "user namespaces";
+    let read = |name: &str| fs::read_to_string(name).unwrap_or_default().trim().to_owned();
+    let off =
+        read("/proc/sys/user/max_user_namespaces") == "0" || read("/proc/sys/kernel/unprivileged_userns_clone") == "0";
+    if off {
+        lesser(
+            what,
+            "turned off",
+            "sysctl user.max_user_namespaces=10000; one wall of the sandbox is missing meanwhile",
+        )
+    } else {
+        good(what, "allowed")
+    }
+}
+
+fn kernels() -> Finding {
+    let what = "guest kernels";
+    let entries = fs::read_dir("/boot").into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut kernels: Vec<_> = entries
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz")))
+        .collect();
+    kernels.sort();
+    match kernels.iter().find(|path| access(path.as_path(), Access::READ_OK).is_ok()) {
+        Some(path) => good(what, path.display().to_string()),
+        None => {
+            let found = if kernels.is_empty() { "none in /boot" } else { "those in /boot may not be read" };
+            lesser(what, found, "apt-get install linux-image-cloud-amd64, or take any bzImage: <kernel> names a file")
+        }
+    }
+}
+
+fn memory() -> Finding {
+    let what = "memory";
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse::<u64>().ok());
+    match kib {
+        Some(kib) if kib >= 256 << 10 => good(what, format!("{} MiB available", kib >> 10)),
+        Some(kib) => lesser(what, format!("{} MiB available", kib >> 10), "stop other programs, or give domains less"),
+        None => lesser(what, "cannot be told", "mount /proc"),
+    }
+}
+
+fn open_files() -> Finding {
+    let what = "open files";
+    match rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum {
+        Some(limit) if limit < 4096 => lesser(
+            what,
+            format!("at most {limit}"),
+            "raise LimitNOFILE or `ulimit -Hn`: every client and disk needs one",
+        ),
+        Some(limit) => good(what, format!("at most {limit}")),
+        None => good(what, "no limit"),
+    }
+}
+
+fn virsh() -> Finding {
+    match on_path("virsh") {
+        Some(path) => good("virsh", path.display().to_string()),
+        None => lesser(
+            "virsh",
+            "not installed",
+            "apt-get install libvirt-clients, if you want it: vireo takes the same verbs",
+        ),
+    }
+}
