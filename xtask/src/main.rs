@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod cpio;
+mod demo;
 mod guest;
 mod lab;
 mod packages;
@@ -14,6 +15,9 @@ use anyhow::{Result, bail};
 const HELP: &str = "\
 cargo xtask <task> [options]
 
+  demo                a stock Linux guest on the software CPU, this terminal on its console
+  demo --check        the same without a terminal: log in, write, shut down, start again, find what was written
+  demo --clean        removes what a demo left
   test [--long]       everything that must hold: tidy, formatting, lints, all tests (--long: the slow ones too)
   guest               builds the demo guest (kernel, initrd, disk) into target/guest and says where
   lab [--exits]       real KVM inside an emulated machine: probe, tiny guests, demo guest (--exits: counts of a boot)
@@ -51,6 +55,16 @@ fn task() -> Result<()> {
             println!("bench initrd {}", guest.bench_initrd.display());
             println!("disk   {}", guest.disk.display());
             Ok(())
+        }
+        "demo" => {
+            let (check, clean) = (take_flag(&mut args, "--check"), take_flag(&mut args, "--clean"));
+            no_more(&args)?;
+            let mode = match (check, clean) {
+                (_, true) => demo::Mode::Clean,
+                (true, _) => demo::Mode::Check,
+                _ => demo::Mode::Interactive,
+            };
+            demo::go(consent, mode)
         }
         "lab" => {
             let exits = take_flag(&mut args, "--exits");
