@@ -17,6 +17,13 @@ pub enum DeviceSpec {
         /// Shown to the guest, at most 20 bytes.
         serial: String,
     },
+    /// An NVMe controller with one disk.
+    Nvme {
+        /// The disk.
+        disk: Box<dyn DiskBackend>,
+        /// At most 20 bytes, different for every controller.
+        serial: String,
+    },
     /// A virtio console with one port.
     VirtioConsole {
         /// The host's end.
@@ -43,11 +50,18 @@ pub(crate) fn make(
     interrupt_pin: IrqLine,
     bell: Arc<Bell>,
 ) -> Made {
-    let lent = virtio::Lent { memory: ram.memory().clone(), messages, interrupt_pin, bell };
+    let memory = ram.memory().clone();
     let (function, work) = match spec {
-        DeviceSpec::VirtioBlk { disk, serial } => virtio::blk(disk, &serial, lent),
-        DeviceSpec::VirtioConsole { backend } => virtio::console(backend, lent),
-        DeviceSpec::VirtioRng { source } => virtio::rng(source, lent),
+        DeviceSpec::Nvme { disk, serial } => {
+            nvme::controller(disk, &serial, nvme::Lent { memory, messages, interrupt_pin, bell })
+        }
+        DeviceSpec::VirtioBlk { disk, serial } => {
+            virtio::blk(disk, &serial, virtio::Lent { memory, messages, interrupt_pin, bell })
+        }
+        DeviceSpec::VirtioConsole { backend } => {
+            virtio::console(backend, virtio::Lent { memory, messages, interrupt_pin, bell })
+        }
+        DeviceSpec::VirtioRng { source } => virtio::rng(source, virtio::Lent { memory, messages, interrupt_pin, bell }),
     };
     Made { function, work }
 }

@@ -89,12 +89,6 @@ pub enum VmmError {
         /// Which.
         port: u8,
     },
-    /// A controller that is not built.
-    #[error("disk '{target}': NVMe is not supported yet, use bus 'virtio'")]
-    NvmeUnsupported {
-        /// Which disk.
-        target: String,
-    },
     /// Serial number of a disk.
     #[error("disk '{target}': the serial number has {bytes} bytes; at most 20 are shown to a guest")]
     DiskSerial {
@@ -156,7 +150,6 @@ impl VmmError {
             | VmmError::VirtualClock { .. }
             | VmmError::SerialPort { .. }
             | VmmError::SerialTwice { .. }
-            | VmmError::NvmeUnsupported { .. }
             | VmmError::DiskSerial { .. } => FailureClass::Config,
             VmmError::Disk { .. } => FailureClass::Image,
             VmmError::KvmUnusable { .. } => FailureClass::Engine,

@@ -20,7 +20,7 @@ use crate::random::{HostRandom, RepeatableRandom};
 
 /// What the RTC of a repeatable machine shows at its start: 2026-01-01 00:00:00 UTC.
 const REPEATABLE_UNIX_S: i64 = 1_767_225_600;
-/// Most bytes of a disk's serial number that a virtio guest sees. VIRTIO 5.2.6
+/// Most bytes of a disk's serial number that a guest sees. VIRTIO 5.2.6, NVME figure 247
 const DISK_SERIAL_BYTES: usize = 20;
 
 /// Descriptors that came with a configuration.
@@ -133,7 +133,9 @@ fn open_disk(
     notes: &Arc<Notes>,
 ) -> Result<(Arc<SharedDisk>, DeviceSpec), VmmError> {
     let target = || disk.target.clone();
-    let serial = disk.serial.clone().unwrap_or_default();
+    // Controllers of NVMe are told apart by their serial numbers, so there has to be one.
+    let without = if disk.bus == DiskBus::Nvme { target() } else { String::new() };
+    let serial = disk.serial.clone().unwrap_or(without);
     if serial.len() > DISK_SERIAL_BYTES {
         return Err(VmmError::DiskSerial { target: target(), bytes: serial.len() });
     }
@@ -148,7 +150,7 @@ fn open_disk(
     });
     let spec = match disk.bus {
         DiskBus::Virtio => DeviceSpec::VirtioBlk { disk: end, serial },
-        DiskBus::Nvme => return Err(VmmError::NvmeUnsupported { target: target() }),
+        DiskBus::Nvme => DeviceSpec::Nvme { disk: end, serial },
     };
     Ok((shared, spec))
 }
