@@ -134,7 +134,7 @@ impl Blk {
 impl Device for Blk {
     fn serve(&mut self, _index: u16, memory: &Memory, chain: DescriptorChain<&Memory>) -> Served {
         // A chain that cannot be gathered has no status byte to say so: it goes back with nothing written.
-        let Ok(Gathered { mut readable, mut writable, .. }) = chain::gather(memory, chain) else {
+        let Ok(Gathered { mut readable, mut writable }) = chain::gather(memory, chain) else {
             return Served::Used(0);
         };
         let Some(status_at) = chain::take_last_byte(&mut writable) else { return Served::Used(0) };
@@ -166,5 +166,165 @@ impl Device for Blk {
     }
     fn stop(&mut self) {
         self.held = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{DATA, Descriptor, INDIRECT, MemoryDisk, RAM_BYTES, RING_FEATURES, Rig, WRITE_ONLY, twice};
+
+    const DISK_BYTES: usize = 64 << 10;
+    const STATUS: u64 = DATA + 0x8000;
+    const BODY: u64 = DATA + 0x1000;
+
+    fn rig(disk: &MemoryDisk, reload: bool) -> Rig {
+        let disk = disk.clone();
+        Rig::new(reload, move || (model(&disk), Blk::new(Box::new(disk.clone()), "serial-1")))
+    }
+    fn header(kind: u32, sector: u64) -> Vec<u8> {
+        [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat()
+    }
+    /// Sends one request with `body` between header and status; used length and status byte.
+    fn request(rig: &mut Rig, kind: u32, sector: u64, body: &[Descriptor]) -> (Option<u32>, u8) {
+        rig.put(DATA, &header(kind, sector));
+        rig.put(STATUS, &[0xee]);
+        let mut chain = vec![(DATA, 16, 0)];
+        chain.extend(body);
+        chain.push((STATUS, 1, WRITE_ONLY));
+        rig.offer(0, &chain);
+        (rig.used(0), rig.get(STATUS, 1)[0])
+    }
+
+    #[test]
+    fn requests_are_carried_out_and_answered() {
+        let range = |sector: u64, sectors: u32, flags: u32| {
+            [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+        };
+        let max = MAX_RANGE_SECTORS;
+        let read = |bytes| vec![(BODY, bytes, WRITE_ONLY)];
+        let write = |bytes| vec![(BODY, bytes, 0)];
+        // kind, sector, what lies in the body, descriptors, used, status, what the disk was asked
+        type Case = (u32, u64, Vec<u8>, Vec<Descriptor>, u32, u8, &'static str);
+        let cases: Vec<Case> = vec![
+            (T_IN, 2, vec![], read(1024), 1025, S_OK, "read 1024+1024"),
+            (T_IN, 0, vec![], vec![(BODY, 100, 2), (BODY + 512, 412, 2)], 513, S_OK, "read 0+512"),
+            (T_IN, 0, vec![], read(100), 1, S_IOERR, ""),
+            (T_IN, 128, vec![], read(512), 1, S_IOERR, "read 65536+512"),
+            (T_IN, u64::MAX, vec![], read(512), 1, S_IOERR, ""),
+            (T_OUT, 4, vec![9; 512], write(512), 1, S_OK, "write 2048+512"),
+            (T_FLUSH, 0, vec![], vec![], 1, S_OK, "flush"),
+            (T_GET_ID, 0, vec![], read(20), 21, S_OK, ""),
+            (T_DISCARD, 0, range(8, 8, 0), write(16), 1, S_OK, "discard 4096+4096"),
+            (T_DISCARD, 0, range(8, 8, 1), write(16), 1, S_UNSUPP, ""),
+            (T_DISCARD, 0, range(u64::MAX, 8, 0), write(16), 1, S_IOERR, ""),
+            (T_DISCARD, 0, range(0, max + 1, 0), write(16), 1, S_IOERR, ""),
+            (T_DISCARD, 0, vec![], write(15), 1, S_IOERR, ""),
+            (T_DISCARD, 0, vec![], vec![], 1, S_IOERR, ""),
+            (T_WRITE_ZEROES, 0, range(1, 2, 1), write(16), 1, S_OK, "zero 512+1024 unmap"),
+            (T_WRITE_ZEROES, 0, range(1, 2, 2), write(16), 1, S_UNSUPP, ""),
+            (77, 0, vec![], read(512), 1, S_UNSUPP, ""),
+        ];
+        twice(|reload| {
+            for without in RING_FEATURES {
+                let disk = MemoryDisk::new(DISK_BYTES);
+                let mut rig = rig(&disk, reload);
+                rig.start(1, without);
+                for (kind, sector, body, descriptors, used, status, asked) in &cases {
+                    rig.put(BODY, body);
+                    let answer = request(&mut rig, *kind, *sector, descriptors);
+                    assert_eq!(answer, (Some(*used), *status), "{kind} at {sector}: {descriptors:?}");
+                    let log = std::mem::take(&mut *disk.log.lock());
+                    assert_eq!(log.join(" "), *asked, "{kind} at {sector}");
+                    assert_eq!(rig.messages(), [0x41], "{kind} at {sector}");
+                }
+                assert_eq!(disk.bytes.lock()[2048..2560], [9; 512]);
+                assert_eq!(disk.bytes.lock()[512..1536], [0; 1024]);
+            }
+        });
+    }
+
+    #[test]
+    fn data_arrives_where_the_chain_says() {
+        twice(|reload| {
+            let disk = MemoryDisk::new(DISK_BYTES);
+            let mut rig = rig(&disk, reload);
+            rig.start(1, 0);
+            request(&mut rig, T_IN, 1, &[(BODY, 100, WRITE_ONLY), (BODY + 4096, 924, WRITE_ONLY)]);
+            assert_eq!(rig.get(BODY, 101), [[1; 100].as_slice(), &[0]].concat());
+            assert_eq!(rig.get(BODY + 4096, 924), [[1; 412].as_slice(), &[2; 512]].concat());
+            request(&mut rig, T_GET_ID, 0, &[(BODY, 20, WRITE_ONLY)]);
+            assert_eq!(rig.get(BODY, 20), b"serial-1\0\0\0\0\0\0\0\0\0\0\0\0");
+            // The same through an indirect table.
+            let table = DATA + 0x4000;
+            rig.put(DATA, &header(T_IN, 5));
+            rig.put_table(table, &[(DATA, 16, 0), (BODY, 512, WRITE_ONLY), (STATUS, 1, WRITE_ONLY)]);
+            rig.offer(0, &[(table, 48, INDIRECT)]);
+            assert_eq!((rig.used(0), rig.get(BODY, 2)), (Some(513), vec![5, 5]));
+        });
+    }
+
+    #[test]
+    fn a_held_request_is_tried_again_when_the_machine_resumes() {
+        twice(|reload| {
+            let disk = MemoryDisk::new(DISK_BYTES);
+            let mut rig = rig(&disk, reload);
+            rig.start(1, 0);
+            *disk.fault.lock() = Some(DiskFault::Hold);
+            rig.put(BODY, &[7; 512]);
+            assert_eq!(request(&mut rig, T_OUT, 3, &[(BODY, 512, 0)]), (None, 0xee));
+            rig.resume();
+            assert_eq!((rig.used(0), rig.messages().len()), (None, 0), "there is still no room");
+            *disk.fault.lock() = None;
+            rig.resume();
+            assert_eq!((rig.used(0), rig.get(STATUS, 1)[0], rig.messages()), (Some(1), S_OK, vec![0x41]));
+            assert_eq!(disk.bytes.lock()[1536..2048], [7; 512]);
+        });
+    }
+
+    #[test]
+    fn a_read_only_disk_offers_no_changes_and_refuses_them() {
+        let disk = MemoryDisk { read_only: true, ..MemoryDisk::new(DISK_BYTES) };
+        let offered = model(&disk).features;
+        assert_eq!(offered & (F_RO | F_DISCARD | F_WRITE_ZEROES), F_RO);
+        let mut rig = rig(&disk, false);
+        rig.start(1, 0);
+        assert_eq!(request(&mut rig, T_DISCARD, 0, &[(BODY, 16, 0)]), (Some(1), S_IOERR));
+    }
+
+    #[test]
+    fn hostile_chains_are_returned_or_break_the_device_but_nothing_else() {
+        let cases: [(&str, Vec<Descriptor>, Option<u32>); 6] = [
+            ("nothing writable", vec![(DATA, 16, 0)], Some(0)),
+            ("readable behind writable", vec![(STATUS, 1, WRITE_ONLY), (DATA, 16, 0)], Some(0)),
+            ("outside memory", vec![(RAM_BYTES - 8, 16, 0), (STATUS, 1, WRITE_ONLY)], Some(0)),
+            ("wraps around", vec![(u64::MAX - 3, 16, 0), (STATUS, 1, WRITE_ONLY)], Some(0)),
+            ("short header", vec![(DATA, 15, 0), (STATUS, 1, WRITE_ONLY)], Some(1)),
+            ("everything", vec![(0, RAM_BYTES as u32, 0), (STATUS, 1, WRITE_ONLY)], Some(1)),
+        ];
+        for (name, chain, used) in cases {
+            let disk = MemoryDisk::new(DISK_BYTES);
+            let mut rig = rig(&disk, false);
+            rig.start(1, 0);
+            rig.offer(0, &chain);
+            assert_eq!(rig.used(0), used, "{name}");
+        }
+        // A chain that leads to itself ends with the table.
+        let mut rig = rig(&MemoryDisk::new(DISK_BYTES), false);
+        rig.start(1, 0);
+        rig.put(0, &[&DATA.to_le_bytes()[..], &16u32.to_le_bytes(), &1u16.to_le_bytes(), &0u16.to_le_bytes()].concat());
+        rig.put(0x1004, &[0, 0]);
+        rig.put(0x1002, &[1, 0]);
+        rig.write(0x3000, 2, 0);
+        // More chains than the ring holds: the device needs a reset, and works after it.
+        rig.put(0x1002, &[0, 0x40]);
+        rig.write(0x3000, 2, 0);
+        assert_eq!(rig.read(0x14, 1) & 0x40, 0x40);
+        rig.start(1, 0);
+        for at in (0..0x3000).step_by(0x1000) {
+            rig.put(at, &[0; 0x1000]);
+        }
+        rig.start(1, 0);
+        assert_eq!(request(&mut rig, T_FLUSH, 0, &[]), (Some(1), S_OK));
     }
 }

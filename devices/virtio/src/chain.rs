@@ -3,8 +3,8 @@
 use guest_ram::Memory;
 use hv_core::GuestBuffer;
 use smallvec::SmallVec;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 use virtio_queue::DescriptorChain;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 /// Buffers of one direction, in order.
 pub(crate) type Buffers<'a> = SmallVec<[GuestBuffer<'a>; 8]>;
@@ -18,30 +18,25 @@ pub(crate) struct BadChain;
 
 /// A chain's buffers: first what the device reads, then what it writes.
 pub(crate) struct Gathered<'a> {
-    pub(crate) head: u16,
     pub(crate) readable: Buffers<'a>,
     pub(crate) writable: Buffers<'a>,
 }
 
-/// Walks `chain`. On failure the head is still known, so that the chain can be returned to the driver.
-pub(crate) fn gather<'a>(
-    memory: &'a Memory,
-    chain: DescriptorChain<&Memory>,
-) -> Result<Gathered<'a>, (u16, BadChain)> {
-    let head = chain.head_index();
-    let mut gathered = Gathered { head, readable: SmallVec::new(), writable: SmallVec::new() };
+/// Walks `chain`. After a failure nothing of it is used.
+pub(crate) fn gather<'a>(memory: &'a Memory, chain: DescriptorChain<&Memory>) -> Result<Gathered<'a>, BadChain> {
+    let mut gathered = Gathered { readable: SmallVec::new(), writable: SmallVec::new() };
     let mut count = 0;
     for descriptor in chain {
         count += 1;
         if count > MAX_SEGMENTS {
-            return Err((head, BadChain));
+            return Err(BadChain);
         }
         let buffers = if descriptor.is_write_only() {
             &mut gathered.writable
         } else if gathered.writable.is_empty() {
             &mut gathered.readable
         } else {
-            return Err((head, BadChain)); // VIRTIO 2.7.4.2
+            return Err(BadChain); // VIRTIO 2.7.4.2
         };
         let length = descriptor.len() as usize;
         if length == 0 {
@@ -49,7 +44,7 @@ pub(crate) fn gather<'a>(
         }
         // A buffer may cross from one memory region into the next.
         for slice in memory.get_slices(GuestAddress(descriptor.addr().0), length) {
-            buffers.push(slice.map_err(|_| (head, BadChain))?);
+            buffers.push(slice.map_err(|_| BadChain)?);
         }
     }
     Ok(gathered)

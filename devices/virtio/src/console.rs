@@ -115,3 +115,81 @@ impl Device for Console {
         Interest { readable: self.input.is_empty(), writable: self.jammed }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{DATA, Rig, WRITE_ONLY, twice};
+    use parking_lot::Mutex;
+    use std::sync::Arc;
+
+    /// What the host typed, what it has seen, and how much more it takes.
+    #[derive(Default)]
+    struct Host {
+        typed: Vec<u8>,
+        seen: Vec<u8>,
+        room: usize,
+    }
+    #[derive(Clone, Default)]
+    struct End(Arc<Mutex<Host>>);
+    impl ConsoleBackend for End {
+        fn read(&mut self, buffer: &mut [u8]) -> usize {
+            let typed = std::mem::take(&mut self.0.lock().typed);
+            buffer[..typed.len()].copy_from_slice(&typed);
+            typed.len()
+        }
+        fn write(&mut self, bytes: &[u8]) -> usize {
+            let mut host = self.0.lock();
+            let taken = bytes.len().min(host.room);
+            host.room -= taken;
+            host.seen.extend(&bytes[..taken]);
+            taken
+        }
+        fn size(&self) -> Option<(u16, u16)> {
+            Some((80, 25))
+        }
+        fn fd(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+    }
+    fn rig(end: &End, reload: bool) -> Rig {
+        let end = end.clone();
+        let mut rig = Rig::new(reload, move || (model(&end), Console::new(Box::new(end.clone()))));
+        rig.start(2, 0);
+        rig
+    }
+
+    #[test]
+    fn output_that_the_host_does_not_take_waits_and_is_not_repeated() {
+        let end = End::default();
+        let mut rig = rig(&end, false);
+        end.0.lock().room = 3;
+        rig.put(DATA, b"hello");
+        rig.offer(1, &[(DATA, 2, 0), (DATA + 2, 3, 0)]);
+        assert_eq!((rig.used(1), end.0.lock().seen.clone()), (None, b"hel".to_vec()));
+        end.0.lock().room = 10;
+        rig.work();
+        assert_eq!((rig.used(1), end.0.lock().seen.clone()), (Some(0), b"hello".to_vec()));
+    }
+
+    #[test]
+    fn input_waits_for_buffers_and_is_split_over_them() {
+        twice(|reload| {
+            let end = End::default();
+            let mut rig = rig(&end, reload);
+            rig.offer(0, &[(DATA, 3, WRITE_ONLY)]);
+            assert_eq!(rig.used(0), None);
+            end.0.lock().typed = b"abc".to_vec();
+            rig.work();
+            assert_eq!((rig.used(0), rig.get(DATA, 3), rig.messages()), (Some(3), b"abc".to_vec(), vec![0x41]));
+            assert_eq!((rig.read(0x2000, 2), rig.read(0x2002, 2)), (80, 25));
+        });
+        let end = End::default();
+        let mut rig = rig(&end, false);
+        end.0.lock().typed = b"defg".to_vec();
+        rig.offer(0, &[(DATA, 3, WRITE_ONLY)]);
+        assert_eq!((rig.used(0), rig.get(DATA, 3)), (Some(3), b"def".to_vec()));
+        rig.offer(0, &[(DATA, 3, WRITE_ONLY)]);
+        assert_eq!((rig.used(0), rig.get(DATA, 1)), (Some(1), b"g".to_vec()));
+    }
+}

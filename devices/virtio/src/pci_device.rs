@@ -214,7 +214,8 @@ impl VirtioPci {
         let wires = link.interrupts.lock();
         let vectors = wires.queue_vectors.iter();
         let queues = queues.iter().zip(vectors).map(|(setup, &vector)| {
-            let Setup { size, max_size: _, enabled, descriptors, driver, device, next_avail, next_used } = setup.clone();
+            let Setup { size, max_size: _, enabled, descriptors, driver, device, next_avail, next_used } =
+                setup.clone();
             QueueStateV1 { size, enabled, descriptors, driver, device, vector, next_avail, next_used }
         });
         VirtioStateV1 {
@@ -233,8 +234,13 @@ impl VirtioPci {
 
     /// Takes a saved state into a device that was just built; then [`VirtioPci::start_queues`]. The state is untrusted:
     /// after an error the device is not to be used.
-    pub fn restore(mut self, state: VirtioStateV1, messages: Arc<dyn hv_core::MsiSink>) -> Result<VirtioPci, StateError> {
-        let VirtioStateV1 { config, msix, isr, config_vector, status, queues, driver_features, queue_select, .. } = state;
+    pub fn restore(
+        mut self,
+        state: VirtioStateV1,
+        messages: Arc<dyn hv_core::MsiSink>,
+    ) -> Result<VirtioPci, StateError> {
+        let VirtioStateV1 { config, msix, isr, config_vector, status, queues, driver_features, queue_select, .. } =
+            state;
         let (device_feature_select, driver_feature_select) = (state.device_feature_select, state.driver_feature_select);
         if queues.len() != self.queues.len() {
             return Err(StateError::Length { field: "virtio.queues", want: self.queues.len(), got: queues.len() });

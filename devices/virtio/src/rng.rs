@@ -44,3 +44,34 @@ impl Device for Rng {
         Served::Used(chain::fill(&gathered.writable, random) as u32)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{DATA, Rig, WRITE_ONLY, twice};
+
+    struct Sevens(bool);
+    impl RandomSource for Sevens {
+        fn fill(&mut self, buffer: &mut [u8]) -> bool {
+            buffer.fill(7);
+            self.0
+        }
+    }
+
+    #[test]
+    fn buffers_are_filled_as_far_as_the_source_gives() {
+        twice(|reload| {
+            let mut rig = Rig::new(reload, || (model(), Rng::new(Box::new(Sevens(true)))));
+            rig.start(1, 0);
+            rig.offer(0, &[(DATA, 10, WRITE_ONLY), (DATA + 100, 6, WRITE_ONLY)]);
+            assert_eq!((rig.used(0), rig.messages()), (Some(16), vec![0x41]));
+            assert_eq!((rig.get(DATA + 9, 2), rig.get(DATA + 105, 2)), (vec![7, 0], vec![7, 0]));
+            rig.offer(0, &[(DATA, 65536, WRITE_ONLY)]);
+            assert_eq!(rig.used(0), Some(REQUEST_BYTES as u32));
+            let mut dry = Rig::new(reload, || (model(), Rng::new(Box::new(Sevens(false)))));
+            dry.start(1, 0);
+            dry.offer(0, &[(DATA, 10, WRITE_ONLY)]);
+            assert_eq!(dry.used(0), Some(0));
+        });
+    }
+}

@@ -1,1 +1,327 @@
-//! testing
+//! A driver for tests: one device, its rings in a small memory, an in-memory back end.
+//!
+//! With `reload` the device is saved, encoded, decoded and restored before every access, so that each test is a snapshot
+//! test too.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use guest_ram::{Gpa, GuestRam};
+use hv_core::{DiskBackend, DiskFault, GuestBuffer, IrqLine, Msi, MsiSink, Ring, Work};
+use parking_lot::Mutex;
+use pci::PciFunction;
+
+use crate::model::{F_EVENT_IDX, F_VERSION_1, Model};
+use crate::work::Device;
+use crate::{Lent, VirtioPci, pci_device};
+
+pub(crate) const RAM_BYTES: u64 = 1 << 20;
+const QUEUE_ENTRIES: u16 = 8;
+/// Rings of queue `n` start at `n * RING_STEP`: descriptors, available ring, used ring.
+const RING_STEP: u64 = 0x3000;
+const AVAILABLE: u64 = 0x1000;
+const USED: u64 = 0x2000;
+/// Where tests put data.
+pub(crate) const DATA: u64 = 0x1_0000;
+const BAR: u64 = 0xfe00_0000;
+pub(crate) const WRITE_ONLY: u16 = 2;
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const INDIRECT: u16 = 4;
+
+#[derive(Default)]
+pub(crate) struct Bell(AtomicBool);
+impl Ring for Bell {
+    fn ring(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+    fn eventfd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+}
+
+#[derive(Default)]
+pub(crate) struct Messages(Mutex<Vec<Msi>>);
+impl MsiSink for Messages {
+    fn signal(&self, msi: Msi) {
+        self.0.lock().push(msi);
+    }
+}
+
+/// A disk in memory, with a fault to answer with.
+#[derive(Clone, Default)]
+pub(crate) struct MemoryDisk {
+    pub(crate) bytes: Arc<Mutex<Vec<u8>>>,
+    pub(crate) fault: Arc<Mutex<Option<DiskFault>>>,
+    pub(crate) log: Arc<Mutex<Vec<String>>>,
+    pub(crate) read_only: bool,
+}
+
+impl MemoryDisk {
+    pub(crate) fn new(bytes: usize) -> MemoryDisk {
+        let disk = MemoryDisk::default();
+        disk.bytes.lock().extend((0..bytes).map(|i| (i / 512) as u8));
+        disk
+    }
+    fn request(&self, what: String, offset: u64, bytes: u64) -> Result<std::ops::Range<usize>, DiskFault> {
+        self.log.lock().push(what);
+        if let Some(fault) = *self.fault.lock() {
+            return Err(fault);
+        }
+        let end = offset.checked_add(bytes).filter(|&end| end <= self.bytes.lock().len() as u64);
+        end.map(|end| offset as usize..end as usize).ok_or(DiskFault::Report)
+    }
+}
+
+fn length(buffers: &[GuestBuffer<'_>]) -> u64 {
+    buffers.iter().map(|b| b.len() as u64).sum()
+}
+
+impl DiskBackend for MemoryDisk {
+    fn size_bytes(&self) -> u64 {
+        self.bytes.lock().len() as u64
+    }
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+    fn read(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
+        let range = self.request(format!("read {offset}+{}", length(buffers)), offset, length(buffers))?;
+        let mut at = range.start;
+        for buffer in buffers {
+            buffer.copy_from(&self.bytes.lock()[at..at + buffer.len()]);
+            at += buffer.len();
+        }
+        Ok(())
+    }
+    fn write(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
+        let range = self.request(format!("write {offset}+{}", length(buffers)), offset, length(buffers))?;
+        let mut at = range.start;
+        for buffer in buffers {
+            buffer.copy_to(&mut self.bytes.lock()[at..at + buffer.len()]);
+            at += buffer.len();
+        }
+        Ok(())
+    }
+    fn flush(&mut self) -> Result<(), DiskFault> {
+        self.request("flush".into(), 0, 0).map(|_| ())
+    }
+    fn discard(&mut self, offset: u64, bytes: u64) -> Result<(), DiskFault> {
+        self.request(format!("discard {offset}+{bytes}"), offset, bytes).map(|_| ())
+    }
+    fn write_zeroes(&mut self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), DiskFault> {
+        let unmap = if may_unmap { " unmap" } else { "" };
+        let range = self.request(format!("zero {offset}+{bytes}{unmap}"), offset, bytes)?;
+        self.bytes.lock()[range].fill(0);
+        Ok(())
+    }
+}
+
+/// One descriptor: address, length, flags.
+pub(crate) type Descriptor = (u64, u32, u16);
+
+type Make = Box<dyn Fn(Lent) -> (VirtioPci, Box<dyn Work>)>;
+
+/// A device and its driver.
+pub(crate) struct Rig {
+    pub(crate) ram: GuestRam,
+    function: Option<VirtioPci>,
+    work: Box<dyn Work>,
+    bell: Arc<Bell>,
+    messages: Arc<Messages>,
+    make: Make,
+    reload: bool,
+    available: [u16; 2],
+    seen: [u16; 2],
+}
+
+impl Rig {
+    /// The device that `parts` describes, BAR 4 mapped, its MSI-X vectors 0 and 1 open.
+    pub(crate) fn new<D: Device + 'static>(reload: bool, parts: impl Fn() -> (Model, D) + 'static) -> Rig {
+        let make: Make = Box::new(move |lent| {
+            let (model, device) = parts();
+            let (function, working) = pci_device::build(model, device, lent);
+            (function, Box::new(working) as Box<dyn Work>)
+        });
+        let ram = GuestRam::new(&[(Gpa(0), RAM_BYTES)]).unwrap();
+        let (bell, messages) = (Arc::<Bell>::default(), Arc::<Messages>::default());
+        let lent = lent(&ram, &bell, &messages);
+        let (mut function, work) = make(lent);
+        function.config_write(0x20, 4, BAR as u32);
+        function.config_write(4, 2, 6);
+        let mut rig =
+            Rig { ram, function: Some(function), work, bell, messages, make, reload, available: [0; 2], seen: [0; 2] };
+        rig.open_vectors();
+        rig
+    }
+
+    pub(crate) fn function(&mut self) -> &mut VirtioPci {
+        self.function.as_mut().unwrap()
+    }
+
+    fn open_vectors(&mut self) {
+        let function = self.function();
+        for vector in 0..2u64 {
+            function.window_write(1, 16 * vector, 4, 0xfee0_0000);
+            function.window_write(1, 16 * vector + 8, 4, 0x40 + vector);
+            function.window_write(1, 16 * vector + 12, 4, 0);
+        }
+        let mut at = function.config_read(0x34, 1) as u8;
+        while function.config_read(at, 1) != 0x11 {
+            at = function.config_read(at + 1, 1) as u8;
+        }
+        function.config_write(at + 2, 2, 0x8000);
+    }
+
+    fn settle(&mut self) {
+        while self.bell.0.swap(false, Ordering::SeqCst) {
+            self.work.work();
+        }
+    }
+
+    fn before_access(&mut self) {
+        if !self.reload {
+            return;
+        }
+        let mut old = self.function.take().unwrap();
+        old.stop_queues();
+        self.settle();
+        let state = hv_null::golden::recode(&old.save());
+        let (function, work) = (self.make)(lent(&self.ram, &self.bell, &self.messages));
+        self.work = work;
+        let mut function = function.restore(state, self.messages.clone()).unwrap();
+        function.start_queues();
+        self.function = Some(function);
+        self.settle();
+    }
+
+    pub(crate) fn read(&mut self, offset: u64, bytes: u8) -> u64 {
+        self.before_access();
+        let value = self.function().window_read(4, offset, bytes);
+        self.settle();
+        value
+    }
+    pub(crate) fn write(&mut self, offset: u64, bytes: u8, value: u64) {
+        self.before_access();
+        self.function().window_write(4, offset, bytes, value);
+        let mut doorbells = Vec::new();
+        self.function().doorbells(&mut doorbells);
+        doorbells.iter().filter(|d| d.address.0 == BAR + offset).for_each(|d| d.target.ring());
+        self.settle();
+    }
+
+    /// Driver initialisation with every feature but `without`, queues 0 to `queues - 1`, vector 1. VIRTIO 3.1.1
+    pub(crate) fn start(&mut self, queues: u16, without: u64) {
+        self.write(0x14, 1, 0);
+        self.write(0x14, 1, 3);
+        for half in 0..2 {
+            self.write(0, 4, half);
+            let offered = self.read(4, 4);
+            self.write(8, 4, half);
+            self.write(0xc, 4, offered & !(without >> (32 * half)));
+        }
+        self.write(0x14, 1, 11);
+        assert_eq!(self.read(0x14, 1), 11, "features are accepted");
+        self.write(0x10, 2, 0);
+        for queue in 0..u64::from(queues) {
+            let base = queue * RING_STEP;
+            for (offset, bytes, value) in [
+                (0x16, 2, queue),
+                (0x18, 2, QUEUE_ENTRIES.into()),
+                (0x1a, 2, 1),
+                (0x20, 8, base),
+                (0x28, 8, base + AVAILABLE),
+                (0x30, 8, base + USED),
+                (0x1c, 2, 1),
+            ] {
+                self.write(offset, bytes, value);
+            }
+        }
+        self.write(0x14, 1, 15);
+        self.available = [0; 2];
+        self.seen = [0; 2];
+    }
+
+    pub(crate) fn put(&self, at: u64, bytes: &[u8]) {
+        self.ram.write(Gpa(at), bytes).unwrap();
+    }
+    pub(crate) fn get(&self, at: u64, bytes: usize) -> Vec<u8> {
+        let mut buffer = vec![0; bytes];
+        self.ram.read(Gpa(at), &mut buffer).unwrap();
+        buffer
+    }
+
+    /// Writes a chain of descriptors to a table.
+    pub(crate) fn put_table(&self, table: u64, chain: &[Descriptor]) {
+        for (i, &(address, bytes, flags)) in (0u16..).zip(chain) {
+            let last = usize::from(i) + 1 == chain.len();
+            let flags = if last { flags } else { flags | NEXT };
+            let mut descriptor = address.to_le_bytes().to_vec();
+            descriptor.extend(bytes.to_le_bytes());
+            descriptor.extend(flags.to_le_bytes());
+            descriptor.extend((i + 1).to_le_bytes());
+            self.put(table + 16 * u64::from(i), &descriptor);
+        }
+    }
+
+    /// Offers `chain` on `queue` and rings its doorbell.
+    pub(crate) fn offer(&mut self, queue: u16, chain: &[Descriptor]) {
+        let base = u64::from(queue) * RING_STEP;
+        self.put_table(base, chain);
+        let index = self.available[usize::from(queue)];
+        self.put(base + AVAILABLE + 4 + 2 * u64::from(index % QUEUE_ENTRIES), &0u16.to_le_bytes());
+        self.available[usize::from(queue)] = index.wrapping_add(1);
+        self.put(base + AVAILABLE + 2, &index.wrapping_add(1).to_le_bytes());
+        // The driver wants to hear of the next used buffer. VIRTIO 2.7.7
+        self.put(base + AVAILABLE + 4 + 2 * u64::from(QUEUE_ENTRIES), &index.to_le_bytes());
+        self.write(0x3000 + 4 * u64::from(queue), 2, queue.into());
+    }
+
+    /// Length of the next used element of `queue`; `None` if there is none.
+    pub(crate) fn used(&mut self, queue: u16) -> Option<u32> {
+        let base = u64::from(queue) * RING_STEP + USED;
+        let index = u16::from_le_bytes(self.get(base + 2, 2).try_into().unwrap());
+        let seen = &mut self.seen[usize::from(queue)];
+        if index == *seen {
+            return None;
+        }
+        let at = base + 4 + 8 * u64::from(*seen % QUEUE_ENTRIES);
+        *seen = seen.wrapping_add(1);
+        Some(u32::from_le_bytes(self.get(at + 4, 4).try_into().unwrap()))
+    }
+    /// Data of the messages signalled since last asked.
+    pub(crate) fn messages(&self) -> Vec<u32> {
+        std::mem::take(&mut *self.messages.0.lock()).iter().map(|msi| msi.data).collect()
+    }
+    /// The machine goes on after a pause.
+    pub(crate) fn resume(&mut self) {
+        self.work.resumed();
+        self.work.work();
+        self.settle();
+    }
+    /// The back end of the device became ready.
+    pub(crate) fn work(&mut self) {
+        self.work.work();
+        self.settle();
+    }
+}
+
+fn lent(ram: &GuestRam, bell: &Arc<Bell>, messages: &Arc<Messages>) -> Lent {
+    Lent {
+        memory: ram.memory().clone(),
+        messages: messages.clone(),
+        interrupt_pin: IrqLine::unconnected(),
+        bell: bell.clone(),
+    }
+}
+
+/// Runs a test as it is and with a reload before every access.
+pub(crate) fn twice(test: impl Fn(bool)) {
+    test(false);
+    test(true);
+}
+
+/// Transport features that change how rings are used.
+pub(crate) const RING_FEATURES: [u64; 2] = [0, F_EVENT_IDX];
+
+/// What a driver must accept.
+#[allow(dead_code)]
+pub(crate) const NEEDED: u64 = F_VERSION_1;
