@@ -1,6 +1,7 @@
 //! The project's chores: `cargo xtask demo`, `cargo xtask test` and what they are made of.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod bench;
 mod cpio;
 mod demo;
 mod guest;
@@ -9,6 +10,8 @@ mod packages;
 mod run;
 mod tests;
 mod tidy;
+#[allow(unsafe_code)]
+mod usage;
 
 use anyhow::{Result, bail};
 
@@ -20,6 +23,7 @@ cargo xtask <task> [options]
   demo --clean        removes what a demo left
   test [--long]       everything that must hold: tidy, formatting, lints, all tests (--long: the slow ones too)
   guest               builds the demo guest (kernel, initrd, disk) into target/guest and says where
+  bench NAME          boot, vmm: our figure, the peer's from the same run, the ratio
   lab [--exits]       real KVM inside an emulated machine: probe, tiny guests, demo guest (--exits: counts of a boot)
   tidy                compares ARCHITECTURE.md with the crates and their dependencies
 
@@ -55,6 +59,11 @@ fn task() -> Result<()> {
             println!("bench initrd {}", guest.bench_initrd.display());
             println!("disk   {}", guest.disk.display());
             Ok(())
+        }
+        "bench" => {
+            let name = if args.is_empty() { String::new() } else { args.remove(0) };
+            no_more(&args)?;
+            bench::go(consent, &name)
         }
         "demo" => {
             let (check, clean) = (take_flag(&mut args, "--check"), take_flag(&mut args, "--clean"));
