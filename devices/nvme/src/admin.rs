@@ -64,7 +64,7 @@ fn new_queue(command: &Command) -> Result<(u16, u32), Status> {
     if id == 0 || id >= QUEUES {
         return Err(Status::QUEUE_ID);
     }
-    if entries < 2 || entries > MAX_ENTRIES {
+    if !(2..=MAX_ENTRIES).contains(&entries) {
         return Err(Status::QUEUE_SIZE);
     }
     if command.dword11() & PHYSICALLY_CONTIGUOUS == 0 {

@@ -1,7 +1,7 @@
 //! Where the two halves meet.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 
 use hv_core::Ring;
 use parking_lot::Mutex;
@@ -41,8 +41,6 @@ pub(crate) const SHUTDOWN_COMPLETE: u8 = 2;
 pub(crate) struct Link {
     inbox: Mutex<Vec<Request>>,
     parked: Mutex<Option<ControllerStateV1>>,
-    sent: AtomicU64,
-    done: AtomicU64,
     ready: AtomicBool,
     fatal: AtomicBool,
     shutdown: AtomicU8,
@@ -57,8 +55,6 @@ impl Link {
         Link {
             inbox: Mutex::default(),
             parked: Mutex::default(),
-            sent: AtomicU64::new(0),
-            done: AtomicU64::new(0),
             ready: AtomicBool::new(false),
             fatal: AtomicBool::new(false),
             shutdown: AtomicU8::new(0),
@@ -73,13 +69,8 @@ impl Link {
     }
     /// Register half: asks, and wakes the working half.
     pub(crate) fn send(&self, request: Request) {
-        self.sent.fetch_add(1, Ordering::SeqCst);
         self.inbox.lock().push(request);
         self.bell.ring();
-    }
-    /// Register half: everything asked has been done.
-    pub(crate) fn idle(&self) -> bool {
-        self.sent.load(Ordering::SeqCst) == self.done.load(Ordering::SeqCst)
     }
     /// Register half: a doorbell register was written.
     pub(crate) fn ring(&self, index: usize, value: u32) {
@@ -95,10 +86,6 @@ impl Link {
     /// Working half: the oldest requests.
     pub(crate) fn receive(&self) -> Vec<Request> {
         std::mem::take(&mut self.inbox.lock())
-    }
-    /// Working half: a request has been carried out.
-    pub(crate) fn finish(&self) {
-        self.done.fetch_add(1, Ordering::SeqCst);
     }
     pub(crate) fn park(&self, state: Option<ControllerStateV1>) {
         *self.parked.lock() = state;

@@ -219,12 +219,12 @@ impl Rig {
         let mut entry = [0u8; 16];
         self.ram.read(Gpa(base + 16 * u64::from(self.heads[queue] % ENTRIES)), &mut entry).unwrap();
         let word = |at: usize| u32::from_le_bytes(entry[at..at + 4].try_into().unwrap());
-        let phase = self.heads[queue] / ENTRIES % 2 == 0;
+        let phase = (self.heads[queue] / ENTRIES).is_multiple_of(2);
         if (word(12) >> 16 & 1 == 1) != phase {
             return None;
         }
         assert_eq!(word(12) as u16, self.next_id);
-        assert_eq!(word(8), self.tails[queue] % ENTRIES | (queue as u32) << 16);
+        assert_eq!(word(8), (self.tails[queue] % ENTRIES) | (queue as u32) << 16);
         self.heads[queue] += 1;
         self.write(0x1004 + 8 * queue as u64, 4, (self.heads[queue] % ENTRIES).into());
         // Without the bits "do not retry" and "more".
@@ -301,7 +301,7 @@ fn impossible_set_ups_are_fatal_until_the_next_reset() {
     twice(|_, mut rig| {
         for (asq, aqa, cc) in [
             (RAM_BYTES, 0xf_000f, 0x46_0001),
-            (u64::MAX & !0xfff, 0xf_000f, 0x46_0001),
+            (!0xfff, 0xf_000f, 0x46_0001),
             (ADMIN_SUBMISSION, 0xf_0000, 0x46_0001),
             (ADMIN_SUBMISSION, 0xf_000f, 0x46_0081),
             (ADMIN_SUBMISSION, 0xf_000f, 0x55_0001),

@@ -124,7 +124,9 @@ impl Controller {
             self.add_submission(id, SubmissionQueue { base, size, head, completion });
             self.link.set_tail(id, tail);
         }
-        state.features.into_iter().for_each(|(number, value)| drop(self.set_feature(number, value)));
+        for (number, value) in state.features {
+            self.set_feature(number, value);
+        }
         self.event_requests = state.event_requests;
         self.event_requests.truncate(EVENT_REQUESTS);
         true
@@ -177,7 +179,6 @@ impl Working {
                     false => self.fail(),
                 },
             }
-            self.link.finish();
         }
     }
 

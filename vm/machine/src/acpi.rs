@@ -238,8 +238,8 @@ impl Aml for IsaBridge<'_> {
         let rtc = IsaDevice { name: "RTC_", id: "PNP0B00", uid: None, ports: &[(0x70, 2)], irqs: &[8] };
         let keyboard = IsaDevice { name: "KBD_", id: "PNP0303", uid: None, ports: &[(0x60, 1), (0x64, 1)], irqs: &[1] };
         let mouse = IsaDevice { name: "MOU_", id: "PNP0F13", uid: None, ports: &[], irqs: &[12] };
-        let serial_ports: Vec<([(u16, u8); 1], [u8; 1])> =
-            SERIAL_PORTS.iter().map(|&(port, irq)| ([(port, 8)], [irq])).collect();
+        let ports = SERIAL_PORTS.map(|(port, _)| [(port, 8)]);
+        let irqs = SERIAL_PORTS.map(|(_, irq)| [irq]);
         let names = ["COM1", "COM2", "COM3", "COM4"];
         let serial: Vec<IsaDevice<'_>> = (0..4)
             .filter(|&i| self.0.serial[i])
@@ -247,8 +247,8 @@ impl Aml for IsaBridge<'_> {
                 name: names[i],
                 id: "PNP0501",
                 uid: Some(i as u8 + 1),
-                ports: &serial_ports[i].0,
-                irqs: &serial_ports[i].1,
+                ports: &ports[i],
+                irqs: &irqs[i],
             })
             .collect();
         let mut children: Vec<&dyn Aml> = vec![&address, &rtc, &keyboard, &mouse];

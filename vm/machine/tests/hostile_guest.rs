@@ -235,7 +235,9 @@ fn put_request(ram: &GuestRam, random: &mut Random, table: u64) {
     words[8..].copy_from_slice(&random.pick(&[0, 1, DISK_BYTES / 512 - 1, u64::MAX]).to_le_bytes());
     ram.write(Gpa(header), &words).unwrap();
     for (i, (bytes, flags)) in
-        [(16u32, 1u16), (random.pick(&[16, 512, 4096]), 1 | random.below(2) as u16 * 2), (1, 2)].into_iter().enumerate()
+        [(16u32, 1u16), (random.pick(&[16, 512, 4096]), 1 | (random.below(2) as u16) << 1), (1, 2)]
+            .into_iter()
+            .enumerate()
     {
         let address = if i == 0 { header } else { random.below(RAM_BYTES) & !0xfff };
         let mut descriptor = address.to_le_bytes().to_vec();

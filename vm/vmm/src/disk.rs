@@ -211,3 +211,72 @@ impl DiskBackend for DiskEnd {
         self.answer(result, self.on_write_error, "write")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use DiskErrorPolicy::{Enospace, Ignore, Report, Stop};
+    use std::io::{Error, ErrorKind::StorageFull};
+
+    fn end(notes: &Arc<Notes>) -> DiskEnd {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let link = monitor::ChainLink { file: monitor::FdIndex(0), path: "d.img".into(), format: DiskFormat::Raw };
+        let config = monitor::Disk {
+            target: "vda".into(),
+            bus: monitor::DiskBus::Virtio,
+            chain: vec![link],
+            read_only: false,
+            serial: None,
+            cache: CacheMode::Writeback,
+            discard: Discard::Unmap,
+            on_write_error: Enospace,
+            on_read_error: Report,
+        };
+        let shared = Arc::new(SharedDisk::open(&config, vec![file.into()]).unwrap());
+        DiskEnd { shared, on_write_error: Enospace, on_read_error: Report, notes: notes.clone() }
+    }
+    fn full() -> BlockError {
+        BlockError::NoSpace { path: "d.img".into(), action: block::Action::Write, source: Error::from(StorageFull) }
+    }
+    fn broken() -> BlockError {
+        let source = Error::from(std::io::ErrorKind::PermissionDenied);
+        BlockError::Io { path: "d.img".into(), action: block::Action::Write, source }
+    }
+
+    #[test]
+    fn the_policy_decides_how_a_failure_ends() {
+        type Make = fn() -> BlockError;
+        let cases: [(Make, DiskErrorPolicy, Result<(), DiskFault>, bool); 8] = [
+            (full, Enospace, Err(DiskFault::Hold), true),
+            (broken, Enospace, Err(DiskFault::Report), false),
+            (full, Stop, Err(DiskFault::Hold), true),
+            (broken, Stop, Err(DiskFault::Hold), true),
+            (full, Report, Err(DiskFault::Report), false),
+            (broken, Report, Err(DiskFault::Report), false),
+            (full, Ignore, Ok(()), false),
+            (broken, Ignore, Ok(()), false),
+        ];
+        let notes = Arc::new(Notes::new().unwrap());
+        let end = end(&notes);
+        for (error, policy, want, held) in cases {
+            assert_eq!(end.answer(Err(error()), policy, "write"), want, "{policy:?} {}", error());
+            let told: Vec<Note> = notes.take().into();
+            let [Note::Disk(note)] = &told[..] else { panic!("{told:?}") };
+            assert_eq!((note.held, note.operation, note.target.as_str()), (held, "write", "vda"));
+            assert_eq!(note.no_space, error().kind() == ErrorKind::NoSpace);
+        }
+        assert_eq!(end.shared.stats().errors, 8);
+    }
+
+    #[test]
+    fn what_the_guest_should_not_have_asked_is_told_to_it_alone() {
+        let notes = Arc::new(Notes::new().unwrap());
+        let mut end = end(&notes);
+        end.on_write_error = Stop;
+        assert_eq!(end.discard(4096, 512), Err(DiskFault::Report));
+        assert!(notes.take().is_empty());
+        assert_eq!((end.flush(), end.discard(0, 4096), end.size_bytes()), (Ok(()), Ok(()), 4096));
+        assert_eq!((end.shared.stats().flushes, end.shared.stats().physical_bytes), (1, 4096));
+    }
+}

@@ -96,3 +96,32 @@ fn the_sandbox_refuses_files_sockets_and_programs() {
         assert_eq!(signal(output.status), Some(SIGSYS), "{deed}: {output:?}");
     }
 }
+
+#[test]
+fn ctrl_right_bracket_leaves_and_the_terminal_is_as_it_was() {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use rustix::termios::{LocalModes, tcgetattr};
+    use std::fs::File;
+    let person = File::from(openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap());
+    grantpt(&person).unwrap();
+    unlockpt(&person).unwrap();
+    let name = ptsname(&person, Vec::new()).unwrap().into_string().unwrap();
+    let terminal = File::options().read(true).write(true).open(name).unwrap();
+    let before = tcgetattr(&terminal).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = Guest::default().print("up\n").spin().write(directory.path());
+    let mut command = vmm();
+    command.args(["run", "--memory", "32", "--kernel"]).arg(kernel);
+    let side = || Stdio::from(terminal.try_clone().unwrap());
+    let mut child = command.stdin(side()).stdout(side()).stderr(Stdio::null()).spawn().unwrap();
+    assert_eq!(support::lines(&person).next().as_deref(), Some("up"));
+    let raw = tcgetattr(&terminal).unwrap();
+    assert!(!raw.local_modes.intersects(LocalModes::ECHO | LocalModes::ICANON | LocalModes::ISIG));
+    (&person).write_all(b"\x1d").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let after = tcgetattr(&terminal).unwrap();
+    assert_eq!(
+        (after.local_modes, after.input_modes, after.output_modes),
+        (before.local_modes, before.input_modes, before.output_modes)
+    );
+}

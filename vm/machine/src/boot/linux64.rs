@@ -88,7 +88,7 @@ fn write_page_tables(target: &Target<'_>) -> Result<(), BootError> {
     pml4[..8].copy_from_slice(&(pdpt | PRESENT_WRITABLE).to_le_bytes());
     let mut tables = pml4;
     let pointers: Vec<u8> =
-        (0..LARGE_PAGES / 512).flat_map(|i| (directories + i * 0x1000 | PRESENT_WRITABLE).to_le_bytes()).collect();
+        (0..LARGE_PAGES / 512).flat_map(|i| ((directories + i * 0x1000) | PRESENT_WRITABLE).to_le_bytes()).collect();
     tables.extend(&pointers);
     tables.resize(0x2000, 0);
     tables.extend((0..LARGE_PAGES).flat_map(|i| (i << 21 | LARGE | PRESENT_WRITABLE).to_le_bytes()));
