@@ -267,6 +267,19 @@ fn twice(test: impl Fn(&MemoryDisk, Rig)) {
 }
 
 #[test]
+fn the_saved_state_keeps_its_encoding() {
+    let mut rig = Rig::new(&MemoryDisk::new(), false);
+    rig.enable();
+    rig.create_queues();
+    rig.submit(0, Sent { opcode: 0xc, ..Sent::default() });
+    let function = rig.function.as_mut().unwrap();
+    function.stop_queues();
+    rig.settle();
+    let state = rig.function.as_mut().unwrap().save();
+    hv_null::golden::check("testdata/states/nvme-v1.hex".as_ref(), &state);
+}
+
+#[test]
 fn registers_after_reset_and_their_read_only_bits() {
     twice(|_, mut rig| {
         for (offset, want) in [(0x00, 0x1401_03ff), (0x04, 0x20), (0x08, 0x0001_0400), (0x14, 0), (0x1c, 0)] {
@@ -469,6 +482,11 @@ fn data_lands_on_the_pages_of_the_list_in_its_order() {
         for i in 0..128u64 {
             assert_eq!(rig.data(page(i), 513)[511..], [(i * 8) as u8, (i * 8 + 1) as u8], "page {i}");
         }
+        // A transfer that starts within a page goes on at the start of the next.
+        let sent = Sent { opcode: 2, prp: [DATA + 4096 - 512, DATA + 65536], dwords: [1, 0, 2], ..Sent::default() };
+        assert_eq!(rig.io(sent), Status::SUCCESS);
+        assert_eq!(rig.data(DATA + 4096 - 512, 512), [1; 512]);
+        assert_eq!((rig.data(DATA + 65536, 512), rig.data(DATA + 65536 + 512, 512)), (vec![2; 512], vec![3; 512]));
         // A list whose pages lead to their own last entries has no end, and is refused.
         let at = LIST + 4096 - 8;
         rig.put(at, &at.to_le_bytes());

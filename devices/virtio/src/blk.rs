@@ -245,6 +245,16 @@ mod tests {
     }
 
     #[test]
+    fn the_saved_state_keeps_its_encoding() {
+        let disk = MemoryDisk::new(DISK_BYTES);
+        let mut rig = rig(&disk, false);
+        rig.start(1, 0);
+        request(&mut rig, T_FLUSH, 0, &[]);
+        let state = rig.save();
+        hv_null::golden::check("testdata/states/virtio-v1.hex".as_ref(), &state);
+    }
+
+    #[test]
     fn data_arrives_where_the_chain_says() {
         twice(|reload| {
             let disk = MemoryDisk::new(DISK_BYTES);

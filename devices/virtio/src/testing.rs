@@ -177,6 +177,13 @@ impl Rig {
         }
     }
 
+    /// What a snapshot carries; the queues stay with the register half.
+    pub(crate) fn save(&mut self) -> crate::VirtioStateV1 {
+        self.function().stop_queues();
+        self.settle();
+        self.function().save()
+    }
+
     fn before_access(&mut self) {
         if !self.reload {
             return;

@@ -264,6 +264,7 @@ mod tests {
             printed.extend(text.into_bytes());
         }
         assert!(end.waiting_output().is_some());
+        assert_eq!(end.backlog.lock().len(), BACKLOG_BYTES);
         let mut seen = drain(&reader);
         while end.waiting_output().is_some() {
             end.flush();
