@@ -164,10 +164,8 @@ impl Connection {
     fn keep(&mut self, frame: Frame) -> Result<(), ClientError> {
         let Header { program, kind, procedure, serial, status, version } = frame.header;
         match kind {
-            MessageType::Message if program == KEEPALIVE_PROGRAM => {
-                if procedure == KEEPALIVE_PING {
-                    self.socket.write_all(&frame_of(Header::keepalive(KEEPALIVE_PONG), &()))?;
-                }
+            MessageType::Message if program == KEEPALIVE_PROGRAM && procedure == KEEPALIVE_PING => {
+                self.socket.write_all(&frame_of(Header::keepalive(KEEPALIVE_PONG), &()))?;
             }
             MessageType::Message if program == REMOTE_PROGRAM && version == PROGRAM_VERSION => {
                 // Events of kinds that are not known here are none of ours.

@@ -22,4 +22,6 @@ pub use error::ClientError;
 pub use event::{Event, EventKind};
 pub use host::{NodeInfo, Version};
 pub use rpc_wire::{DomainRef, ErrorCode, ParamValue, TypedParam};
+/// Identifiers and names of events; the calls that [`Connection::call`] makes.
+pub use rpc_wire::{events, remote};
 pub use uri::{Target, UriError};

@@ -121,7 +121,8 @@ fn authorise(daemon: &Daemon, client: &Client, program: u32, row: &Procedure) ->
     if daemon.mode == Mode::Session && client.peer.uid != owner && client.peer.uid != 0 {
         return Err(DaemonError::WrongUser { uid: client.peer.uid, owner });
     }
-    if !client.is_opened() && !(program == REMOTE_PROGRAM && BEFORE_OPEN.contains(&row.number)) {
+    let early = program == REMOTE_PROGRAM && BEFORE_OPEN.contains(&row.number);
+    if !client.is_opened() && !early {
         return Err(DaemonError::NotOpened);
     }
     if row.access == Access::Write && client.is_read_only() {

@@ -33,7 +33,8 @@ pub fn find_vmm(given: Option<&Path>) -> PathBuf {
 
 /// Runs the probe. A probe that cannot be run means that KVM is not used.
 pub async fn probe_kvm(program: PathBuf) -> KvmReport {
-    let failed = |reason: String| KvmReport { usable: false, reason };
+    let failed =
+        |reason: String| KvmReport { usable: false, reason: format!("{reason}; use type 'qemu' for the software CPU") };
     let shown = program.display().to_string();
     let run = move || Command::new(&program).arg("--probe-kvm").stdin(Stdio::null()).stderr(Stdio::null()).output();
     match tokio::task::spawn_blocking(run).await {

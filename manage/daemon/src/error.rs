@@ -78,7 +78,7 @@ pub enum DaemonError {
     NameTaken { name: String, uuid: Uuid },
     #[error("operation failed: domain '{name}' is already defined with uuid {uuid}")]
     UuidTaken { name: String, uuid: Uuid },
-    #[error("operation failed: domain is already active as '{name}'")]
+    #[error("Requested operation is not valid: domain is already active as '{name}'")]
     AlreadyActive { name: String },
     #[error("Requested operation is not valid: domain with name '{name}' already exists")]
     RenameTarget { name: String },
@@ -122,10 +122,7 @@ pub enum DaemonError {
     AlreadyRunning,
     #[error("unsupported configuration: {detail}")]
     Unsupported { detail: String },
-    #[error(
-        "unsupported configuration: domain type 'kvm' does not work on this host: {reason}; use type 'qemu' for the \
-         software CPU"
-    )]
+    #[error("unsupported configuration: domain type 'kvm' does not work on this host: {reason}")]
     KvmUnusable { reason: String },
     #[error("Network not found: no network with matching name '{name}'")]
     NoNetwork { name: String },
@@ -304,5 +301,132 @@ fn failure_number(class: FailureClass) -> (Code, Origin) {
         FailureClass::Boot | FailureClass::Internal | FailureClass::Command => (Code::InternalError, Origin::Qemu),
         FailureClass::Resource => (Code::NoMemory, Origin::Qemu),
         FailureClass::State => (Code::OperationInvalid, Origin::Qemu),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+    use std::mem::discriminant;
+    use std::path::Path;
+
+    /// One of every variant.
+    #[rustfmt::skip] // one row per error
+    fn samples() -> Vec<DaemonError> {
+        use DaemonError as E;
+        let name = || "vm1".to_owned();
+        let path = || PathBuf::from("/dir/file");
+        let denied = || io::Error::from_raw_os_error(13);
+        let uuid = Uuid::from_u128(0x1111_1111_2222_3333_4444_5555_5555_5555);
+        let api = "virDomainX";
+        vec![
+            E::UnknownProcedure { number: 999 },
+            E::UnknownProgram { program: 7, version: 1 },
+            E::Payload(XdrError::Short { missing: 4 }),
+            E::CallStatus { status: 2 },
+            E::NotOpened,
+            E::StreamBusy { serial: 3 },
+            E::UnexpectedHole,
+            E::NotSupported { api },
+            E::ReadOnly { api },
+            E::WrongUser { uid: 1000, owner: 1001 },
+            E::UnsupportedFlags { flags: 0x80, api },
+            E::SecureReadOnly { api },
+            E::BadArgument { argument: "nvcpus", found: 0, api },
+            E::NoDriver { uri: "foo:///system".into() },
+            E::UriPath { scheme: "qemu".into(), path: "/nosuch".into(), expected: "system" },
+            E::UnknownEvent { event_id: 99 },
+            E::NoCallback { callback_id: 5 },
+            E::TooManyCallbacks { limit: 1024 },
+            E::NoDomainNamed { name: name() },
+            E::NoDomainWithUuid { uuid },
+            E::NoDomain { uuid, name: name() },
+            E::NoDomainWithId { id: 7 },
+            E::TooManyDomains { count: 20000, limit: 16384 },
+            E::Xml(DomainXmlError::NoName),
+            E::NameTaken { name: name(), uuid },
+            E::UuidTaken { name: name(), uuid },
+            E::AlreadyActive { name: name() },
+            E::RenameTarget { name: name() },
+            E::RenameActive,
+            E::RenameTransient,
+            E::RenameInvalid { name: name() },
+            E::AutostartTransient,
+            E::UndefineTransient,
+            E::NoPersistentConfig,
+            E::BothAffected,
+            E::NoMetadata,
+            E::MetadataInvalid { detail: "the namespace uri is missing" },
+            E::TooManyVcpus { wanted: 3, max: 2 },
+            E::TooMuchMemory { wanted: 2048, max: 1024 },
+            E::LiveChange { what: "the memory" },
+            E::NoSuchDisk { path: "vdz".into() },
+            E::NoSuchInterface { device: "vnet0".into() },
+            E::NotRunning,
+            E::AlreadyRunning,
+            E::Unsupported { detail: "this and that".into() },
+            E::KvmUnusable { reason: "no /dev/kvm".into() },
+            E::NoNetwork { name: "default".into() },
+            E::StorageFile { path: path(), source: denied() },
+            E::StorageDirectory { path: path() },
+            E::BackingFile { path: path(), parent: "/dir/top".into(), source: denied() },
+            E::BackingLoop { path: path(), limit: 64 },
+            E::ImageFormat { path: path(), detail: "is neither".into() },
+            E::BootFile { what: "kernel", path: path(), source: denied() },
+            E::Vmm(Failure { class: FailureClass::Image, text: "a broken image".into() }),
+            E::VmmEnded { when: "before the machine was built", last_words: "out of luck".into() },
+            E::VmmProgram { program: path(), source: denied() },
+            E::VmmSilent { name: name(), seconds: 10 },
+            E::Monitor { name: name(), detail: "no greeting".into() },
+            E::NoAgent,
+            E::NoConsole { alias: "serial0".into() },
+            E::ConsoleBusy,
+            E::ConsoleOpen { path: path(), source: denied() },
+            E::StatsGroups { groups: 0x40 },
+            E::PerCpuStats,
+            E::NoSmbios,
+            E::HostArgument { detail: "there is no CPU 9".into() },
+            E::File { action: "read", path: path(), source: denied() },
+            E::OwnerGone { name: name() },
+        ]
+    }
+
+    #[test]
+    fn every_error_has_its_number_domain_and_wording() {
+        let samples = samples();
+        let kinds: HashSet<_> = samples.iter().map(discriminant).collect();
+        let rows = include_str!("error.rs").lines().filter(|line| line.starts_with("            E::")).count();
+        // Each variant has a row in the table and a row among the samples.
+        assert_eq!(kinds.len() * 2, rows);
+        let table: String = samples
+            .iter()
+            .map(|error| {
+                let body = error.body();
+                format!("{:>3} {:>2}  {}\n", body.code, body.domain, body.message.unwrap_or_default().lossy())
+            })
+            .collect();
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/errors.txt");
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(&path, &table).unwrap();
+        }
+        assert_eq!(table, std::fs::read_to_string(&path).unwrap_or_default(), "UPDATE=1 rewrites the table");
+    }
+
+    #[test]
+    fn failures_of_a_machine_have_numbers_by_their_class() {
+        for (class, code) in [
+            (FailureClass::Config, 67),
+            (FailureClass::Engine, 67),
+            (FailureClass::Image, 1),
+            (FailureClass::Boot, 1),
+            (FailureClass::Resource, 2),
+            (FailureClass::State, 55),
+            (FailureClass::Command, 1),
+            (FailureClass::Internal, 1),
+        ] {
+            let error = DaemonError::Vmm(Failure { class, text: String::new() });
+            assert_eq!(error.number().0.number(), code, "{class:?}");
+        }
     }
 }

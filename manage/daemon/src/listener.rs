@@ -89,11 +89,12 @@ fn open(path: &Path, read_only: bool, mode: Mode) -> Result<Listener, ListenErro
         (Mode::System, true) => 0o777,
     };
     fs::set_permissions(path, Permissions::from_mode(bits)).map_err(failed)?;
-    if mode == Mode::System && !read_only {
-        if let Some(group) = libvirt_group() {
-            // Without the right to do so the socket stays with our own group.
-            let _ = std::os::unix::fs::chown(path, None, Some(group));
-        }
+    if mode == Mode::System
+        && !read_only
+        && let Some(group) = libvirt_group()
+    {
+        // Without the right to do so the socket stays with our own group.
+        let _ = std::os::unix::fs::chown(path, None, Some(group));
     }
     socket.set_nonblocking(true).map_err(failed)?;
     let socket = UnixListener::from_std(socket).map_err(failed)?;

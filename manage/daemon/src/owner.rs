@@ -90,12 +90,15 @@ impl std::fmt::Debug for Command {
     }
 }
 
+/// What is done to a document.
+pub type Change = Box<dyn Fn(&mut DomainDefinition) -> Result<(), DaemonError> + Send + Sync>;
+
 /// A change of a document.
 pub struct Edit {
     /// libvirt's AFFECT flags: 0 current, 1 live, 2 config.
     pub affect: u32,
     /// The change; it may be made twice.
-    pub change: Box<dyn Fn(&mut DomainDefinition) -> Result<(), DaemonError> + Send + Sync>,
+    pub change: Change,
     /// What cannot be changed while the domain runs, where that is so.
     pub not_live: Option<&'static str>,
     /// Sent when it is done.

@@ -1,7 +1,7 @@
 //! Lists of what the daemon does not have yet. The daemon is asked all the same: the day it has some, they are shown.
 
+use client::remote::*;
 use client::{ClientError, Connection};
-use rpc_wire::remote::*;
 use serde_json::Value;
 
 use crate::columns::table;

@@ -270,8 +270,8 @@ fn domiflist(shell: &mut Shell, args: &Args) -> Done {
 fn domifstat(shell: &mut Shell, args: &Args) -> Done {
     let domain = shell.domain(args)?;
     let device = args.need("interface");
-    let call = rpc_wire::remote::domain_interface_stats::Args { dom: domain, device: device.into() };
-    let stats = shell.connection()?.call::<rpc_wire::remote::domain_interface_stats::Proc>(&call);
+    let call = client::remote::domain_interface_stats::Args { dom: domain, device: device.into() };
+    let stats = shell.connection()?.call::<client::remote::domain_interface_stats::Proc>(&call);
     let stats = stats.while_doing(|| format!("Failed to get interface stats {} {device}", args.need("domain")))?;
     let values = [
         ("rx_bytes", stats.rx_bytes),

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use client::events::DOMAIN_EVENTS;
 use client::{Event, EventKind, uuid_text};
-use rpc_wire::events::DOMAIN_EVENTS;
 use serde_json::{Value, json};
 
 use crate::failure::Failure;
