@@ -118,7 +118,9 @@ impl Daemon {
     /// Finds the domains again that a former daemon left running.
     pub async fn adopt_running(self: &Arc<Self>) -> Result<(), DaemonError> {
         let wrong = |source| DaemonError::File { action: "read", path: self.paths.state.clone(), source };
-        for run_file in RunFiles::read_all(&self.paths.state).map_err(wrong)? {
+        let run_files = RunFiles::read_all(&self.paths.state).map_err(wrong)?;
+        self.end_orphans(&run_files).await;
+        for run_file in run_files {
             self.registry.reserve_ids(run_file.id);
             let files = RunFiles::new(&self.paths.state, &run_file.name, run_file.uuid);
             let name = run_file.name.clone();
@@ -141,6 +143,21 @@ impl Daemon {
             }
         }
         Ok(())
+    }
+
+    /// Ends machines that a former daemon had built and not yet written down when it was killed: nobody was told that they
+    /// run, and a second start would share their disks.
+    async fn end_orphans(&self, known: &[RunFile]) {
+        let known: Vec<PathBuf> =
+            known.iter().map(|run| RunFiles::new(&self.paths.state, &run.name, run.uuid).monitor()).collect();
+        for entry in fs::read_dir(&self.paths.state).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|extension| extension == "mon") && !known.contains(&path) {
+                MonitorLink::quit_stranger(&path).await;
+                // Found again at the next start where it cannot be removed now.
+                let _ = fs::remove_file(&path);
+            }
+        }
     }
 
     /// Takes hold of a process again. One that cannot be talked to is ended: nobody could manage its guest, and a second

@@ -173,7 +173,8 @@ pub enum DaemonError {
     OwnerGone { name: String },
 }
 
-fn said(last_words: &str) -> String {
+/// How last words go on after "ended".
+pub fn said(last_words: &str) -> String {
     if last_words.is_empty() { " without a word".into() } else { format!(": {last_words}") }
 }
 

@@ -61,6 +61,21 @@ impl MonitorLink {
         Ok((MonitorLink { requests }, events))
     }
 
+    /// Tells whoever listens at `path` to end. A socket without a process is as well.
+    pub async fn quit_stranger(path: &Path) {
+        let Ok(mut socket) = UnixStream::connect(path).await else { return };
+        let Ok(mut line) = serde_json::to_vec(&Request { id: 1, command: Command::Quit }) else { return };
+        line.push(b'\n');
+        if socket.write_all(&line).await.is_ok() {
+            // Its end closes the connection; one that hangs is left to the administrator.
+            let mut rest = Vec::new();
+            let end = tokio::io::AsyncReadExt::read_to_end(&mut socket, &mut rest);
+            if timeout(GREETING_LIMIT, end).await.is_err() {
+                eprintln!("{}: a vireo-vmm that nobody knows does not end", path.display());
+            }
+        }
+    }
+
     /// Carries out a command.
     pub async fn ask(&self, name: &str, command: Command) -> Result<Reply, DaemonError> {
         let gone = || DaemonError::Monitor { name: name.into(), detail: "the connection has ended".into() };

@@ -13,7 +13,7 @@ use xml::DomainDefinition;
 
 use crate::daemon::Daemon;
 use crate::domain::{Definition, Domain, Live, Snapshot, State, Status};
-use crate::error::DaemonError;
+use crate::error::{DaemonError, said};
 use crate::events::{DomainEvent, LifecycleEvent};
 use crate::launch;
 use crate::monitor_link::MonitorLink;
@@ -648,7 +648,7 @@ impl Owner {
             Some(Ending::Crashed) => (Status::OFF_CRASHED, &[LifecycleEvent::StoppedCrashed][..]),
             None => {
                 let words = launch::last_words(&self.daemon.log_path(&self.name()), running.run_file.log_start);
-                eprintln!("domain '{}': vireo-vmm ended unexpectedly: {words}", self.name());
+                eprintln!("domain '{}': vireo-vmm ended unexpectedly{}", self.name(), said(&words));
                 self.daemon.events.emit_monitor_death(&self.domain.reference(), &words);
                 (Status::OFF_CRASHED, &[LifecycleEvent::StoppedFailed][..])
             }

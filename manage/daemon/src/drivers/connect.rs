@@ -15,6 +15,8 @@ const HYPERVISOR_VERSION: u64 = 10_000_002;
 const LIBRARY_VERSION: u64 = 11_003_000;
 /// CONNECT_OPEN flag: read only.
 const OPEN_READ_ONLY: u32 = 1;
+/// CONNECT_OPEN flags that steer the client's library and are passed on: no aliases, a daemon was to be started.
+const OPEN_CLIENTS_OWN: u32 = 2 | 4;
 /// Feature a client asks for to start keepalive.
 const FEATURE_KEEPALIVE: i32 = 10;
 /// Features that are there: typed strings (9), keepalive (10), event callbacks (14), close callbacks (15), network
@@ -30,7 +32,7 @@ pub fn auth_list(_: &Ctx, _: auth_list::Args) -> Result<auth_list::Reply, Daemon
 }
 
 pub fn open(ctx: &Ctx, args: connect_open::Args) -> Result<connect_open::Reply, DaemonError> {
-    ctx.check_flags(args.flags, OPEN_READ_ONLY | 2)?;
+    ctx.check_flags(args.flags, OPEN_READ_ONLY | OPEN_CLIENTS_OWN)?;
     if let Some(name) = args.name.as_ref().filter(|name| !name.0.is_empty()) {
         check_uri(ctx, &name.lossy())?;
     }

@@ -53,6 +53,22 @@ fn a_guest_that_ended_while_no_daemon_watched_is_found_crashed() {
 }
 
 #[test]
+fn a_machine_that_was_never_written_down_is_ended() {
+    let mut session = Session::start();
+    session.define("vm1", "");
+    session.virsh("start vm1");
+    let pid = session.guest_pid("vm1");
+    session.kill_daemon();
+    // As if the daemon had been killed between building the machine and writing it down.
+    fs::remove_file(session.path("run/libvirt/qemu/vm1.run")).unwrap();
+    session.start_daemon();
+    assert_eq!(session.virsh("domstate vm1"), "shut off\n");
+    let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    assert!(state.is_empty() || state.contains(") Z "), "the machine runs on: {state}");
+    assert_eq!(session.virsh("start vm1"), "Domain 'vm1' started\n");
+}
+
+#[test]
 fn a_killed_guest_is_crashed_and_the_others_run_on() {
     let session = Session::start();
     session.define("vm1", "");
@@ -129,6 +145,40 @@ fn a_domain_tied_to_its_client_ends_with_it() {
     session.wait_for("list --all", "----\n");
     let mut said = String::new();
     client.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+}
+
+#[test]
+fn a_session_serves_its_user_and_ends_when_idle() {
+    let directory = tempfile::tempdir().unwrap();
+    let run = directory.path().join("run");
+    fs::create_dir(&run).unwrap();
+    let virsh = |line: &str| {
+        let mut command = std::process::Command::new("virsh");
+        // Root's virsh would look for the host's daemon without being told.
+        let socket = run.join("libvirt/libvirt-sock");
+        command.args(["-c", &format!("qemu+unix:///session?socket={}", socket.display()), line]).env("LC_ALL", "C");
+        command.env("XDG_RUNTIME_DIR", &run).env("XDG_CONFIG_HOME", directory.path().join("config"));
+        command.env("XDG_CACHE_HOME", directory.path().join("cache")).env("HOME", directory.path());
+        crate::session::shown(&command.output().expect("virsh runs (Debian package libvirt-clients)"))
+    };
+    let mut daemon = std::process::Command::new(env!("CARGO_BIN_EXE_vireod"))
+        .args(["--session", "--timeout", "1"])
+        .env("XDG_RUNTIME_DIR", &run)
+        .env("XDG_CONFIG_HOME", directory.path().join("config"))
+        .env("XDG_CACHE_HOME", directory.path().join("cache"))
+        .env("HOME", directory.path())
+        .spawn()
+        .unwrap();
+    let socket = run.join("libvirt/virtqemud-sock");
+    let start = std::time::Instant::now();
+    while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+        assert!(start.elapsed() < crate::session::DEADLINE);
+        std::thread::yield_now();
+    }
+    assert_eq!(virsh("maxvcpus"), "1\n");
+    assert_eq!(virsh("list --all --name"), "\n");
+    assert!(daemon.wait().unwrap().success());
+    assert!(!socket.exists());
 }
 
 #[test]
