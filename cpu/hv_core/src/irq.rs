@@ -52,10 +52,11 @@ impl IrqLine {
     pub fn set(&self, high: bool) {
         self.target.set_level(self.pin, high);
     }
-    /// Low, high, low: one edge.
-    pub fn pulse(&self) {
-        self.raise();
+    /// A rising edge after which the pin stays high, as the output of a timer does: an 8259 takes back the request of a
+    /// pin that falls before it is acknowledged.
+    pub fn edge(&self) {
         self.lower();
+        self.raise();
     }
 }
 

@@ -224,7 +224,7 @@ impl Hpet {
             } else if config & INT_ENABLE != 0
                 && let Some(line) = self.line(i)
             {
-                line.pulse();
+                line.edge();
             }
         }
         self.seen = now;

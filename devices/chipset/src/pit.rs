@@ -319,7 +319,7 @@ impl Pit {
 
     fn notice(&mut self, now: GuestNs) {
         if self.channels[0].take_edge(now) {
-            self.irq0.pulse();
+            self.irq0.edge();
         }
     }
 
@@ -365,6 +365,10 @@ impl PortDevice for Pit {
                 if let Some(channel) = self.channels.get_mut(usize::from(select)) {
                     channel.write_control(value, now);
                 }
+                // In mode 0 the output is low until the count is reached. DS "Mode 0"
+                if select == 0 && value & 0x30 != 0 && value & 0xe == 0 {
+                    self.irq0.lower();
+                }
             }
         }
     }
@@ -381,6 +385,7 @@ impl TimedDevice for Pit {
 
 impl ResetDevice for Pit {
     fn reset(&mut self) {
+        self.irq0.lower();
         *self = Pit::new(self.clock.clone(), self.irq0.clone());
     }
 }
@@ -435,8 +440,9 @@ mod tests {
     fn mode_0_interrupts_once_and_goes_on_counting() {
         check::<Subject>(
             "out 43 = 30  out 40 = a9  out 40 = 4  step 900us edges 0 is 0  step 100us edges 0 is 1
-             step 10ms edges 0 is 0
-             out 43 = 00  in 40 is 64  in 40 is d1  # 1193 - 13125 mod 65536",
+             irq 0 high  step 10ms edges 0 is 0
+             out 43 = 00  in 40 is 64  in 40 is d1  # 1193 - 13125 mod 65536
+             out 43 = 30  irq 0 low",
         );
     }
 

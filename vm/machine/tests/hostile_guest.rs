@@ -3,8 +3,8 @@
 //!
 //! `VIREO_FUZZ_SEED` replays one seed, `VIREO_FUZZ_ROUNDS` runs more of them; a failure prints its seed.
 
-use std::fs::File;
-use std::io::Write;
+mod support;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -115,31 +115,6 @@ impl virtio::RandomSource for Random {
     }
 }
 
-/// An ELF kernel of one byte with a PVH note.
-fn kernel() -> File {
-    let mut elf = vec![0u8; 176];
-    elf[0..6].copy_from_slice(b"\x7fELF\x02\x01");
-    for (at, value) in [(18, 62), (32, 64), (54, 56), (56, 2)] {
-        elf[at] = value;
-    }
-    let mut note = Vec::new();
-    for word in [4u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), 0x10_0000] {
-        note.extend(word.to_le_bytes());
-    }
-    for (index, kind, offset, bytes) in [(0usize, 1u32, 176u64, 1u64), (1, 4, 177, note.len() as u64)] {
-        let at = 64 + 56 * index;
-        elf[at..at + 4].copy_from_slice(&kind.to_le_bytes());
-        for (field, value) in [(8, offset), (24, 0x10_0000), (32, bytes), (40, bytes)] {
-            elf[at + field..at + field + 8].copy_from_slice(&value.to_le_bytes());
-        }
-    }
-    elf.push(0xf4);
-    elf.extend(note);
-    let mut file = File::from(rustix::fs::memfd_create("kernel", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
-    file.write_all(&elf).unwrap();
-    file
-}
-
 fn build(seed: u64, asked: &[Arc<AtomicU64>; 2]) -> Machine {
     let random = |n| Random(seed.wrapping_add(n));
     let devices = vec![
@@ -156,7 +131,7 @@ fn build(seed: u64, asked: &[Arc<AtomicU64>; 2]) -> Machine {
         serial: std::array::from_fn(|_| Some(Box::new(chipset::serial::NoSink) as Box<_>)),
         debug_console: Some(Box::new(|_| {})),
         devices,
-        boot: BootSource { kernel: kernel(), initrd: None, cmdline: String::new(), entry: Entry::Fastest },
+        boot: BootSource { kernel: support::kernel(), initrd: None, cmdline: String::new(), entry: Entry::Fastest },
     };
     let (mut machine, _) = Machine::build(&NullAccel::idle(), config).unwrap();
     machine.reset().unwrap();
