@@ -43,8 +43,18 @@ pub(crate) fn normalise(root: &mut Element, context: &mut DefineContext<'_>) -> 
         }
     }
     normalise_devices(root.get_or_add("devices"), context)?;
+    drop_stray_text(root);
     order::sort(root, order::DOMAIN);
     Ok(())
+}
+
+/// Text beside child elements means nothing in this format; kept, it would grow with every definition. The depth is
+/// bounded by the parser, and the content of `<metadata>` is not looked into.
+fn drop_stray_text(element: &mut Element) {
+    if element.elements().next().is_some() {
+        element.children.retain(|node| !matches!(node, Node::Text(_)));
+    }
+    element.elements_mut().for_each(drop_stray_text);
 }
 
 fn normalise_uuid(root: &mut Element, context: &mut DefineContext<'_>) -> Result<(), DomainXmlError> {

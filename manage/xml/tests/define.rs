@@ -161,3 +161,46 @@ fn edits_show_in_the_document() {
     assert!(domain.rename("a/b").is_err());
     assert_eq!(domain.config().name, "new");
 }
+
+/// Defines mutations of the sample documents. Whatever comes in, nothing panics; what is accepted is stable: defining or
+/// loading it again changes nothing.
+#[test]
+fn mutated_documents_are_refused_or_stable() {
+    let samples = [input("minimal.in.xml"), input("rich.in.xml"), BASE.to_owned()];
+    let words =
+        ["<", ">", "/>", "'", "&lt;", "&#0;", "<!--", "]]>", "<devices>", "</domain>", "type='x'", "0", "-1", "é"];
+    let mut seed = 0x853c_49e6_748f_ea9b_u64;
+    let mut next = move |below: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize % below.max(1)
+    };
+    let mut accepted = 0;
+    for round in 0..60_000 {
+        let mut bytes = samples[round % samples.len()].clone().into_bytes();
+        for _ in 0..1 + next(3) {
+            let (from, to) = (next(bytes.len()), next(bytes.len()));
+            match next(5) {
+                0 => bytes[from] = next(256) as u8,
+                1 => drop(bytes.drain(from.min(to)..from.max(to).min(from.min(to) + 40))),
+                2 => drop(bytes.splice(from..from, words[next(words.len())].bytes())),
+                3 => bytes.truncate(from),
+                _ => {
+                    let piece: Vec<u8> = bytes[from.min(to)..from.max(to).min(from.min(to) + 80)].to_vec();
+                    drop(bytes.splice(from..from, piece));
+                }
+            }
+            if bytes.is_empty() {
+                bytes.push(b'<');
+            }
+        }
+        let mut random = || [7; 16];
+        let mut context = DefineContext { emulator: "/usr/bin/vireo-vmm", random: &mut random };
+        let Ok(defined) = DomainDefinition::define(&bytes, &mut context) else { continue };
+        accepted += 1;
+        let text = defined.to_xml();
+        let again = define(&text).unwrap_or_else(|error| panic!("round {round}: {error}\n{text}"));
+        assert_eq!(again.to_xml(), text, "round {round}: {}", String::from_utf8_lossy(&bytes));
+        let _ = (defined.check_buildable(), defined.check_schema(), defined.metadata("urn:k"));
+    }
+    assert!(accepted > 500, "only {accepted} were accepted: the mutations are too wild to test what follows");
+}

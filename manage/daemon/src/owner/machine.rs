@@ -17,7 +17,7 @@ use crate::process::Process;
 use crate::state_file::{RunFile, RunFiles};
 
 /// How long a destroyed machine has to flush its caches before it is killed. A destroy returns within 20 ms.
-const DESTROY_GRACE: Duration = Duration::from_millis(12);
+const DESTROY_GRACE: Duration = Duration::from_millis(8);
 /// How long a gracefully destroyed machine has.
 const GRACEFUL_LIMIT: Duration = Duration::from_secs(15);
 

@@ -4,6 +4,7 @@
 //! them (`cargo build -p daemon --bins --examples` does it alone).
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -94,6 +95,10 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn the_same_words_print_the_same() {
+    let version = Command::new("virsh").arg("--version").output().expect("virsh runs (Debian package libvirt-clients)");
+    let version = text(&version.stdout);
+    // Later releases word a few of virsh's own texts differently.
+    assert!(version.starts_with("9."), "the texts are those of virsh 9.0 (Debian 12), not {version}");
     let host = Host::start();
     let script = include_str!("../../testdata/same_as_virsh.txt");
     let mut compared = 0;
@@ -141,6 +146,22 @@ fn what_lists_or_shows_does_so_as_json() {
         let output = host.vireo(&words);
         assert!(serde_json::from_slice::<serde_json::Value>(&output.stdout).is_ok(), "{line}");
     }
+}
+
+#[test]
+fn lines_from_a_pipe_are_a_session() {
+    let host = Host::start();
+    let socket = host.directory.path().join("run/libvirt/libvirt-sock");
+    let uri = format!("qemu+unix:///system?socket={}", socket.display());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
+    command.args(["-q", "-c", &uri]).current_dir(host.directory.path()).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let lines = "define vm1.xml; domstate vm1\n# a remark\ndomstate nosuch\ndomname vm1\nquit\ndomname vm1\n";
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout), "shut off\nvm1\n");
+    assert_eq!(text(&output.stderr), "error: failed to get domain 'nosuch'\n");
+    assert!(output.status.success());
 }
 
 #[test]
