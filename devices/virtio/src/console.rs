@@ -23,6 +23,10 @@ pub trait ConsoleBackend: Send {
     fn read(&mut self, buffer: &mut [u8]) -> usize;
     /// Takes bytes for the host; returns how many.
     fn write(&mut self, bytes: &[u8]) -> usize;
+    /// There will never be input any more; the descriptor is not worth waiting for.
+    fn at_end(&self) -> bool {
+        false
+    }
     /// Columns and rows, if they are known.
     fn size(&self) -> Option<(u16, u16)>;
     /// The descriptor that becomes readable and writable.
@@ -112,7 +116,7 @@ impl Device for Console {
     }
     fn interest(&self) -> Interest {
         // With input in hand the driver has given no buffer: more can wait where it is.
-        Interest { readable: self.input.is_empty(), writable: self.jammed }
+        Interest { readable: self.input.is_empty() && !self.backend.at_end(), writable: self.jammed }
     }
 }
 

@@ -218,6 +218,9 @@ impl virtio::ConsoleBackend for VirtioEnd {
     fn write(&mut self, bytes: &[u8]) -> usize {
         self.0.write(bytes)
     }
+    fn at_end(&self) -> bool {
+        self.0.input().is_none()
+    }
     fn size(&self) -> Option<(u16, u16)> {
         let size = rustix::termios::tcgetwinsize(&self.0.output).ok()?;
         (size.ws_col != 0 && size.ws_row != 0).then_some((size.ws_col, size.ws_row))

@@ -30,3 +30,4 @@ pub mod start;
 pub mod stats;
 pub mod terminal;
 pub mod vcpu_thread;
+pub mod words;

@@ -16,6 +16,7 @@ use vmm::run_args::{self, ArgsError, RunArgs, USAGE};
 use vmm::sandbox::{self, Deed};
 use vmm::setup::{self, Files, OwnTerminal};
 use vmm::start::StartSocket;
+use vmm::words::say;
 use vmm::{engine, signals, terminal};
 
 fn main() -> ExitCode {
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
     };
     result.unwrap_or_else(|error| {
         terminal::restore();
-        eprintln!("vireo-vmm: {}", causes(&error));
+        say(causes(&error));
         ExitCode::from(if matches!(error, VmmError::Args(_)) { 2 } else { 1 })
     })
 }
@@ -48,7 +49,7 @@ fn install_last_words() {
     std::panic::set_hook(Box::new(|info| {
         terminal::restore();
         let thread = std::thread::current();
-        eprintln!("vireo-vmm: internal error in thread {}: {info}", thread.name().unwrap_or("?"));
+        say(format_args!("internal error in thread {}: {info}", thread.name().unwrap_or("?")));
         std::process::exit(101);
     }));
 }
@@ -111,7 +112,7 @@ fn start(mut args: impl Iterator<Item = OsString>) -> Result<ExitCode, VmmError>
 
 fn confine(owner: &mut Owner) -> Result<(), VmmError> {
     if owner.confine()? == sandbox::Files::NotEnforced {
-        eprintln!("vireo-vmm: this kernel has no Landlock; the system call filter alone keeps files away");
+        say("this kernel has no Landlock; the system call filter alone keeps files away");
     }
     Ok(())
 }
@@ -128,7 +129,7 @@ fn try_inside(mut args: impl Iterator<Item = OsString>) -> Result<ExitCode, VmmE
         }
     };
     let error = sandbox::try_inside(deed)?;
-    eprintln!("vireo-vmm: the sandbox did not stop {deed:?}: {error}");
+    say(format_args!("the sandbox did not stop {deed:?}: {error}"));
     Ok(ExitCode::FAILURE)
 }
 

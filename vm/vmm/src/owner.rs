@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use hv_core::{Accel, Halt, Lifecycle as _, PowerEvent};
 use machine::Machine;
@@ -15,12 +16,13 @@ use crate::event::Event;
 use crate::io_thread::{IoParts, IoThread};
 use crate::lifecycle::{Action, Cause, Lifecycle, Policy};
 use crate::monitor_server::{Asked, MonitorServer};
-use crate::notes::{Note, Notes};
+use crate::notes::{DiskNote, Note, Notes};
 use crate::sandbox::{self, Files};
 use crate::setup::Setup;
 use crate::signals;
 use crate::stats::RunStats;
 use crate::vcpu_thread::VcpuThread;
+use crate::words::say;
 
 /// Why a machine ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,8 @@ pub struct Owner {
     monitor: MonitorServer,
     signals: &'static Event,
     running: bool,
+    /// When a disk failure was last written down.
+    failure_said: Option<Instant>,
 }
 
 impl Owner {
@@ -84,8 +88,19 @@ impl Owner {
         }
         let policy = Policy { on_poweroff: config.on_poweroff, on_reboot: config.on_reboot, on_crash: config.on_crash };
         let lifecycle = Lifecycle::new(policy);
-        let mut owner =
-            Owner { machine, vcpus: threads, io, notes, lifecycle, disks, ends, monitor, signals, running: false };
+        let mut owner = Owner {
+            machine,
+            vcpus: threads,
+            io,
+            notes,
+            lifecycle,
+            disks,
+            ends,
+            monitor,
+            signals,
+            running: false,
+            failure_said: None,
+        };
         owner.set_states(states)?;
         Ok(owner)
     }
@@ -220,7 +235,7 @@ impl Owner {
                 return self.apply(cause);
             }
             Note::Disk(disk) => {
-                eprintln!("vireo-vmm: disk {}: {} failed: {}", disk.target, disk.operation, disk.text);
+                self.say_once_a_second(&disk);
                 self.emit(&MonitorEvent::IoError {
                     target: disk.target,
                     operation: disk.operation.into(),
@@ -277,9 +292,17 @@ impl Owner {
         Ok(None)
     }
 
+    /// A guest whose every request fails must not fill the log.
+    fn say_once_a_second(&mut self, disk: &DiskNote) {
+        if self.failure_said.is_none_or(|said| said.elapsed() > Duration::from_secs(1)) {
+            self.failure_said = Some(Instant::now());
+            say(format_args!("disk {}: {} failed: {}", disk.target, disk.operation, disk.text));
+        }
+    }
+
     fn emit(&mut self, event: &MonitorEvent) {
         if let MonitorEvent::Crashed { text } = event {
-            eprintln!("vireo-vmm: {text}");
+            say(text);
         }
         self.monitor.tell_all(event);
     }
@@ -316,7 +339,7 @@ impl Owner {
         self.ends.iter().for_each(|end| end.flush());
         for disk in &self.disks {
             if let Err(error) = disk.flush() {
-                eprintln!("vireo-vmm: disk {}: the last flush failed: {}", disk.target(), causes(&error));
+                say(format_args!("disk {}: the last flush failed: {}", disk.target(), causes(&error)));
             }
         }
         self.monitor.farewell();
