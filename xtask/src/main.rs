@@ -25,6 +25,8 @@ cargo xtask <task> [options]
   guest               builds the demo guest (kernel, initrd, disk) into target/guest and says where
   bench NAME          boot, vmm: our figure, the peer's from the same run, the ratio
   lab [--exits]       real KVM inside an emulated machine: probe, tiny guests, demo guest (--exits: counts of a boot)
+  oracle [options]    the software CPU against this processor, without bound until it differs or is stopped
+                      (--seed N, --cases N per form, --only NAME, --seconds N)
   tidy                compares ARCHITECTURE.md with the crates and their dependencies
 
   --yes               install missing Debian packages without asking (also with CI=true)
@@ -81,6 +83,13 @@ fn task() -> Result<()> {
             let job = if exits { lab::Job::Exits } else { lab::Job::Check };
             print!("{}", lab::go(consent, &job)?);
             Ok(())
+        }
+        "oracle" => {
+            run::run(run::cargo().args(["build", "-p", "oracle"]))?;
+            if !args.iter().any(|a| a == "--seconds") {
+                args.extend(["--seconds".to_owned(), u32::MAX.to_string()]);
+            }
+            run::run(std::process::Command::new(run::target().join("debug/oracle")).args(&args))
         }
         "tidy" => {
             no_more(&args)?;

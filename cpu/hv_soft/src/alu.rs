@@ -15,6 +15,7 @@ pub(crate) const PF: Flags = 1 << 10;
 pub(crate) const AF: Flags = 1 << 12;
 pub(crate) const ZF: Flags = 1 << 14;
 pub(crate) const SF: Flags = 1 << 15;
+#[cfg(test)]
 pub(crate) const ALL: Flags = OF | CF | PF | AF | ZF | SF;
 
 /// Status bits of RFLAGS.
@@ -154,11 +155,11 @@ macro_rules! word {
             shift!(sar, $t, "sar", $class, $r);
             #[inline(always)]
             fn mul(a: $t, b: $t) -> ($t, $t, Flags) {
-                mul_native(a, b)
+                <$t as Multiply>::unsigned(a, b)
             }
             #[inline(always)]
             fn imul(a: $t, b: $t) -> ($t, $t, Flags) {
-                imul_native(a, b)
+                <$t as Multiply>::signed(a, b)
             }
         }
     };
@@ -166,24 +167,18 @@ macro_rules! word {
 
 /// The one-operand multiplications, by the host, so that the flags SDM leaves undefined match it.
 trait Multiply: Sized {
-    fn mul(a: Self, b: Self) -> (Self, Self, Flags);
-    fn imul(a: Self, b: Self) -> (Self, Self, Flags);
-}
-fn mul_native<T: Multiply>(a: T, b: T) -> (T, T, Flags) {
-    T::mul(a, b)
-}
-fn imul_native<T: Multiply>(a: T, b: T) -> (T, T, Flags) {
-    T::imul(a, b)
+    fn unsigned(a: Self, b: Self) -> (Self, Self, Flags);
+    fn signed(a: Self, b: Self) -> (Self, Self, Flags);
 }
 macro_rules! multiply {
     ($t:ty, $b:literal) => {
         impl Multiply for $t {
             #[inline(always)]
-            fn mul(a: $t, b: $t) -> ($t, $t, Flags) {
+            fn unsigned(a: $t, b: $t) -> ($t, $t, Flags) {
                 multiply!(@ $t, "mul", $b, a, b)
             }
             #[inline(always)]
-            fn imul(a: $t, b: $t) -> ($t, $t, Flags) {
+            fn signed(a: $t, b: $t) -> ($t, $t, Flags) {
                 multiply!(@ $t, "imul", $b, a, b)
             }
         }
@@ -205,7 +200,7 @@ multiply!(u32, "{b:e}");
 multiply!(u64, "{b}");
 impl Multiply for u8 {
     #[inline(always)]
-    fn mul(a: u8, b: u8) -> (u8, u8, Flags) {
+    fn unsigned(a: u8, b: u8) -> (u8, u8, Flags) {
         let (product, f): (u16, Flags);
         // SAFETY: register arithmetic only.
         unsafe {
@@ -215,7 +210,7 @@ impl Multiply for u8 {
         (product as u8, (product >> 8) as u8, f)
     }
     #[inline(always)]
-    fn imul(a: u8, b: u8) -> (u8, u8, Flags) {
+    fn signed(a: u8, b: u8) -> (u8, u8, Flags) {
         let (product, f): (u16, Flags);
         // SAFETY: register arithmetic only.
         unsafe {

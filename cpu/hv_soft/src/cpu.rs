@@ -110,6 +110,9 @@ pub(crate) const BLOCK_RIP: u8 = 17;
 /// Segment number whose base is always 0.
 pub(crate) const NO_SEG: u8 = 7;
 
+/// The stack segment in 64-bit mode: base 0 too, but a non-canonical address raises #SS.
+pub(crate) const STACK_SEG: u8 = 6;
+
 /// Segment numbers, in the order of the encoding.
 pub(crate) const ES: usize = 0;
 pub(crate) const CS: usize = 1;
@@ -132,7 +135,6 @@ pub(crate) mod rf {
     pub const AC: u64 = 1 << 18;
     pub const VIF: u64 = 1 << 19;
     pub const VIP: u64 = 1 << 20;
-    pub const ID: u64 = 1 << 21;
 }
 /// Bits of CR0, CR4 and EFER that the interpreter looks at.
 pub(crate) mod cr {
@@ -142,7 +144,6 @@ pub(crate) mod cr {
     pub const TS: u64 = 1 << 3;
     pub const NE: u64 = 1 << 5;
     pub const WP: u64 = 1 << 16;
-    pub const AM: u64 = 1 << 18;
     pub const PG: u64 = 1 << 31;
     pub const TSD: u64 = 1 << 2;
     pub const DE: u64 = 1 << 3;

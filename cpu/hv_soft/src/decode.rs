@@ -1,13 +1,11 @@
 //! From instruction bytes to [`Op`]s: iced decodes, this file chooses the handler and normalises the operands.
 
-use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic as M, OpKind, Register,
-};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic as M, OpKind, Register};
 
-use crate::cpu::{BLOCK_RIP, CS, Cpu, ES, FS, Flow, GS, Handler, Io, Mode, NO_SEG, Op, RAX, SS, ZERO, addr};
+use crate::cpu::{BLOCK_RIP, CS, Cpu, ES, FS, Flow, GS, Handler, Io, Mode, NO_SEG, Op, RAX, SS, STACK_SEG, ZERO, addr};
 use crate::native::Native;
 use crate::ops::arith::{self, Form};
-use crate::ops::{bits, flow, moves, stack, string, system, transfer};
+use crate::ops::{bits, flow, masked, moves, stack, string, system, transfer};
 
 /// SHLD and SHRD: the destination is memory (they have no repeat prefix).
 pub(crate) const MEMORY_DST: u8 = addr::REPNE;
@@ -216,21 +214,16 @@ impl One<'_> {
     fn immediate(&self, n: u32) -> u64 {
         self.i.try_immediate(n).unwrap_or(0)
     }
-    /// Operand size in bytes of an instruction without a sized operand, from its code's name.
-    fn default_width(&self) -> u64 {
-        match self.mode.bits {
-            64 => 8,
-            32 => 4,
-            _ => 2,
-        }
-    }
-
     /// The address size and segment of an implicit or explicit memory operand.
     fn addressing(&mut self, bits: u32, seg: Register) {
         let explicit = segment(seg);
         if self.mode.bits == 64 {
             self.op.kind |= if bits == 32 { addr::LONG32 } else { addr::LONG };
-            self.op.seg = if matches!(explicit as usize, FS | GS) { explicit } else { NO_SEG };
+            self.op.seg = match explicit as usize {
+                FS | GS => explicit,
+                SS => STACK_SEG,
+                _ => NO_SEG,
+            };
             return;
         }
         if self.mode.flat && bits == 32 && !matches!(explicit as usize, CS | FS | GS) {
@@ -349,7 +342,7 @@ impl One<'_> {
         if self.i.has_lock_prefix() {
             self.op.kind |= addr::LOCK;
         }
-        let known = self.integer() || self.stack_and_flow() || self.strings() || self.system();
+        let known = self.integer() || self.stack_and_flow() || self.strings() || self.system() || self.masked_vectors();
         if !known {
             self.native();
         }
@@ -1190,6 +1183,70 @@ impl One<'_> {
         true
     }
 
+    /// Vector instructions that reach memory element by element.
+    fn masked_vectors(&mut self) -> bool {
+        use masked::{Shape, gather, masked_load, masked_store, maskmovdqu, maskmovq};
+        let mut shape = Shape { element: 4, count: 0, index: 0, scale: 0, index_register: 0 };
+        let vector = |one: &Self, n| one.i.op_register(n).number() as u8;
+        match self.i.mnemonic() {
+            M::Vmaskmovps | M::Vpmaskmovd | M::Vmaskmovpd | M::Vpmaskmovq => {
+                if matches!(self.i.mnemonic(), M::Vmaskmovpd | M::Vpmaskmovq) {
+                    shape.element = 8;
+                }
+                let store = self.is_mem(0);
+                let width = self.i.op_register(1).size() as u8;
+                shape.count = width / shape.element;
+                (self.op.dst, self.op.src) =
+                    if store { (vector(self, 2), vector(self, 1)) } else { (vector(self, 0), vector(self, 1)) };
+                self.memory();
+                self.run(if store { masked_store } else { masked_load });
+            }
+            M::Vgatherdps
+            | M::Vgatherdpd
+            | M::Vgatherqps
+            | M::Vgatherqpd
+            | M::Vpgatherdd
+            | M::Vpgatherdq
+            | M::Vpgatherqd
+            | M::Vpgatherqq => {
+                let wide = matches!(self.i.mnemonic(), M::Vgatherdpd | M::Vgatherqpd | M::Vpgatherdq | M::Vpgatherqq);
+                let narrow_index =
+                    matches!(self.i.mnemonic(), M::Vgatherdps | M::Vgatherdpd | M::Vpgatherdd | M::Vpgatherdq);
+                shape.element = if wide { 8 } else { 4 };
+                shape.index = if narrow_index { 4 } else { 8 };
+                let (data, index) = (self.i.op_register(0).size() as u8, self.i.memory_index().size() as u8);
+                shape.count = (data / shape.element).min(index / shape.index);
+                shape.index_register = self.i.memory_index().number() as u8;
+                shape.scale = self.i.memory_index_scale().trailing_zeros() as u8;
+                (self.op.dst, self.op.src) = (vector(self, 0), vector(self, 2));
+                self.memory();
+                (self.op.index, self.op.scale) = (ZERO, 0);
+                self.run(gather);
+            }
+            M::Maskmovdqu | M::Vmaskmovdqu | M::Maskmovq => {
+                let bits = match self.i.op_kind(0) {
+                    OpKind::MemorySegRDI => 64,
+                    OpKind::MemorySegEDI => 32,
+                    _ => 16,
+                };
+                self.addressing(bits, self.i.memory_segment());
+                self.op.base = crate::cpu::RDI as u8;
+                (self.op.dst, self.op.src) = (vector(self, 1), vector(self, 2));
+                self.run(match self.i.mnemonic() {
+                    M::Maskmovdqu => maskmovdqu::<false>,
+                    M::Vmaskmovdqu => maskmovdqu::<true>,
+                    _ => maskmovq,
+                });
+            }
+            _ => return false,
+        }
+        self.op.imm = shape.pack();
+        if !self.native.offered(self.i) {
+            self.run(system::ud);
+        }
+        true
+    }
+
     fn state(&mut self) -> bool {
         use system::{FXRSTOR, FXSAVE, LDMXCSR, STMXCSR, XRSTOR, XSAVE, vector_state};
         let handler: Handler = match self.i.mnemonic() {
@@ -1216,10 +1273,10 @@ impl One<'_> {
 }
 
 trait MnemonicExt {
-    fn is_cmov(self) -> bool;
+    fn is_cmov(&self) -> bool;
 }
 impl MnemonicExt for M {
-    fn is_cmov(self) -> bool {
+    fn is_cmov(&self) -> bool {
         use M::*;
         matches!(
             self,
@@ -1252,9 +1309,4 @@ fn salc(cpu: &mut Cpu, _: &Op, _: Io<'_>) -> Flow {
 
 fn unimplemented(cpu: &mut Cpu, _: &Op, _: Io<'_>) -> Flow {
     cpu.give_up("this instruction is not implemented by the software CPU")
-}
-
-/// Features an instruction belongs to.
-pub(crate) fn features(i: &Instruction) -> &'static [CpuidFeature] {
-    i.cpuid_features()
 }

@@ -415,10 +415,11 @@ impl Cpu {
             self.segmented(SS as u8, *sp & mask, bytes, false)?
         };
         let value = match bytes {
-            2 => self.load::<u16>(io, va)? as u64,
-            4 => self.load::<u32>(io, va)? as u64,
-            _ => self.load::<u64>(io, va)?,
+            2 => self.load::<u16>(io, va).map(u64::from),
+            4 => self.load::<u32>(io, va).map(u64::from),
+            _ => self.load::<u64>(io, va),
         };
+        let value = value.map_err(|stop| self.stack_fault(va, stop))?;
         *sp = self.stack_add(*sp, bytes);
         Ok(value)
     }

@@ -51,6 +51,15 @@ impl Fpu {
         self.image[..at::MXCSR].fill(0);
         self.set_u16(at::FCW, 0x37f);
     }
+    /// The unit changes over to MMX: the top of stack becomes 0 (the image, which is relative to it, turns) and all registers
+    /// are in use. SDM 1 9.6.2.
+    pub fn enter_mmx(&mut self) {
+        let status = self.u16(at::FSW);
+        let top = (status >> 11 & 7) as usize;
+        self.image[at::ST..at::XMM].rotate_right(16 * top);
+        self.set_u16(at::FSW, status & !0x3800);
+        self.image[at::FTW] = 0xff;
+    }
     pub fn u16(&self, at: usize) -> u16 {
         u16::from_le_bytes([self.image[at], self.image[at + 1]])
     }

@@ -49,16 +49,6 @@ pub(crate) fn read_bytes(at: HostPtr, buf: &mut [u8]) {
     }
 }
 
-/// Copies `buf` into guest memory.
-#[inline]
-pub(crate) fn write_bytes(at: HostPtr, buf: &[u8]) {
-    // SAFETY: as in `store8`; the MMU checked `buf.len()` bytes.
-    unsafe {
-        asm!("rep movsb", inout("rcx") buf.len() => _, inout("rsi") buf.as_ptr() => _, inout("rdi") at.0 => _,
-             options(nostack, preserves_flags));
-    }
-}
-
 /// `rep movs` upwards with `bytes` per element: overlapping ranges behave as the guest's own instruction does.
 #[inline]
 pub(crate) fn rep_movs(dst: HostPtr, src: HostPtr, elements: usize, bytes: usize) {

@@ -28,6 +28,7 @@ mod ops;
 mod run;
 mod segment;
 mod state;
+mod step;
 
 use std::sync::Arc;
 
@@ -36,6 +37,7 @@ use hv_core::{Accel, AccelError, AccelReport, Clock, Doorbell, DoorbellError, Ms
 use x86::CpuidTable;
 
 pub use run::SoftVcpu;
+pub use step::{Stepped, UserRegisters};
 
 use mailbox::{Mailbox, Watcher};
 

@@ -3,7 +3,7 @@
 use guest_ram::{Gpa, MARK_CODE, PAGE_BYTES};
 
 use crate::alu::Word;
-use crate::cpu::{Cpu, Flow, Io, Op, Stop, addr, attention, cr};
+use crate::cpu::{Cpu, Flow, Io, Op, STACK_SEG, Stop, addr, attention, cr};
 use crate::hostmem::{self, HostPtr};
 
 const PAGE_MASK: u64 = !(PAGE_BYTES - 1);
@@ -87,11 +87,6 @@ impl Tlb {
             KERNEL
         };
         self.base = self.set * SET_ENTRIES;
-    }
-
-    /// The current set.
-    pub fn set(&self) -> usize {
-        self.set
     }
 
     #[inline(always)]
@@ -231,12 +226,20 @@ impl Cpu {
     /// Raises the fault that a write of `bytes` at `va` would raise; changes nothing else.
     pub fn probe_write(&mut self, va: u64, bytes: u64) -> Flow {
         let access = Access { write: true, exec: false, set: self.set_now() };
+        self.check_canonical(va, bytes)?;
         self.translate(va, access)?;
-        let last = va.wrapping_add(bytes - 1);
-        if (last ^ va) & PAGE_MASK != 0 {
+        let last = va.wrapping_add(bytes - 1) & PAGE_MASK;
+        if last != va & PAGE_MASK {
+            // The fault is reported at the first byte of the second page.
             self.translate(last, access)?;
         }
         Ok(())
+    }
+
+    /// #GP where an operand's last byte is not canonical: found before any page is looked at.
+    pub fn check_canonical(&mut self, va: u64, bytes: u64) -> Flow {
+        let last = va.wrapping_add(bytes - 1);
+        if self.long64() && !crate::segment::canonical(last) { self.gp(0) } else { Ok(()) }
     }
 
     /// [`Cpu::probe_write`] that is cheap where the TLB knows the page.
@@ -269,6 +272,7 @@ impl Cpu {
     fn load_slow(&mut self, io: Io<'_>, va: u64, bytes: u64, set: usize) -> Result<u64, Stop> {
         let access = Access { write: false, exec: false, set };
         let room = PAGE_BYTES - (va & (PAGE_BYTES - 1));
+        self.check_canonical(va, bytes)?;
         let first = self.translate(va, access)?;
         if bytes <= room {
             self.fill(va, first, access);
@@ -288,6 +292,7 @@ impl Cpu {
     fn store_slow(&mut self, io: Io<'_>, va: u64, value: u64, bytes: u64, set: usize) -> Flow {
         let access = Access { write: true, exec: false, set };
         let room = PAGE_BYTES - (va & (PAGE_BYTES - 1));
+        self.check_canonical(va, bytes)?;
         let first = self.translate(va, access)?;
         if bytes <= room {
             self.fill(va, first, access);
@@ -594,7 +599,13 @@ impl Cpu {
     pub fn ea(&mut self, op: &Op, bytes: u64, write: bool) -> Result<u64, Stop> {
         let offset = self.offset(op);
         match op.kind & addr::MODE {
-            addr::LONG => Ok(offset.wrapping_add(self.seg_base[op.seg as usize & 7])),
+            addr::LONG => {
+                let va = offset.wrapping_add(self.seg_base[op.seg as usize & 7]);
+                if op.seg == STACK_SEG && !crate::segment::canonical(va) {
+                    return self.raise_code(12, 0);
+                }
+                Ok(va)
+            }
             addr::LONG32 => Ok((offset & 0xffff_ffff).wrapping_add(self.seg_base[op.seg as usize & 7])),
             addr::FLAT => Ok(offset & 0xffff_ffff),
             _ => self.segmented(op.seg, self.wrap_offset(op, offset), bytes, write),

@@ -85,6 +85,11 @@ impl Native {
         i.cpuid_features().iter().all(|f| self.offered.contains(f))
     }
 
+    /// Everything that CPUID offers.
+    pub fn offered_features(&self) -> &HashSet<CpuidFeature> {
+        &self.offered
+    }
+
     /// Whether a block may not fit any more: the owner then drops all blocks and calls [`Native::reset`].
     pub fn nearly_full(&self) -> bool {
         self.code.free() < RESERVE_BYTES
@@ -103,7 +108,10 @@ impl Native {
         }
         match i.mnemonic() {
             M::Vzeroupper => {
-                return Some((zero_upper::<false>, Thunk { address: 0, class: class::AVX, traits: 0, memory_bytes: 0 }));
+                return Some((
+                    zero_upper::<false>,
+                    Thunk { address: 0, class: class::AVX, traits: 0, memory_bytes: 0 },
+                ));
             }
             M::Vzeroall => {
                 return Some((zero_upper::<true>, Thunk { address: 0, class: class::AVX, traits: 0, memory_bytes: 0 }));
@@ -208,7 +216,7 @@ fn offered_features(cpuid: &CpuidTable) -> HashSet<CpuidFeature> {
         (de, 27, F::RDTSCP),
     ];
     set.extend(table.iter().filter(|(word, bit, _)| word >> bit & 1 != 0).map(|(.., f)| *f));
-    if d1 >> 0 & 1 != 0 && c1 & 1 != 0 {
+    if d1 & 1 != 0 && c1 & 1 != 0 {
         set.insert(F::FPU387SL_ONLY);
     }
     set.remove(&F::FPU387SL_ONLY);
@@ -228,6 +236,9 @@ struct Plan {
     reads_flags: bool,
     writes_flags: bool,
 }
+
+/// Status flags of RFLAGS; iced counts the x87 condition codes among "flags" too.
+const STATUS: u32 = RflagsBits::CF | RflagsBits::PF | RflagsBits::AF | RflagsBits::ZF | RflagsBits::SF | RflagsBits::OF;
 
 /// Host registers a guest's may be moved to: all are the callee's to change, none is the thunk's own (RDI, RSI).
 const POOL: [Register; 6] = [Register::RCX, Register::RDX, Register::R8, Register::R9, Register::R10, Register::R11];
@@ -258,8 +269,8 @@ impl Plan {
             memory_bytes: 0,
             gprs: Vec::new(),
             vectors: Vec::new(),
-            reads_flags: i.rflags_read() != RflagsBits::NONE,
-            writes_flags: i.rflags_modified() != RflagsBits::NONE,
+            reads_flags: i.rflags_read() & STATUS != 0,
+            writes_flags: i.rflags_modified() & STATUS != 0,
         };
         plan.memory(i, &info)?;
         plan.registers(i, &used)?;
@@ -307,11 +318,15 @@ impl Plan {
         let mut pool: Vec<Register> = POOL.to_vec();
         // Registers that the instruction names only by its nature stay what they are.
         let mut implicit = Vec::new();
+        let named = implicit_operands(i);
+        for &(full, is_written) in named {
+            pool.retain(|p| *p != full);
+            self.add_gpr(full.number() as u8, full, false, is_written);
+        }
         for &(r, access) in used {
             if r.is_gpr() && !explicit.iter().any(|e| e.full_register() == r.full_register()) {
                 let full = r.full_register();
-                let only_address = addressing.contains(&full) && !written(access) && !is_implicit_operand(i, full);
-                if only_address {
+                if addressing.contains(&full) && !written(access) || named.iter().any(|n| n.0 == full) {
                     continue;
                 }
                 if !matches!(full, Register::RAX | Register::RCX | Register::RDX | Register::RBX)
@@ -333,15 +348,14 @@ impl Plan {
             let known = self.gprs.iter().find(|g| g.0 == full.number() as u8 && g.2 == high).map(|g| g.1);
             let host = match known {
                 Some(host) => host,
+                None if is_fixed(i, n) => full,
                 None => pool.first().copied()?,
             };
             pool.retain(|p| *p != host);
-            let access = used.iter().filter(|(u, _)| u.full_register() == full).any(|&(_, a)| written(a));
+            // No instruction that comes here writes AH to BH.
+            let access = !high && used.iter().filter(|(u, _)| u.full_register() == full).any(|&(_, a)| written(a));
             self.add_gpr(full.number() as u8, host, high, access);
             self.instruction.set_op_register(n, sized(host, r.size()));
-        }
-        if self.gprs.iter().any(|g| g.2 && g.3) {
-            return None;
         }
         for &(r, access) in used.iter().filter(|(r, _)| r.is_vector_register()) {
             let number = r.number() as u8;
@@ -364,7 +378,7 @@ impl Plan {
         if needs_mxcsr(i) {
             self.traits |= trait_bits::FLOAT;
         }
-        if self.class == class::SSE && self.memory_bytes == 16 && !tolerates_misalignment(i)
+        if matches!(self.class, class::SSE | class::MMX) && self.memory_bytes == 16 && !tolerates_misalignment(i)
             || self.class == class::AVX && demands_alignment(i)
         {
             self.traits |= trait_bits::ALIGNED;
@@ -372,6 +386,10 @@ impl Plan {
         let name = format!("{:?}", i.mnemonic());
         if self.class == class::X87 && !name.starts_with("Fn") || self.class == class::MMX {
             self.traits |= trait_bits::WAITS;
+        }
+        if self.class == class::X87 && self.traits & trait_bits::WRITES != 0 {
+            // An unmasked exception leaves the destination alone: what is written back is then what was there.
+            self.traits |= trait_bits::READS;
         }
         if matches!(i.mnemonic(), M::Fnstenv | M::Fnsave) {
             self.traits |= trait_bits::ENVIRONMENT;
@@ -463,16 +481,22 @@ fn sized(full: Register, bytes: usize) -> Register {
     base + full.number() as u32
 }
 
-/// A register that the instruction uses beyond forming its address.
-fn is_implicit_operand(i: &Instruction, full: Register) -> bool {
+/// Registers that the instruction uses without naming them, and whether it writes them.
+fn implicit_operands(i: &Instruction) -> &'static [(Register, bool)] {
+    use Register::{RAX, RCX, RDX};
     match i.mnemonic() {
-        M::Pcmpestri | M::Pcmpestrm | M::Vpcmpestri | M::Vpcmpestrm => {
-            matches!(full, Register::RAX | Register::RDX | Register::RCX)
-        }
-        M::Pcmpistri | M::Vpcmpistri => full == Register::RCX,
-        M::Mulx => full == Register::RDX,
-        _ => false,
+        M::Pcmpestri | M::Pcmpestri64 | M::Vpcmpestri | M::Vpcmpestri64 => &[(RAX, false), (RDX, false), (RCX, true)],
+        M::Pcmpestrm | M::Pcmpestrm64 | M::Vpcmpestrm | M::Vpcmpestrm64 => &[(RAX, false), (RDX, false)],
+        M::Pcmpistri | M::Vpcmpistri => &[(RCX, true)],
+        M::Mulx => &[(RDX, false)],
+        _ => &[],
     }
+}
+
+/// Operand `n` is always the same register.
+fn is_fixed(i: &Instruction, n: u32) -> bool {
+    use iced_x86::OpCodeOperandKind as K;
+    matches!(i.op_code().op_kind(n), K::al | K::ax | K::eax | K::rax | K::cl | K::dx)
 }
 
 fn is_x87(i: &Instruction) -> bool {
@@ -515,7 +539,16 @@ fn needs_mxcsr(i: &Instruction) -> bool {
 fn tolerates_misalignment(i: &Instruction) -> bool {
     matches!(
         i.mnemonic(),
-        M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm
+        M::Movups
+            | M::Movupd
+            | M::Movdqu
+            | M::Lddqu
+            | M::Pcmpestri
+            | M::Pcmpestrm
+            | M::Pcmpistri
+            | M::Pcmpistrm
+            | M::Pcmpestri64
+            | M::Pcmpestrm64
     )
 }
 /// VEX instructions that do need it.
@@ -537,15 +570,15 @@ fn zero_upper<const ALL: bool>(cpu: &mut Cpu, _: &Op, _: Io<'_>) -> Flow {
     Ok(())
 }
 
+/// A VEX-encoded vector instruction may run: not in real or virtual-8086 mode.
+pub(crate) fn check_avx_mode(cpu: &mut Cpu) -> Flow {
+    if cpu.protected() { cpu.check_avx() } else { cpu.undefined() }
+}
+
 fn check_class(cpu: &mut Cpu, op: &Op) -> Flow {
     match op.dst {
         class::SSE => cpu.check_sse()?,
-        class::AVX => {
-            if !cpu.protected() {
-                return cpu.undefined();
-            }
-            cpu.check_avx()?;
-        }
+        class::AVX => check_avx_mode(cpu)?,
         class::X87 => cpu.check_x87(false)?,
         class::MMX => cpu.check_x87(true)?,
         class::VEX_INTEGER if !cpu.protected() => return cpu.undefined(),
@@ -564,6 +597,9 @@ fn run_thunk(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow {
         va = cpu.ea(op, bytes as u64, writes)?;
         if op.src & trait_bits::ALIGNED != 0 && va & (bytes as u64 - 1) != 0 {
             return cpu.gp(0);
+        }
+        if bytes > 8 && cpu.check_canonical(va, bytes as u64).is_err() {
+            return cpu.raise_code(if op.seg == crate::cpu::STACK_SEG { 12 } else { 13 }, 0);
         }
         if writes {
             cpu.probe_write_quick(va, bytes as u64)?;
@@ -605,8 +641,21 @@ fn execute(cpu: &mut Cpu, op: &Op) {
     }
 }
 
+/// With the working MXCSR in place: where MMX registers take part it travels in the image.
+fn execute_float(cpu: &mut Cpu, op: &Op) {
+    if op.dst != class::MMX {
+        return execute(cpu, op);
+    }
+    let work = cpu.fpu.work_mxcsr;
+    cpu.fpu.set_mxcsr(work);
+    execute(cpu, op);
+    cpu.fpu.work_mxcsr = cpu.fpu.mxcsr();
+}
+
 /// Exception flags of MXCSR; the masks are seven bits further up.
 const EXCEPTIONS: u32 = 0x3f;
+const UNDERFLOW: u32 = 1 << 4;
+const FLUSH_TO_ZERO: u32 = 1 << 15;
 
 /// A floating-point instruction: run with all exceptions masked, then see which the guest wanted to hear of.
 fn run_float(cpu: &mut Cpu, op: &Op) -> Flow {
@@ -614,13 +663,23 @@ fn run_float(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.fpu.work_mxcsr = guest & !EXCEPTIONS | EXCEPTIONS << 7;
     let unmasked = !(guest >> 7) & EXCEPTIONS;
     if unmasked == 0 {
-        execute(cpu, op);
+        execute_float(cpu, op);
         cpu.fpu.set_mxcsr(guest | cpu.fpu.work_mxcsr & EXCEPTIONS);
         return Ok(());
     }
     let saved = (cpu.fpu.image, cpu.gpr, cpu.flags);
-    execute(cpu, op);
-    let raised = cpu.fpu.work_mxcsr & EXCEPTIONS;
+    let mut tiny = 0;
+    if unmasked & UNDERFLOW != 0 {
+        // Masked, an exact tiny result raises nothing; unmasked it does. Flushing tiny results to zero tells them apart.
+        let work = cpu.fpu.work_mxcsr;
+        cpu.fpu.work_mxcsr |= FLUSH_TO_ZERO;
+        execute_float(cpu, op);
+        tiny = cpu.fpu.work_mxcsr & UNDERFLOW;
+        (cpu.fpu.image, cpu.gpr, cpu.flags) = saved;
+        cpu.fpu.work_mxcsr = work;
+    }
+    execute_float(cpu, op);
+    let raised = cpu.fpu.work_mxcsr & EXCEPTIONS | tiny;
     if raised & unmasked == 0 {
         cpu.fpu.set_mxcsr(guest | raised);
         return Ok(());

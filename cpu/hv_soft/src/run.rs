@@ -37,7 +37,7 @@ impl SoftVcpu {
                 match self.service(io, stop) {
                     Service::Go => {}
                     Service::Step => {
-                        if let Err(halt) = self.step(io) {
+                        if let Err(halt) = self.single_step(io) {
                             return halt;
                         }
                         continue;
@@ -86,7 +86,7 @@ impl SoftVcpu {
     }
 
     /// One instruction with the trap flag set. SDM 3A 17.3.1.4 "Single-Step Exception Condition".
-    fn step(&mut self, io: Io<'_>) -> Result<(), Halt> {
+    fn single_step(&mut self, io: Io<'_>) -> Result<(), Halt> {
         let block = match self.cache.single(&mut self.cpu, &mut self.native) {
             Ok(block) => block,
             Err(stop) => return self.fetch_failed(io, stop),

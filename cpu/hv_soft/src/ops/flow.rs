@@ -84,6 +84,11 @@ pub(crate) fn jmp_to<const MEM: bool, T: GuestWord>(cpu: &mut Cpu, op: &Op, io: 
 fn call_to<T: GuestWord>(cpu: &mut Cpu, op: &Op, io: Io<'_>, rip: u64) -> Flow {
     let in_range = if cpu.mode.bits == 64 { canonical(rip) } else { rip <= cpu.seg[CS].limit as u64 };
     if !in_range {
+        // A fault of the push comes first.
+        if cpu.mode.bits == 64 {
+            let sp = cpu.gpr[crate::cpu::RSP].wrapping_sub(T::BYTES);
+            cpu.probe_write(sp, T::BYTES).map_err(|stop| cpu.stack_fault(sp, stop))?;
+        }
         return cpu.gp(0);
     }
     let back = cpu.next_rip(op);

@@ -3,6 +3,7 @@
 pub(crate) mod arith;
 pub(crate) mod bits;
 pub(crate) mod flow;
+pub(crate) mod masked;
 pub(crate) mod moves;
 pub(crate) mod stack;
 pub(crate) mod string;

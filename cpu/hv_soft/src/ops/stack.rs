@@ -11,7 +11,7 @@ impl Cpu {
         match self.stack {
             StackKind::Long => {
                 let sp = self.gpr[RSP].wrapping_sub(T::BYTES);
-                self.store_then(io, sp, value)?;
+                self.store_then(io, sp, value).map_err(|stop| self.stack_fault(sp, stop))?;
                 self.gpr[RSP] = sp;
             }
             StackKind::Flat32 => {
@@ -41,9 +41,18 @@ impl Cpu {
                 self.segmented(SS as u8, *sp & mask, T::BYTES, false)?
             }
         };
-        let value = self.load::<T>(io, va)?;
+        let value = self.load::<T>(io, va).map_err(|stop| self.stack_fault(va, stop))?;
         *sp = self.stack_add(*sp, T::BYTES);
         Ok(value)
+    }
+
+    /// A non-canonical stack address is #SS, not #GP.
+    #[cold]
+    pub fn stack_fault(&mut self, va: u64, stop: Stop) -> Stop {
+        if stop == Stop::Fault && self.fault.vector == 13 && !crate::segment::canonical(va) {
+            self.fault.vector = 12;
+        }
+        stop
     }
 }
 
@@ -186,7 +195,7 @@ fn enter_frame<T: GuestWord>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow {
         let mask = if cpu.seg[SS].big() { 0xffff_ffff } else { 0xffff };
         cpu.segmented(SS as u8, at & mask, T::BYTES, true)?
     };
-    cpu.probe_write(va, T::BYTES)
+    cpu.probe_write(va, T::BYTES).map_err(|stop| cpu.stack_fault(va, stop))
 }
 
 /// LEAVE.

@@ -66,6 +66,10 @@ fn source_seg(op: &Op) -> u8 {
 }
 
 fn run<const WHAT: u8, T: GuestWord>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow {
+    if matches!(WHAT, INS | OUTS) {
+        // Checked even where nothing is to be transferred.
+        cpu.check_io(io, cpu.gpr[RDX] as u16, T::BYTES as u8)?;
+    }
     let repeat = op.kind & (addr::REP | addr::REPNE) != 0;
     if !repeat {
         element::<WHAT, T>(cpu, op, io)?;
@@ -126,10 +130,11 @@ fn element<const WHAT: u8, T: GuestWord>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> 
             cpu.set(RAX as u8, value);
         }
         CMPS => {
-            let va = from(cpu)?;
-            let a = cpu.load::<T>(io, va)?;
+            // The order in which two faults are found is the processor's: destination first.
             let va = to(cpu, false)?;
             let b = cpu.load::<T>(io, va)?;
+            let va = from(cpu)?;
+            let a = cpu.load::<T>(io, va)?;
             cpu.flags = T::sub(a, b).1;
         }
         SCAS => {
@@ -139,7 +144,6 @@ fn element<const WHAT: u8, T: GuestWord>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> 
         }
         INS => {
             let port = cpu.gpr[RDX] as u16;
-            cpu.check_io(io, port, T::BYTES as u8)?;
             let va = to(cpu, true)?;
             cpu.probe_write(va, T::BYTES)?;
             let value = io.port_read(port, T::BYTES as u8);
@@ -147,7 +151,6 @@ fn element<const WHAT: u8, T: GuestWord>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> 
         }
         _ => {
             let port = cpu.gpr[RDX] as u16;
-            cpu.check_io(io, port, T::BYTES as u8)?;
             let va = from(cpu)?;
             let value = cpu.load::<T>(io, va)?;
             io.port_write(port, T::BYTES as u8, value.to_u64() as u32);
