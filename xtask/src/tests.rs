@@ -13,6 +13,8 @@ pub fn run(consent: Consent, long: bool) -> Result<()> {
     tidy::run()?;
     say("formatting");
     crate::run::run(cargo().args(["fmt", "--all", "--check"]))?;
+    say("lints");
+    run_cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
     let guest = guest::build(consent)?;
     say("building");
     run_cargo(&["build", "--workspace", "--all-targets"])?;

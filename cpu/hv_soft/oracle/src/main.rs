@@ -1,4 +1,5 @@
 //! `oracle [--seed S] [--cases N] [--only NAME] [--seconds T]`: compares the software CPU with this processor.
+#![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
