@@ -133,6 +133,7 @@ async fn run(
     });
     let mut waiting: HashMap<u64, Answer> = HashMap::new();
     let mut next_id = 1;
+    let mut unwritable = false;
     loop {
         tokio::select! {
             message = messages.recv() => match message {
@@ -142,14 +143,16 @@ async fn run(
                 Some(Message::Greeting { .. }) => {}
                 None => break,
             },
-            request = inbox.recv() => {
+            request = inbox.recv(), if !unwritable => {
                 let Some((command, sender)) = request else { break };
                 let Ok(mut line) = serde_json::to_vec(&Request { id: next_id, command }) else { continue };
                 line.push(b'\n');
                 waiting.insert(next_id, sender);
                 next_id += 1;
-                if writer.write_all(&line).await.is_err() {
-                    break;
+                // The process has ended; what it said before that is still read.
+                unwritable = writer.write_all(&line).await.is_err();
+                if unwritable {
+                    inbox.close();
                 }
             }
         }

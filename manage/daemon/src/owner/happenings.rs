@@ -1,14 +1,19 @@
 //! What the machine tells, and its end.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use monitor::{Event, RunReason, RunState, ShutdownCause};
+use tokio::time::timeout;
 
 use super::{Ending, Owner};
 use crate::domain::{Live, State, Status};
 use crate::error::said;
 use crate::events::{DomainEvent, LifecycleEvent};
 use crate::launch;
+
+/// How long the end of an ended process's socket may take.
+const LAST_EVENTS_LIMIT: Duration = Duration::from_secs(2);
 
 impl Owner {
     pub(super) fn set_paused(&self, status: Status, event: LifecycleEvent) {
@@ -97,14 +102,20 @@ impl Owner {
     }
 
     /// The process is gone: the domain is off, for the reason that is known. Returns the run that is to be started again.
-    pub(super) fn on_ended(&mut self) -> Option<Arc<Live>> {
-        let mut running = self.running.take()?;
-        // What it said before it ended is still in the queue.
-        while let Ok(event) = running.events.try_recv() {
-            if let Event::Shutdown { cause: ShutdownCause::PowerOff | ShutdownCause::Reset } = event {
-                running.ending = running.ending.or(Some(Ending::Shutdown));
+    pub(super) async fn on_ended(&mut self) -> Option<Arc<Live>> {
+        // What it said before it ended may still be in its socket, and says why it ended. The queue closes when the socket
+        // has been read to its end.
+        let read = async {
+            while let Some(running) = &mut self.running
+                && let Some(event) = running.events.recv().await
+            {
+                self.on_event(event);
             }
+        };
+        if timeout(LAST_EVENTS_LIMIT, read).await.is_err() {
+            eprintln!("domain '{}': somebody else holds the monitor of its ended vireo-vmm", self.name());
         }
+        let running = self.running.take()?;
         running.files.remove();
         if running.reboot && running.ending == Some(Ending::Shutdown) {
             return self.domain.snapshot().live.clone();

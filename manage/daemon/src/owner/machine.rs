@@ -214,7 +214,7 @@ impl Owner {
             running.process.kill();
             running.process.ended().await;
         }
-        self.on_ended();
+        self.on_ended().await;
         Ok(())
     }
 }

@@ -192,7 +192,7 @@ impl Owner {
                 Happening::Letter(None) => return,
                 Happening::Event(event) => self.on_event(event),
                 Happening::Ended => {
-                    if let Some(live) = self.on_ended() {
+                    if let Some(live) = self.on_ended().await {
                         self.start_again(&live).await;
                     }
                 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::OpenptFlags;
@@ -63,12 +63,30 @@ impl Terminal {
     /// terminal, and does not show when it has.
     fn type_line(&mut self, line: &str) {
         let echo = line.to_uppercase();
+        let start = Instant::now();
         while !self.shown.contains(&echo) {
+            assert!(start.elapsed() < DEADLINE, "'{echo}' never came: {}", self.shown);
             self.type_in(&format!("{line}\n"));
             match self.screen.recv_timeout(RETYPE) {
                 Ok(more) => self.shown.push_str(&String::from_utf8_lossy(&more)),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => panic!("'{echo}' never came: {}", self.shown),
+            }
+        }
+    }
+
+    /// Types a line that ends the guest until the terminal hangs up. Its echo may never be seen: a pseudo terminal throws
+    /// away what nobody has read when the side that wrote it is closed.
+    fn type_last_line(&mut self, line: &str) {
+        let start = Instant::now();
+        loop {
+            assert!(start.elapsed() < DEADLINE, "the console did not end after '{line}': {}", self.shown);
+            // virsh may be gone already; the terminal's other side then says so below.
+            let _ = self.keyboard.write_all(format!("{line}\n").as_bytes());
+            match self.screen.recv_timeout(RETYPE) {
+                Ok(more) => self.shown.push_str(&String::from_utf8_lossy(&more)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
@@ -125,7 +143,7 @@ fn the_last_words_of_a_machine_are_kept() {
     session.virsh("start vm1");
     let mut terminal = Terminal::run(session.virsh_command("libvirt-sock", "console vm1"));
     terminal.wait_for("Escape character is ^]");
-    terminal.type_line("abort");
+    terminal.type_last_line("abort");
     terminal.wait_for_end();
     session.wait_for("domstate vm1 --reason", "shut off (crashed)");
     assert!(session.log().contains("the engine met opcode 0f ff at rip 0x1234"), "{}", session.log());
