@@ -37,6 +37,7 @@ pub const GUEST: &[Need] = &[need("mke2fs", "e2fsprogs", "the file system of the
 /// To test against the peers.
 pub const TEST: &[Need] = &[
     need("qemu-img", "qemu-utils", "checking our images against QEMU's tools"),
+    need("debugfs", "e2fsprogs", "reading a guest's file system from outside"),
     need("virsh", "libvirt-clients", "driving vireod with an unmodified client"),
 ];
 /// To measure against QEMU.
@@ -106,7 +107,10 @@ pub fn ensure(needs: &[&[Need]], consent: Consent) -> Result<()> {
 }
 
 /// Makes the packages of `suite` known to apt. Stable keeps its priority: nothing is upgraded by this.
-fn add_suite(suite: &str, consent: Consent) -> Result<()> {
+pub fn add_suite(suite: &str, consent: Consent) -> Result<()> {
+    if !is_debian() {
+        bail!("the suite {suite} is one of Debian's, which needs apt-get: run this on a Debian system");
+    }
     let known = output(Command::new("apt-cache").arg("policy"))?;
     if known.contains(&format!("n={suite}")) {
         return Ok(());

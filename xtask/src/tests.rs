@@ -16,6 +16,7 @@ pub fn run(consent: Consent, long: bool) -> Result<()> {
     say("lints");
     run_cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
     let guest = guest::build(consent)?;
+    let nvme_kernel = guest::nvme_kernel(consent)?;
     say("building");
     run_cargo(&["build", "--workspace", "--all-targets"])?;
     say("tests");
@@ -24,6 +25,7 @@ pub fn run(consent: Consent, long: bool) -> Result<()> {
     // Whole-guest tests take what was built above; without it they say how to build it.
     tests.env("VIREO_TEST_GUEST", crate::run::target().join("guest"));
     tests.env("VIREO_TEST_KERNEL", &guest.kernel);
+    tests.env("VIREO_TEST_NVME_KERNEL", nvme_kernel);
     if long {
         tests.env("VIREO_TEST_LONG", "1");
     }
