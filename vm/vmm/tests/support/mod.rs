@@ -15,7 +15,7 @@ use monitor::{
 };
 
 /// How long anything here may take before the test fails.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Where the code of a guest lies; its PVH entry.
 const ENTRY: u32 = 0x10_0000;
@@ -265,6 +265,19 @@ impl Drop for Vm {
 /// The signal that ended a process.
 pub fn signal(status: ExitStatus) -> Option<i32> {
     status.signal()
+}
+
+/// Ends `child` if it is still there after [`LIMIT`]: a guest that hangs must not hang the tests.
+pub fn end_by(child: &Child) {
+    use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+    let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).unwrap();
+    std::thread::spawn(move || {
+        let limit = rustix::time::Timespec { tv_sec: LIMIT.as_secs() as i64, tv_nsec: 0 };
+        let mut fds = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
+        if rustix::event::poll(&mut fds, Some(&limit)) == Ok(0) {
+            let _ = pidfd_send_signal(&process, Signal::KILL);
+        }
+    });
 }
 
 /// Lines of a stream, for tests that wait for one.

@@ -1,0 +1,113 @@
+//! Debian's stock kernels as guests of `vireo-vmm run`.
+//!
+//! `cargo xtask guest` builds what they boot and `cargo xtask test` says where it is.
+
+mod support;
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use support::{end_by, vmm};
+
+/// A file or directory that `cargo xtask test` names.
+fn built(variable: &str) -> PathBuf {
+    let Some(value) = std::env::var_os(variable) else {
+        panic!(
+            "{variable} is not set: `cargo xtask test` builds the guests and sets it, `cargo xtask guest` says where"
+        );
+    };
+    let path = PathBuf::from(value);
+    assert!(path.exists(), "{variable} names {}, which does not exist: `cargo xtask guest` builds it", path.display());
+    path
+}
+
+/// Runs a guest with `options` to its end.
+fn run<S: AsRef<OsStr>>(options: impl IntoIterator<Item = S>) -> Output {
+    let mut command = vmm();
+    command.args(["run", "--accel", "soft", "--no-reboot"]).args(options);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    end_by(&child);
+    child.wait_with_output().unwrap()
+}
+
+/// What a program prints.
+fn tool(program: &str, args: &[&OsStr]) -> String {
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let output = Command::new(program).env("PATH", path).args(args).output().unwrap();
+    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The file `name` of the ext4 file system in a qcow2 image, read with the file system's own tools.
+fn file_in(image: &Path, name: &str) -> String {
+    let raw = image.with_extension("raw");
+    tool("qemu-img", &["convert".as_ref(), "-O".as_ref(), "raw".as_ref(), image.as_ref(), raw.as_ref()]);
+    tool("debugfs", &["-R".as_ref(), format!("cat {name}").as_ref(), raw.as_ref()])
+}
+
+/// The commands that the first process carries out: the kernel puts no devices into /dev by itself.
+fn init(commands: &str) -> String {
+    format!("init=/bin/sh -- -c \"mount -t devtmpfs dev /dev; exec > /dev/console 2>&1; {commands}; poweroff -f\"")
+}
+
+#[test]
+fn an_nvme_disk_holds_the_root_of_a_kernel_without_an_initrd() {
+    let kernel = built("VIREO_TEST_NVME_KERNEL");
+    let directory = tempfile::tempdir().unwrap();
+    let disk = directory.path().join("root.qcow2");
+    std::fs::copy(built("VIREO_TEST_GUEST").join("demo.qcow2"), &disk).unwrap();
+    let facts = "mount -t proc proc /proc; mount -t sysfs sys /sys; cd /sys/class/nvme/nvme0; cat serial state; mount";
+    let commands = init(&format!("{facts}; echo written through NVMe > /root/proof; sync"));
+    let append = format!("console=ttyS0 quiet rw root=/dev/nvme0n1 rootwait {commands}");
+    let drive = format!("path={},format=qcow2,bus=nvme,serial=nvme-7", disk.display());
+    let output = run(["--memory", "192", "--disk", &drive, "--append", &append, "--kernel", kernel.to_str().unwrap()]);
+    let printed = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let lines: Vec<&str> = printed.lines().map(str::trim_end).collect();
+    let has = |line: &str| lines.iter().any(|l| l.starts_with(line));
+    for line in ["nvme-7", "live", "/dev/root on / type ext4 (rw"] {
+        assert!(has(line), "no line {line:?}:\n{printed}");
+    }
+    let check = tool("qemu-img", &["check".as_ref(), disk.as_ref()]);
+    assert!(check.contains("No errors were found"), "{check}");
+    assert_eq!(file_in(&disk, "/root/proof"), "written through NVMe\n");
+}
+
+#[test]
+fn a_boot_on_the_virtual_clock_is_repeatable_to_the_instruction() {
+    let kernel = built("VIREO_TEST_KERNEL");
+    let initrd = built("VIREO_TEST_GUEST").join("bench-initrd.img");
+    let boot = |number: u32| {
+        let directory = tempfile::tempdir().unwrap();
+        let stats = directory.path().join("stats");
+        let output = run([
+            "--clock".as_ref(),
+            "virtual".as_ref(),
+            "--memory".as_ref(),
+            "128".as_ref(),
+            "--append".as_ref(),
+            "console=ttyS0 quiet".as_ref(),
+            "--kernel".as_ref(),
+            kernel.as_os_str(),
+            "--initrd".as_ref(),
+            initrd.as_os_str(),
+            "--stats".as_ref(),
+            stats.as_os_str(),
+        ]);
+        assert!(output.status.success() && output.stderr.is_empty(), "boot {number}: {output:?}");
+        (String::from_utf8(output.stdout).unwrap(), std::fs::read_to_string(stats).unwrap())
+    };
+    // Both at once: what else the host does must not show.
+    let (first, second) = std::thread::scope(|scope| {
+        let first = scope.spawn(|| boot(1));
+        (boot(2), first.join().unwrap())
+    });
+    assert!(first.0.contains("INIT-REACHED"), "{}", first.0);
+    assert_eq!(first, second);
+    let document: serde_json::Value = serde_json::from_str(&first.1).unwrap();
+    assert_eq!(document["console_bytes"], first.0.len());
+    // A kernel does not get to its first process with less; not a count of ours, a floor.
+    assert!(document["instructions"].as_u64().unwrap() > 100_000_000, "{document}");
+    assert!(document["exits"]["port_writes"].as_u64().unwrap() >= first.0.len() as u64, "{document}");
+}
