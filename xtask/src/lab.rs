@@ -78,15 +78,15 @@ pub fn go(consent: Consent, job: &Job) -> Result<String> {
     packages::ensure(&[packages::BUILD, packages::QEMU], consent)?;
     let guest = guest::build(consent)?;
     say("building vireo-vmm and the tiny guests");
-    run(cargo().args(["build", "-p", "vmm"]))?;
+    run(cargo().args(["build", "-p", "vmm", "-p", "asm_guests"]))?;
     let script = match job {
-        Job::Check => format!("vireo-vmm --probe-kvm || exit 1\n{DEMO}"),
+        Job::Check => format!("vireo-vmm --probe-kvm || exit 1\nasm-guests kvm || exit 1\n{DEMO}"),
         Job::Exits => COUNT_EXITS.to_owned(),
     };
     let dir = target().join("lab");
     fs::create_dir_all(&dir)?;
     let initrd = dir.join("initrd.img");
-    let programs = ["vireo-vmm"].map(|name| target().join("debug").join(name));
+    let programs = ["vireo-vmm", "asm-guests"].map(|name| target().join("debug").join(name));
     fs::write(&initrd, l1(&guest, &programs, &script)?)?;
     say("booting the lab (about 20 s)");
     boot(&guest, &initrd, &dir.join("serial.log"))

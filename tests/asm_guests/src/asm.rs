@@ -1,0 +1,147 @@
+//! An assembler with the few things every guest says: print, catch an exception, stop.
+
+use std::ops::{Deref, DerefMut};
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+use crate::layout::{PORT_OUT, PORT_STOP};
+
+/// What emitting code returns.
+pub type Emit = Result<(), IcedError>;
+
+/// Addresses of a mode's library routines.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Lib {
+    /// Prints ECX digits of EAX; changes no register.
+    pub hex: u64,
+    /// The first half of [`Asm::catch`].
+    pub catch: u64,
+    /// What [`Asm::catch`] calls where nothing was raised: prints `-`.
+    pub missed: u64,
+}
+
+/// Emits code of one mode.
+pub struct Asm {
+    code: CodeAssembler,
+    /// 16, 32 or 64.
+    pub bits: u32,
+    lib: Lib,
+}
+
+impl Asm {
+    pub(crate) fn new(bits: u32, lib: Lib) -> Result<Asm, IcedError> {
+        Ok(Asm { code: CodeAssembler::new(bits)?, bits, lib })
+    }
+
+    /// Prints `text`. Changes RAX and RDX.
+    pub fn say(&mut self, text: &str) -> Emit {
+        self.mov(dx, PORT_OUT as u32)?;
+        text.bytes().try_for_each(|byte| {
+            self.mov(al, byte as u32)?;
+            self.out(dx, al)
+        })
+    }
+
+    /// Prints the lowest `digits` hexadecimal digits of `value`. Changes no register.
+    pub fn hex(&mut self, value: AsmRegister32, digits: u32) -> Emit {
+        let hex = self.lib.hex;
+        if self.bits == 64 {
+            self.push(rax)?;
+            self.push(rcx)?;
+        } else {
+            self.push(eax)?;
+            self.push(ecx)?;
+        }
+        self.mov(eax, value)?;
+        self.mov(ecx, digits)?;
+        self.call(hex)?;
+        if self.bits == 64 {
+            self.pop(rcx)?;
+            self.pop(rax)
+        } else {
+            self.pop(ecx)?;
+            self.pop(eax)
+        }
+    }
+
+    /// Runs `code`; an exception in it is reported by its handler and control goes on behind. The handler prints, after
+    /// `+`, how far the saved instruction pointer is from the start of this (two bytes before `code`). Where nothing is
+    /// raised, prints `-`. `code` must be short enough for a short jump.
+    pub fn catch(&mut self, code: impl FnOnce(&mut Asm) -> Emit) -> Emit {
+        let Lib { catch, missed, .. } = self.lib;
+        let mut done = self.create_label();
+        self.call(catch)?;
+        self.jne(done)?;
+        code(self)?;
+        self.call(missed)?;
+        self.set_label(&mut done)?;
+        self.zero_bytes()
+    }
+
+    /// Ends the guest.
+    pub fn stop(&mut self) -> Emit {
+        self.mov(al, 0)?;
+        self.out(PORT_STOP as u32, al)?;
+        self.hlt()
+    }
+
+    /// A far jump (`0xea`) with an offset of `offset_bytes` 2 or 4 to `selector`.
+    pub fn jmp_far(&mut self, selector: u16, offset: u32, offset_bytes: u32) -> Emit {
+        self.far(0xea, selector, offset, offset_bytes)
+    }
+
+    /// A far call, likewise.
+    pub fn call_far(&mut self, selector: u16, offset: u32, offset_bytes: u32) -> Emit {
+        self.far(0x9a, selector, offset, offset_bytes)
+    }
+
+    fn far(&mut self, opcode: u8, selector: u16, offset: u32, offset_bytes: u32) -> Emit {
+        let mut bytes = Vec::new();
+        if (offset_bytes == 4) != (self.bits == 32) {
+            bytes.push(0x66);
+        }
+        bytes.push(opcode);
+        bytes.extend_from_slice(&offset.to_le_bytes()[..offset_bytes as usize]);
+        bytes.extend_from_slice(&selector.to_le_bytes());
+        self.db(&bytes)
+    }
+
+    /// Fills `count` table entries of 4 (`wide`: 8) bytes at `table` with `first`, `first + step`, … In 32-bit code.
+    /// Changes EAX, ECX and EDI.
+    pub fn table(&mut self, table: u32, count: u32, first: u32, step: u32, wide: bool) -> Emit {
+        self.mov(edi, table)?;
+        self.mov(eax, first)?;
+        self.mov(ecx, count)?;
+        let mut next = self.create_label();
+        self.set_label(&mut next)?;
+        self.mov(dword_ptr(edi), eax)?;
+        if wide {
+            self.mov(dword_ptr(edi + 4), 0u32)?;
+        }
+        self.add(eax, step)?;
+        self.add(edi, if wide { 8u32 } else { 4 })?;
+        self.dec(ecx)?;
+        self.jne(next)
+    }
+
+    /// Writes an MSR. Changes EAX, ECX, EDX.
+    pub fn wrmsr_to(&mut self, register: u32, value: u64) -> Emit {
+        self.mov(ecx, register)?;
+        self.mov(eax, value as u32)?;
+        self.mov(edx, (value >> 32) as u32)?;
+        self.wrmsr()
+    }
+}
+
+impl Deref for Asm {
+    type Target = CodeAssembler;
+    fn deref(&self) -> &CodeAssembler {
+        &self.code
+    }
+}
+impl DerefMut for Asm {
+    fn deref_mut(&mut self) -> &mut CodeAssembler {
+        &mut self.code
+    }
+}

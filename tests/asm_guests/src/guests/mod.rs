@@ -1,0 +1,10 @@
+//! The guests.
+
+mod modes;
+
+use crate::suite::Guest;
+
+/// All guests.
+pub fn all() -> Vec<Guest> {
+    modes::guests()
+}
