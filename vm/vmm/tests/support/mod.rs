@@ -39,6 +39,37 @@ impl Guest {
         let ([low, high], [v0, v1]) = (port.to_le_bytes(), value.to_le_bytes());
         self.code(&[0x66, 0xba, low, high, 0x66, 0xb8, v0, v1, 0x66, 0xef])
     }
+    /// OUT DX, EAX
+    pub fn out32(self, port: u16, value: u32) -> Guest {
+        let ([low, high], v) = (port.to_le_bytes(), value.to_le_bytes());
+        self.code(&[0x66, 0xba, low, high, 0xb8]).code(&v).code(&[0xef])
+    }
+    /// MOV BYTE PTR [address], value
+    pub fn store8(self, address: u32, value: u8) -> Guest {
+        self.code(&[0xc6, 0x05]).code(&address.to_le_bytes()).code(&[value])
+    }
+    /// MOV WORD PTR [address], value
+    pub fn store16(self, address: u32, value: u16) -> Guest {
+        self.code(&[0x66, 0xc7, 0x05]).code(&address.to_le_bytes()).code(&value.to_le_bytes())
+    }
+    /// MOV DWORD PTR [address], value
+    pub fn store32(self, address: u32, value: u32) -> Guest {
+        self.code(&[0xc7, 0x05]).code(&address.to_le_bytes()).code(&value.to_le_bytes())
+    }
+    /// Fills `bytes` (a multiple of 4) from `address` on with `value`: REP STOSD.
+    pub fn fill32(self, address: u32, bytes: u32, value: u32) -> Guest {
+        let guest = self.code(&[0xbf]).code(&address.to_le_bytes()).code(&[0xb9]).code(&(bytes / 4).to_le_bytes());
+        guest.code(&[0xb8]).code(&value.to_le_bytes()).code(&[0xfc, 0xf3, 0xab])
+    }
+    /// Waits until the word at `address` is `value`: CMP WORD PTR [address], value; JNE back to it.
+    pub fn wait16(self, address: u32, value: u16) -> Guest {
+        let guest = self.code(&[0x66, 0x81, 0x3d]).code(&address.to_le_bytes()).code(&value.to_le_bytes());
+        guest.code(&[0x75, 0xf5])
+    }
+    /// Writes a dword of the configuration space of function 0 of `device` on bus 0.
+    pub fn configure(self, device: u32, offset: u32, value: u32) -> Guest {
+        self.out32(0xcf8, 1 << 31 | device << 11 | offset).out32(0xcfc, value)
+    }
     /// Prints on the first serial port.
     pub fn print(self, text: &str) -> Guest {
         text.bytes().fold(self, |guest, byte| guest.out8(0x3f8, byte))

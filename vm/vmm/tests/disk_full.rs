@@ -1,0 +1,180 @@
+//! The host's disk fills up while a guest writes: the machine pauses, says so, and goes on without loss when there is
+//! room.
+
+mod support;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use monitor::{
+    CacheMode, ChainLink, Command as Ask, Discard, Disk, DiskBus, DiskErrorPolicy, DiskFormat, Event, Reply, RunReason,
+    RunState, ShutdownCause, Status,
+};
+use support::{Guest, Vm};
+
+/// A file system of limited size in a mount namespace of its own, reached through its keeper's /proc entry. It goes with
+/// the keeper.
+struct SmallDisk {
+    keeper: Child,
+    answers: BufReader<ChildStdout>,
+    mount_point: PathBuf,
+}
+
+impl SmallDisk {
+    /// `None`: this host lets this user mount nothing.
+    fn mount(mount_point: &Path, size: &str) -> Option<SmallDisk> {
+        let options = if rustix::process::geteuid().is_root() { "--mount" } else { "--map-root-user" };
+        let mut command = Command::new("unshare");
+        command.args([options, "--mount", "sh"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut keeper = command.spawn().ok()?;
+        let answers = BufReader::new(keeper.stdout.take()?);
+        let mut disk = SmallDisk { keeper, answers, mount_point: mount_point.to_owned() };
+        disk.tell(&format!("mount -t tmpfs -o size={size} small {}", mount_point.display())).then_some(disk)
+    }
+    /// Has the keeper carry out `command`; whether it succeeded.
+    fn tell(&mut self, command: &str) -> bool {
+        let mut line = String::new();
+        let told = writeln!(self.keeper.stdin.as_mut().unwrap(), "{command} && echo yes || echo no");
+        told.is_ok() && self.answers.read_line(&mut line).is_ok() && line == "yes\n"
+    }
+    fn grow(&mut self, size: &str) {
+        let command = format!("mount -o remount,size={size} {}", self.mount_point.display());
+        assert!(self.tell(&command), "{command}");
+    }
+    /// `name` on the disk, as seen from here.
+    fn path(&self, name: &str) -> PathBuf {
+        let root = PathBuf::from(format!("/proc/{}/root", self.keeper.id()));
+        root.join(self.mount_point.strip_prefix("/").unwrap()).join(name)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        drop(self.keeper.stdin.take());
+        let _ = self.keeper.wait();
+    }
+}
+
+fn qemu_img(args: &[&str]) -> String {
+    let output = Command::new("qemu-img").args(args).output().unwrap();
+    assert!(output.status.success(), "qemu-img {args:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+const REQUESTS: u16 = 48;
+const REQUEST_BYTES: u32 = 64 << 10;
+const DISK_BYTES: u64 = 8 << 20;
+
+/// What request `number` writes.
+fn pattern(number: u16) -> u32 {
+    0x5a00_0001 + u32::from(number) * 0x0101
+}
+
+/// A driver of virtio-blk that writes `REQUESTS` times and waits for each. VIRTIO 3.1.1, 4.1.4, 5.2.6
+fn writer() -> Guest {
+    const REGISTERS: u32 = 0xd000_0000;
+    const TABLE: u32 = 0x30_0000;
+    const AVAILABLE: u32 = 0x30_1000;
+    const USED: u32 = 0x30_2000;
+    const HEADER: u32 = 0x30_3000;
+    const STATUS: u32 = 0x30_4000;
+    const DATA: u32 = 0x40_0000;
+    const NEXT: u16 = 1;
+    const WRITE_ONLY: u16 = 2;
+    let status = |guest: Guest, value| guest.store8(REGISTERS + 0x14, value);
+    // Device 1: its registers are BAR 4; memory decoding and bus mastering on.
+    let guest = Guest::default().configure(1, 0x20, REGISTERS).configure(1, 0x24, 0).configure(1, 4, 6);
+    let guest = status(status(guest, 0), 3);
+    // VIRTIO_F_VERSION_1, and nothing else.
+    let guest = guest.store32(REGISTERS + 8, 1).store32(REGISTERS + 0xc, 1);
+    let guest = status(guest.store32(REGISTERS + 8, 0).store32(REGISTERS + 0xc, 0), 11);
+    let guest = guest.store16(REGISTERS + 0x16, 0).store16(REGISTERS + 0x18, 4);
+    let rings = [(0x20, TABLE), (0x28, AVAILABLE), (0x30, USED)];
+    let guest = rings.into_iter().fold(guest, |guest, (register, ring)| {
+        guest.store32(REGISTERS + register, ring).store32(REGISTERS + register + 4, 0)
+    });
+    let guest = status(guest.store16(REGISTERS + 0x1c, 1), 15);
+    let descriptors = [(HEADER, 16, NEXT), (DATA, REQUEST_BYTES, NEXT), (STATUS, 1, WRITE_ONLY)];
+    let guest = (0u16..).zip(descriptors).fold(guest, |guest, (index, (address, bytes, flags))| {
+        let at = TABLE + 16 * u32::from(index);
+        guest.store32(at, address).store32(at + 8, bytes).store16(at + 12, flags).store16(at + 14, index + 1)
+    });
+    // The type: a write.
+    let guest = guest.store32(HEADER, 1);
+    let guest = (0..REQUESTS).fold(guest, |guest, number| {
+        let sector = u32::from(number) * (REQUEST_BYTES / 512);
+        let guest = guest.fill32(DATA, REQUEST_BYTES, pattern(number)).store32(HEADER + 8, sector);
+        let guest = guest.store16(STATUS, 0xff).store16(AVAILABLE + 2, number + 1).store16(REGISTERS + 0x3000, 0);
+        // The answer, and that it is OK: anything else and the guest waits for ever.
+        guest.wait16(USED + 2, number + 1).wait16(STATUS, 0)
+    });
+    guest.print("written\n").power_off()
+}
+
+fn disk(file: monitor::FdIndex) -> Disk {
+    Disk {
+        target: "vda".into(),
+        bus: DiskBus::Virtio,
+        chain: vec![ChainLink { file, path: "small.qcow2".into(), format: DiskFormat::Qcow2 }],
+        read_only: false,
+        serial: None,
+        cache: CacheMode::Writeback,
+        discard: Discard::Unmap,
+        on_write_error: DiskErrorPolicy::Enospace,
+        on_read_error: DiskErrorPolicy::Report,
+    }
+}
+
+fn paused_for_room(vm: &mut Vm) {
+    let error = vm.event();
+    let Event::IoError { target, operation, reason, paused } = &error else { panic!("{error:?}") };
+    assert_eq!((target.as_str(), operation.as_str(), reason.as_str(), *paused), ("vda", "write", "enospc", true));
+    assert_eq!(vm.event(), Event::Stopped { reason: RunReason::IoError });
+    let status = Status { state: RunState::Paused, reason: RunReason::IoError };
+    assert_eq!(vm.ask(Ask::QueryStatus), Ok(Reply::Status(status)));
+}
+
+#[test]
+fn the_guest_waits_for_room_and_loses_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(mut small) = SmallDisk::mount(directory.path(), "2m") else {
+        eprintln!("skipped: this host lets this user mount no file system, in no namespace");
+        return;
+    };
+    let path = small.path("small.qcow2");
+    let image = path.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", image, &DISK_BYTES.to_string()]);
+    let mut vm = Vm::start(&writer(), |plan| {
+        plan.config.paused = true;
+        let file = plan.add(File::options().read(true).write(true).open(&path).unwrap());
+        plan.config.disks.push(disk(file));
+    });
+    assert_eq!(vm.ask(Ask::Cont), Ok(Reply::Done));
+    assert_eq!(vm.event(), Event::Resumed);
+    paused_for_room(&mut vm);
+    // Nothing has changed: it pauses again, for the same request.
+    assert_eq!(vm.ask(Ask::Cont), Ok(Reply::Done));
+    assert_eq!(vm.event(), Event::Resumed);
+    paused_for_room(&mut vm);
+    small.grow("8m");
+    assert_eq!(vm.ask(Ask::Cont), Ok(Reply::Done));
+    assert_eq!(vm.event(), Event::Resumed);
+    assert_eq!(vm.line(), "written");
+    assert_eq!(vm.event(), Event::Shutdown { cause: ShutdownCause::PowerOff });
+    let (status, words) = vm.end();
+    assert_eq!(status.code(), Some(0), "{words}");
+    assert!(words.contains("disk vda: write failed") && words.contains("small.qcow2"), "{words}");
+    let check = qemu_img(&["check", image]);
+    assert!(check.contains("No errors were found"), "{check}");
+    let raw = directory.path().join("raw");
+    qemu_img(&["convert", "-O", "raw", image, raw.to_str().unwrap()]);
+    let raw = File::open(raw).unwrap();
+    for number in 0..REQUESTS {
+        let mut bytes = vec![0; REQUEST_BYTES as usize];
+        raw.read_exact_at(&mut bytes, u64::from(number) * u64::from(REQUEST_BYTES)).unwrap();
+        assert!(bytes.as_chunks().0.iter().all(|&word| word == pattern(number).to_le_bytes()), "request {number}");
+    }
+}
