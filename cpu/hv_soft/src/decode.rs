@@ -789,6 +789,12 @@ impl One<'_> {
                 self.op.imm = 3;
                 self.ending(transfer::int);
             }
+            M::Bound => {
+                self.memory();
+                self.op.dst = self.reg(0);
+                let width = self.width(0);
+                self.run(if width == 2 { transfer::bound::<u16> } else { transfer::bound::<u32> });
+            }
             M::Into => {
                 self.op.imm = 4;
                 self.ending(transfer::into);

@@ -236,10 +236,12 @@ impl Cpu {
         Ok(())
     }
 
-    /// #GP where an operand's last byte is not canonical: found before any page is looked at.
+    /// #GP where an operand's last byte is not canonical or, in flat 32-bit segments whose limits nobody else looks at,
+    /// lies beyond 4 GiB: found before any page is looked at.
     pub fn check_canonical(&mut self, va: u64, bytes: u64) -> Flow {
         let last = va.wrapping_add(bytes - 1);
-        if self.long64() && !crate::segment::canonical(last) { self.gp(0) } else { Ok(()) }
+        let beyond = if self.long64() { !crate::segment::canonical(last) } else { self.mode.flat && last >> 32 != 0 };
+        if beyond { self.gp(0) } else { Ok(()) }
     }
 
     /// [`Cpu::probe_write`] that is cheap where the TLB knows the page.

@@ -1,11 +1,11 @@
-//! The software CPU with the same memory: long mode, ring 3.
+//! The software CPU with the same memory: long mode and its compatibility modes, ring 3.
 
 use guest_ram::{Gpa, GuestRam};
 use hv_core::{Accel, Clock, GuestNs, Topology, Vcpu, VcpuIo};
 use hv_soft::{SoftAccel, SoftVcpu, Stepped, UserRegisters};
 use x86::{Segment, State};
 
-use crate::layout::{CODE, DATA, DATA_BYTES, FS_BASE, GS_BASE, RO_BYTES, SHARED_BYTES};
+use crate::layout::{CODE, DATA, DATA_BYTES, FS_BASE, GS_BASE, Mode, RO_BYTES, SHARED_BYTES, UserSegment};
 
 /// Guest-physical address of the shared bytes; page tables lie below.
 const MEMORY: u64 = 0x10_0000;
@@ -41,8 +41,8 @@ const US: u64 = 4;
 const NX: u64 = 1 << 63;
 
 impl Guest {
-    /// Builds it, memory zeroed.
-    pub fn new() -> Result<Guest, Box<dyn std::error::Error>> {
+    /// Builds it for code of `mode`, memory zeroed.
+    pub fn new(mode: Mode) -> Result<Guest, Box<dyn std::error::Error>> {
         let ram = GuestRam::new(&[(Gpa(0), MEMORY + SHARED_BYTES as u64)])?;
         let accel = SoftAccel::new(Default::default());
         let parts = accel.build(ram.clone(), &Topology { vcpus: 1 }, &accel.cpuid(), Clock::virtual_clock())?;
@@ -51,7 +51,7 @@ impl Guest {
         tables.map(CODE, MEMORY, 1, US)?;
         tables.map(DATA, MEMORY + 4096, DATA_BYTES / 4096, RW | US | NX)?;
         tables.map(DATA + DATA_BYTES as u64, MEMORY + 4096 + DATA_BYTES as u64, RO_BYTES / 4096, US | NX)?;
-        vcpu.set_state(&user_state())?;
+        vcpu.set_state(&user_state(mode))?;
         Ok(Guest { ram, vcpu })
     }
 
@@ -107,19 +107,28 @@ impl Tables<'_> {
     }
 }
 
-/// 64-bit mode at ring 3 with vector state enabled.
-fn user_state() -> State {
-    let segment = |selector, attributes, base| Segment { selector, base, limit: u32::MAX, attributes };
-    let data = segment(0x2b, 0xc0f3, 0);
+fn hidden(segment: UserSegment) -> Segment {
+    // Present, ring 3, accessed: execute-read code or read-write data, with the default size. SDM 3A 3.4.5.
+    let attributes = 0x00f3 | if segment.code { 8 } else { 0 } | if segment.big { 0x4000 } else { 0 };
+    Segment { selector: segment.selector, base: segment.base, limit: segment.limit, attributes }
+}
+
+/// Ring 3 with vector state enabled.
+fn user_state(mode: Mode) -> State {
+    let data = hidden(mode.data_segment());
+    let far = |selector, base| Segment { selector, base, limit: u32::MAX, attributes: 0xc0f3 };
+    let (code, fs, gs) = match mode {
+        Mode::Long => {
+            let code = Segment { selector: 0x33, base: 0, limit: u32::MAX, attributes: 0xa0fb };
+            (code, far(0, FS_BASE), far(0, GS_BASE))
+        }
+        _ => {
+            let [fs, gs] = mode.far_segments().map(hidden);
+            (hidden(mode.code_segment()), fs, gs)
+        }
+    };
     State {
-        segments: [
-            data,
-            segment(0x33, 0xa0fb, 0),
-            data,
-            data,
-            segment(0, 0xc0f3, FS_BASE),
-            segment(0, 0xc0f3, GS_BASE),
-        ],
+        segments: [data, code, data, data, fs, gs],
         // A task state without an I/O permission map: no port is open.
         tr: Segment { selector: 0x40, base: 0, limit: 0x66, attributes: 0x8b },
         cr0: 0x8005_0033,

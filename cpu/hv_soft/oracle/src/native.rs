@@ -5,7 +5,9 @@ use std::mem::MaybeUninit;
 
 use hv_soft::UserRegisters;
 
-use crate::layout::{CODE, DATA, DATA_BYTES, FS_BASE, GS_BASE, RO_BYTES, SHARED_BYTES};
+use crate::layout::{
+    CODE, DATA, DATA_BYTES, FS_BASE, GS_BASE, Mode, RO_BYTES, SHARED_BYTES, UserSegment, local_segments,
+};
 
 /// What one instruction came to on the processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +30,28 @@ pub struct Processor {
     /// Registers as the kernel gave them at first: segments and the like are kept.
     template: libc::user_regs_struct,
     xstate: Vec<u8>,
+    /// The host's kernel lets user code have an LDT.
+    has_ldt: bool,
+}
+
+/// The kernel's description of an LDT entry. Linux asm/ldt.h `struct user_desc`.
+#[repr(C)]
+struct LdtEntry {
+    number: u32,
+    base: u32,
+    limit: u32,
+    /// seg_32bit, contents (2), read_exec_only, limit_in_pages, seg_not_present, useable.
+    flags: u32,
+}
+
+/// Writes an LDT entry of the calling process; false where the kernel has no LDT for user code.
+fn write_ldt(segment: &UserSegment) -> bool {
+    let contents = if segment.code { 2 } else { 0 };
+    let flags = segment.big as u32 | contents << 1 | 1 << 6;
+    let entry =
+        LdtEntry { number: (segment.selector >> 3) as u32, base: segment.base as u32, limit: segment.limit, flags };
+    // SAFETY: modify_ldt reads the entry of the size given and changes nothing that this process uses.
+    unsafe { libc::syscall(libc::SYS_modify_ldt, 0x11, &entry, size_of::<LdtEntry>()) == 0 }
 }
 
 fn last() -> io::Error {
@@ -65,6 +89,8 @@ impl Processor {
                 place(CODE, 4096, libc::PROT_READ | libc::PROT_EXEC, 0);
                 place(DATA, DATA_BYTES, rw, 4096);
                 place(DATA + DATA_BYTES as u64, RO_BYTES, libc::PROT_READ, 4096 + DATA_BYTES);
+                let has_ldt = local_segments().iter().all(write_ldt);
+                std::ptr::write_volatile(shared.cast::<u8>(), has_ldt as u8);
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                 libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
                 libc::raise(libc::SIGSTOP);
@@ -79,8 +105,10 @@ impl Processor {
             if libc::ptrace(libc::PTRACE_GETREGS, child, 0, template.as_mut_ptr()) < 0 {
                 return Err(last());
             }
-            let mut processor =
-                Processor { child, shared: shared.cast(), template: template.assume_init(), xstate: vec![0; 16384] };
+            let shared = shared.cast::<u8>();
+            let has_ldt = std::ptr::read_volatile(shared) == 1;
+            let template = template.assume_init();
+            let mut processor = Processor { child, shared, template, xstate: vec![0; 16384], has_ldt };
             let bytes = processor.get_xstate()?;
             processor.xstate.truncate(bytes);
             Ok(processor)
@@ -100,15 +128,20 @@ impl Processor {
         self.xstate_call(libc::PTRACE_GETREGSET)
     }
 
+    /// Whether code of `mode` can run: 16-bit code and the far segments of 32-bit code need an LDT.
+    pub fn can(&self, mode: Mode) -> bool {
+        mode == Mode::Long || self.has_ldt
+    }
+
     /// The shared memory: code page, writable data, read-only data.
     pub fn memory(&mut self) -> &mut [u8] {
         // SAFETY: mapped for the life of `self`; the child is stopped whenever we run, so nobody else writes.
         unsafe { std::slice::from_raw_parts_mut(self.shared, SHARED_BYTES) }
     }
 
-    /// Executes the instruction at `registers.rip`; on return `registers` is what it left.
-    pub fn step(&mut self, registers: &mut UserRegisters) -> io::Result<Native> {
-        self.set(registers)?;
+    /// Executes the instruction at `registers.rip` in code of `mode`; on return `registers` is what it left.
+    pub fn step(&mut self, mode: Mode, registers: &mut UserRegisters) -> io::Result<Native> {
+        self.set(mode, registers)?;
         // SAFETY: the child is ours and stopped.
         unsafe {
             if libc::ptrace(libc::PTRACE_SINGLESTEP, self.child, 0, 0) < 0 {
@@ -131,9 +164,9 @@ impl Processor {
         }
     }
 
-    fn set(&mut self, r: &UserRegisters) -> io::Result<()> {
+    fn set(&mut self, mode: Mode, r: &UserRegisters) -> io::Result<()> {
         let g = &r.gpr;
-        let regs = libc::user_regs_struct {
+        let mut regs = libc::user_regs_struct {
             rax: g[0],
             rcx: g[1],
             rdx: g[2],
@@ -157,6 +190,21 @@ impl Processor {
             gs_base: GS_BASE,
             ..self.template
         };
+        if mode != Mode::Long {
+            let data = mode.data_segment().selector.into();
+            let [fs, gs] = mode.far_segments().map(|s| u64::from(s.selector));
+            regs = libc::user_regs_struct {
+                cs: mode.code_segment().selector.into(),
+                ss: data,
+                ds: data,
+                es: data,
+                fs,
+                gs,
+                fs_base: mode.far_segments()[0].base,
+                gs_base: mode.far_segments()[1].base,
+                ..regs
+            };
+        }
         // SAFETY: a complete structure of the type this call takes.
         if unsafe { libc::ptrace(libc::PTRACE_SETREGS, self.child, 0, &regs) } < 0 {
             return Err(last());

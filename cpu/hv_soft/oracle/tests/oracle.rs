@@ -9,7 +9,7 @@ fn config(only: Option<&str>, cases_per_form: u32) -> Config {
 /// Every form that the host has agrees; what is not compared is named and counted.
 #[test]
 fn interpreter_agrees_with_the_processor() {
-    let report = run(&config(None, 60)).expect("the traced child runs");
+    let report = run(&config(None, 40)).expect("the traced child runs");
     println!("{} cases of {} forms compared", report.compared, report.forms);
     println!("the host lacks {}: {}", report.lacking.len(), report.lacking.join(" "));
     println!("not built {}: {}", report.unbuilt.len(), report.unbuilt.join(" "));

@@ -374,19 +374,17 @@ pub(crate) fn arpl<const MEM: bool>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow 
         return cpu.undefined();
     }
     let rpl = cpu.get::<u16>(op.src) & 3;
-    let adjust = |cpu: &mut Cpu, old: u16| {
-        let lower = old & 3 < rpl;
-        cpu.flags = cpu.flags & !ZF | if lower { ZF } else { 0 };
-        if lower { old & !3 | rpl } else { old }
-    };
-    if !MEM {
-        let old = cpu.get::<u16>(op.dst);
-        let new = adjust(cpu, old);
-        cpu.set(op.dst, new);
-        return Ok(());
+    let va = if MEM { cpu.ea(op, 2, false)? } else { 0 };
+    let old = if MEM { cpu.load::<u16>(io, va)? } else { cpu.get::<u16>(op.dst) };
+    let lower = old & 3 < rpl;
+    // Memory that keeps its value is not written, and may be read-only.
+    match (lower, MEM) {
+        (true, true) => cpu.store_then(io, va, old & !3 | rpl)?,
+        (true, false) => cpu.set(op.dst, old & !3 | rpl),
+        (false, _) => {}
     }
-    let va = cpu.ea(op, 2, true)?;
-    cpu.modify::<u16>(io, va, adjust)
+    cpu.flags = cpu.flags & !ZF | if lower { ZF } else { 0 };
+    cpu.settle()
 }
 
 pub(crate) fn invlpg(cpu: &mut Cpu, op: &Op, _: Io<'_>) -> Flow {

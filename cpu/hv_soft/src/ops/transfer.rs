@@ -147,6 +147,15 @@ pub(crate) fn int(cpu: &mut Cpu, op: &Op, _: Io<'_>) -> Flow {
 pub(crate) fn into(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow {
     if cpu.flags & crate::alu::OF == 0 { Ok(()) } else { int(cpu, op, io) }
 }
+/// BOUND: #BR unless the signed index lies between the two bounds in memory, both included. SDM 2A.
+pub(crate) fn bound<T: GuestWord>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow {
+    let va = cpu.ea(op, 2 * T::BYTES, false)?;
+    let signed = |value: T| value.to_u64() << (64 - T::BITS);
+    let lower = signed(cpu.load::<T>(io, va)?) as i64;
+    let upper = signed(cpu.load::<T>(io, va.wrapping_add(T::BYTES))?) as i64;
+    let index = signed(cpu.get::<T>(op.dst)) as i64;
+    if (lower..=upper).contains(&index) { Ok(()) } else { cpu.raise(5) }
+}
 /// INT1 (ICEBP): a debug exception, trap class.
 pub(crate) fn int1(cpu: &mut Cpu, _: &Op, _: Io<'_>) -> Flow {
     cpu.fault = Fault { vector: 1, error: None };
