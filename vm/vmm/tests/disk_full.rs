@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use monitor::{
     CacheMode, ChainLink, Command as Ask, Discard, Disk, DiskBus, DiskErrorPolicy, DiskFormat, Event, Reply, RunReason,
@@ -19,7 +19,6 @@ use support::{Guest, Vm};
 /// the keeper.
 struct SmallDisk {
     keeper: Child,
-    answers: BufReader<ChildStdout>,
     mount_point: PathBuf,
 }
 
@@ -30,19 +29,13 @@ impl SmallDisk {
         let mut command = Command::new("unshare");
         command.args([options, "--mount", "sh"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut keeper = command.spawn().ok()?;
-        let answers = BufReader::new(keeper.stdout.take()?);
-        let mut disk = SmallDisk { keeper, answers, mount_point: mount_point.to_owned() };
-        disk.tell(&format!("mount -t tmpfs -o size={size} small {}", mount_point.display())).then_some(disk)
-    }
-    /// Has the keeper carry out `command`; whether it succeeded.
-    fn tell(&mut self, command: &str) -> bool {
+        let mut answers = BufReader::new(keeper.stdout.take()?);
+        let mut disk = SmallDisk { keeper, mount_point: mount_point.to_owned() };
+        let mount = format!("mount -t tmpfs -o size={size} small {} && echo mounted", mount_point.display());
         let mut line = String::new();
-        let told = writeln!(self.keeper.stdin.as_mut().unwrap(), "{command} && echo yes || echo no");
-        told.is_ok() && self.answers.read_line(&mut line).is_ok() && line == "yes\n"
-    }
-    fn grow(&mut self, size: &str) {
-        let command = format!("mount -o remount,size={size} {}", self.mount_point.display());
-        assert!(self.tell(&command), "{command}");
+        writeln!(disk.keeper.stdin.as_mut()?, "{mount} || exit").ok()?;
+        answers.read_line(&mut line).ok()?;
+        (line == "mounted\n").then_some(disk)
     }
     /// `name` on the disk, as seen from here.
     fn path(&self, name: &str) -> PathBuf {
@@ -140,13 +133,15 @@ fn paused_for_room(vm: &mut Vm) {
 #[test]
 fn the_guest_waits_for_room_and_loses_nothing() {
     let directory = tempfile::tempdir().unwrap();
-    let Some(mut small) = SmallDisk::mount(directory.path(), "2m") else {
+    let Some(small) = SmallDisk::mount(directory.path(), "8m") else {
         eprintln!("skipped: this host lets this user mount no file system, in no namespace");
         return;
     };
     let path = small.path("small.qcow2");
     let image = path.to_str().unwrap();
     qemu_img(&["create", "-q", "-f", "qcow2", image, &DISK_BYTES.to_string()]);
+    let filler = small.path("filler");
+    std::fs::write(&filler, vec![0; 6 << 20]).unwrap();
     let mut vm = Vm::start(&writer(), |plan| {
         plan.config.paused = true;
         let file = plan.add(File::options().read(true).write(true).open(&path).unwrap());
@@ -159,7 +154,7 @@ fn the_guest_waits_for_room_and_loses_nothing() {
     assert_eq!(vm.ask(Ask::Cont), Ok(Reply::Done));
     assert_eq!(vm.event(), Event::Resumed);
     paused_for_room(&mut vm);
-    small.grow("8m");
+    std::fs::remove_file(&filler).unwrap();
     assert_eq!(vm.ask(Ask::Cont), Ok(Reply::Done));
     assert_eq!(vm.event(), Event::Resumed);
     assert_eq!(vm.line(), "written");
