@@ -783,7 +783,7 @@ impl One<'_> {
             M::Iretq => self.ending(transfer::iret::<u64>),
             M::Int => {
                 self.op.imm = self.immediate(0) & 0xff;
-                self.ending(transfer::int);
+                self.ending(transfer::int_n);
             }
             M::Int3 => {
                 self.op.imm = 3;

@@ -213,9 +213,6 @@ impl Cpu {
     /// SDM 3A 6.12.1 "Exception- or Interrupt-Handler Procedures", from virtual-8086 mode too (20.3.1).
     fn deliver_protected(&mut self, io: Io<'_>, event: Event) -> Flow {
         let from_v86 = self.rflags & rf::VM != 0;
-        if from_v86 && event.kind == Kind::Software && (self.rflags & rf::IOPL) != rf::IOPL {
-            return self.gp(0);
-        }
         let (gate, _) = self.gate(io, event, 8)?;
         let entry = self.gate_entry(io, gate, 0)?;
         if from_v86 && entry.cpl != 0 {
@@ -261,7 +258,7 @@ impl Cpu {
     }
 
     /// The stack segment of an inner level, faults as #TS. SDM 3A 6.12.1.
-    fn inner_stack(&mut self, io: Io<'_>, selector: u16, cpl: u8) -> Result<Segment, Stop> {
+    pub fn inner_stack(&mut self, io: Io<'_>, selector: u16, cpl: u8) -> Result<Segment, Stop> {
         let error = selector as u32 & !3;
         if is_null(selector) {
             return self.raise_code(10, error);

@@ -81,8 +81,12 @@ impl Cpu {
         Ok(Descriptor { raw, at })
     }
 
-    /// The upper half of a 16-byte system descriptor of long mode: bits 63:32 of its base.
-    pub fn descriptor_high(&mut self, io: Io<'_>, low: Descriptor) -> Result<u64, Stop> {
+    /// The upper half of the 16-byte system descriptor `low` of long mode, which must lie in the table too.
+    pub fn descriptor_high(&mut self, io: Io<'_>, selector: u16, low: Descriptor) -> Result<u64, Stop> {
+        let limit = if selector & 4 != 0 { self.ldtr.limit } else { self.gdtr.limit as u32 };
+        if (selector & !7) as u32 + 15 > limit {
+            return self.gp(selector as u32 & !3);
+        }
         self.load_sys(io, low.at.wrapping_add(8), 8)
     }
 
@@ -177,7 +181,7 @@ impl Cpu {
         let error = selector as u32 & !3;
         let mut descriptor = self.descriptor(io, selector, 13)?;
         if !descriptor.is_segment() {
-            return self.give_up_or_gate(descriptor, error);
+            return self.task_switch(descriptor, error, returning);
         }
         let rpl = (selector & 3) as u8;
         let privileged = if descriptor.conforming() {
@@ -195,10 +199,12 @@ impl Cpu {
         Ok(descriptor.segment(selector & !3 | cpl as u16))
     }
 
-    fn give_up_or_gate<T>(&mut self, descriptor: Descriptor, error: u32) -> Result<T, Stop> {
+    /// A system descriptor that is no call gate: the engine switches no tasks.
+    fn task_switch<T>(&mut self, descriptor: Descriptor, error: u32, returning: bool) -> Result<T, Stop> {
         match descriptor.kind() {
-            4 | 12 => self.give_up("a far call or jump through a call gate is not implemented"),
-            1 | 3 | 5 | 9 | 11 if !self.long_mode() => self.give_up("hardware task switching is not implemented"),
+            1 | 3 | 5 | 9 | 11 if !self.long_mode() && !returning => {
+                self.give_up("hardware task switching is not implemented")
+            }
             _ => self.gp(error),
         }
     }

@@ -2,6 +2,7 @@
 
 pub(crate) mod arith;
 pub(crate) mod bits;
+pub(crate) mod call_gate;
 pub(crate) mod flow;
 pub(crate) mod masked;
 pub(crate) mod moves;

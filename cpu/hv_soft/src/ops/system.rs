@@ -269,7 +269,7 @@ pub(crate) fn lldt<const MEM: bool>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow 
     if !d.present() {
         return cpu.raise_code(11, error);
     }
-    let high = if cpu.long_mode() { cpu.descriptor_high(io, d)? & 0xffff_ffff } else { 0 };
+    let high = if cpu.long_mode() { cpu.descriptor_high(io, selector, d)? & 0xffff_ffff } else { 0 };
     let mut segment = d.segment(selector);
     segment.base |= high << 32;
     cpu.ldtr = segment;
@@ -294,7 +294,7 @@ pub(crate) fn ltr<const MEM: bool>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow {
     if !d.present() {
         return cpu.raise_code(11, error);
     }
-    let high = if cpu.long_mode() { cpu.descriptor_high(io, d)? & 0xffff_ffff } else { 0 };
+    let high = if cpu.long_mode() { cpu.descriptor_high(io, selector, d)? & 0xffff_ffff } else { 0 };
     cpu.store_sys(io, d.at.wrapping_add(5), d.raw >> 40 & 0xff | 2, 1)?;
     let mut segment = d.segment(selector);
     segment.base |= high << 32;

@@ -61,6 +61,9 @@ pub(crate) fn jmp_far<const MEM: bool, T: GuestWord>(cpu: &mut Cpu, op: &Op, io:
         cpu.rip = rip;
         return Err(Stop::Branch);
     }
+    if let Some(gate) = cpu.call_gate(io, selector, true)? {
+        return cpu.jump_through(gate);
+    }
     let code = cpu.code_segment(io, selector, cpu.cpl, false)?;
     check_target(cpu, &code, rip)?;
     cpu.enter_code(code, cpu.cpl, rip);
@@ -74,6 +77,9 @@ pub(crate) fn call_far<const MEM: bool, T: GuestWord>(cpu: &mut Cpu, op: &Op, io
     let old_sp = cpu.gpr[RSP];
     let old_cs = cpu.seg[CS].selector;
     let target = if cpu.protected() {
+        if let Some(gate) = cpu.call_gate(io, selector, false)? {
+            return cpu.call_through(io, gate, back);
+        }
         let code = cpu.code_segment(io, selector, cpu.cpl, false)?;
         check_target(cpu, &code, rip)?;
         Some(code)
@@ -138,7 +144,14 @@ pub(crate) fn iret<T: GuestWord>(cpu: &mut Cpu, _: &Op, io: Io<'_>) -> Flow {
     cpu.iret(io, T::BYTES)
 }
 
-/// INT n and INT3 (`op.imm` is the vector): the run loop delivers, with the gate's privilege checked.
+/// INT n (`op.imm` is the vector). In virtual-8086 mode it needs IOPL 3, which INT3 and INTO do not. SDM 3A 20.2.8.
+pub(crate) fn int_n(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow {
+    if cpu.rflags & rf::VM != 0 && cpu.rflags & rf::IOPL != rf::IOPL {
+        return cpu.gp(0);
+    }
+    int(cpu, op, io)
+}
+/// INT3 (`op.imm` is the vector): the run loop delivers, with the gate's privilege checked.
 pub(crate) fn int(cpu: &mut Cpu, op: &Op, _: Io<'_>) -> Flow {
     cpu.fault = Fault { vector: op.imm as u8, error: None };
     Err(Stop::SoftInt)
