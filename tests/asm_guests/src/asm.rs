@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use crate::layout::{PORT_OUT, PORT_STOP};
+use crate::layout::{CODE32_USER, CODE64_USER, DATA_USER, EXTRA, HOOK, PORT_OUT, PORT_STOP, STACK_USER, USER, at};
 
 /// What emitting code returns.
 pub type Emit = Result<(), IcedError>;
@@ -123,6 +123,31 @@ impl Asm {
         self.add(edi, if wide { 8u32 } else { 4 })?;
         self.dec(ecx)?;
         self.jne(next)
+    }
+
+    /// Goes to ring 3 at [`USER`] with `flags`, stack and selectors of ring 3, by IRET. In 32-bit and 64-bit code.
+    pub fn enter_user(&mut self, flags: u32) -> Emit {
+        let code = if self.bits == 64 { CODE64_USER } else { CODE32_USER };
+        for word in [DATA_USER as u32, STACK_USER, flags | 2, code as u32, at(USER)] {
+            self.push(word as i32)?;
+        }
+        if self.bits == 64 { self.iretq() } else { self.iretd() }
+    }
+
+    /// RETF with a 64-bit operand.
+    pub fn retfq(&mut self) -> Emit {
+        self.db(&[0x48, 0xcb])
+    }
+
+    /// Installs the hook at [`EXTRA`]. In 32-bit and 64-bit code.
+    pub fn hook(&mut self) -> Emit {
+        self.mov(dword_ptr(HOOK), at(EXTRA))
+    }
+
+    /// Prints `register` with 8 digits and a space. Changes EAX and EDX.
+    pub fn show(&mut self, register: AsmRegister32) -> Emit {
+        self.hex(register, 8)?;
+        self.say(" ")
     }
 
     /// Writes an MSR. Changes EAX, ECX, EDX.

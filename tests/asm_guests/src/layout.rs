@@ -60,8 +60,8 @@ pub const STUB16_BYTES: usize = 8;
 pub const STUBS16_COUNT: usize = 0x80;
 /// Bytes of a 32-bit or 64-bit stub.
 pub const STUB_BYTES: usize = 16;
-/// Bytes of a task state with its bitmap (ports 0 to 0x3ff and a closing byte).
-pub const TSS_BYTES: usize = 0x68 + 0x80 + 1;
+/// Bytes of a task state with its bitmap (ports 0 to 0x4ff and a closing byte).
+pub const TSS_BYTES: usize = 0x68 + 0xa0 + 1;
 
 /// Linear address of the payload's `offset`.
 pub const fn at(offset: usize) -> u32 {

@@ -1,8 +1,9 @@
 //! What is in every image beside the guest's own code: the way into each mode, printing, interrupt handlers.
 //!
-//! A handler prints `[vector]`, and where they apply ` error code`, ` CR2`, `+` and the distance of the saved instruction
-//! pointer from [`Asm::catch`], `u` for ring 3 and `v` for virtual-8086 mode. Then it goes on behind the catch, or calls
-//! the hook and returns. An exception that nobody expects prints `?` and the instruction pointer and ends the guest.
+//! A handler prints `[vector]`, and where they apply ` error code`, ` CR2`, then where it came from: `+` and the distance of
+//! the saved instruction pointer from [`Asm::catch`], or `u` (ring 3) or `v` (virtual-8086 mode) and the pointer's lowest
+//! byte. An exception goes on behind the catch; everything else calls the hook and returns. An exception that nobody
+//! expects prints `?` and the instruction pointer and ends the guest.
 
 use iced_x86::code_asm::*;
 use iced_x86::{BlockEncoderOptions, IcedError};
@@ -202,35 +203,62 @@ macro_rules! describe {
     };
 }
 
-/// Where the exception was raised, then on behind the catch, or to the hook. Leaves the rest of the return to the caller.
-macro_rules! go_on {
-    ($a:ident, $hex:ident, $bx:ident, $ax:ident, $sp:ident, $ptr:ident, $word:literal) => {
-        let (mut normal, mut inner, mut resume) = ($a.create_label(), $a.create_label(), $a.create_label());
-        let (mut back, mut expected) = ($a.create_label(), $a.create_label());
+/// Jumps to `$to` unless this is an exception that a catch waits for.
+macro_rules! unless_caught {
+    ($a:ident, $bx:ident, $to:ident) => {
         $a.cmp(dword_ptr(RESUME), 0)?;
-        $a.je(normal)?;
-        $a.say("+")?;
-        $a.mov(eax, dword_ptr($bx + 2 * $word))?;
-        $a.sub(eax, dword_ptr(RESUME))?;
-        print($a, $hex, 2)?;
-        $a.set_label(&mut normal)?;
+        $a.je($to)?;
+        $a.cmp(byte_ptr($bx), 32)?;
+        $a.jae($to)?;
+    };
+}
+
+/// Where the exception was raised: offset from the catch, or privilege and the lowest byte of the instruction pointer.
+macro_rules! origin {
+    ($a:ident, $hex:ident, $bx:ident, $word:literal) => {
+        let (mut user, mut end) = ($a.create_label(), $a.create_label());
         if $a.bits == 32 {
             let mut not_v86 = $a.create_label();
             $a.test(dword_ptr($bx + 4 * $word), 1u32 << 17)?;
             $a.je(not_v86)?;
             $a.say("v")?;
-            $a.jmp(inner)?;
+            $a.mov(eax, dword_ptr($bx + 2 * $word))?;
+            print($a, $hex, 2)?;
+            $a.jmp(end)?;
             $a.set_label(&mut not_v86)?;
         }
         $a.test(dword_ptr($bx + 3 * $word), 3u32)?;
-        $a.je(inner)?;
+        $a.jne(user)?;
+        unless_caught!($a, $bx, end);
+        $a.say("+")?;
+        $a.mov(eax, dword_ptr($bx + 2 * $word))?;
+        $a.sub(eax, dword_ptr(RESUME))?;
+        print($a, $hex, 2)?;
+        $a.jmp(end)?;
+        $a.set_label(&mut user)?;
         $a.say("u")?;
-        $a.set_label(&mut inner)?;
+        $a.mov(eax, dword_ptr($bx + 2 * $word))?;
+        print($a, $hex, 2)?;
+        $a.set_label(&mut end)?;
         $a.say("]")?;
-        $a.cmp(dword_ptr(RESUME), 0)?;
-        $a.jne(resume)?;
+    };
+}
+
+/// On behind the catch, or to the hook. Leaves the rest of the return to the caller.
+macro_rules! go_on {
+    ($a:ident, $hex:ident, $bx:ident, $ax:ident, $sp:ident, $ptr:ident, $word:literal) => {
+        let (mut normal, mut back, mut hooked) = ($a.create_label(), $a.create_label(), $a.create_label());
+        unless_caught!($a, $bx, normal);
+        $a.mov(ecx, DATA0 as u32)?;
+        $a.mov(ss, ecx)?;
+        $a.mov($sp, $ptr(SAVED_SP))?;
+        $a.mov($ax, $ptr(RESUME))?;
+        $a.mov(dword_ptr(RESUME), 0)?;
+        $a.test($sp, $sp)?;
+        $a.jmp($ax)?;
+        $a.set_label(&mut normal)?;
         $a.cmp(dword_ptr(HOOK), 0)?;
-        $a.jne(expected)?;
+        $a.jne(hooked)?;
         $a.cmp(byte_ptr($bx), 5)?;
         $a.jb(back)?;
         $a.cmp(byte_ptr($bx), 32)?;
@@ -239,15 +267,7 @@ macro_rules! go_on {
         $a.mov(eax, dword_ptr($bx + 2 * $word))?;
         print($a, $hex, 8)?;
         $a.stop()?;
-        $a.set_label(&mut resume)?;
-        $a.mov(ecx, DATA0 as u32)?;
-        $a.mov(ss, ecx)?;
-        $a.mov($sp, $ptr(SAVED_SP))?;
-        $a.mov($ax, $ptr(RESUME))?;
-        $a.mov(dword_ptr(RESUME), 0)?;
-        $a.test($sp, $sp)?;
-        $a.jmp($ax)?;
-        $a.set_label(&mut expected)?;
+        $a.set_label(&mut hooked)?;
         $a.call($ptr(HOOK))?;
         $a.set_label(&mut back)?;
         $a.zero_bytes()?;
@@ -264,6 +284,7 @@ fn handler32(a: &mut Asm, hex: CodeLabel) -> Emit {
     a.mov(es, eax)?;
     a.lea(ebx, dword_ptr(esp + 24))?;
     describe!(a, hex, ebx, eax, 4);
+    origin!(a, hex, ebx, 4);
     go_on!(a, hex, ebx, eax, esp, dword_ptr, 4);
     a.pop(es)?;
     a.pop(ds)?;
@@ -277,6 +298,7 @@ fn handler64(a: &mut Asm, hex: CodeLabel) -> Emit {
     save(a)?;
     a.lea(rbx, qword_ptr(rsp + 32))?;
     describe!(a, hex, rbx, rax, 8);
+    origin!(a, hex, rbx, 8);
     go_on!(a, hex, rbx, rax, rsp, qword_ptr, 8);
     restore(a)?;
     a.add(rsp, 16)?;
