@@ -4,7 +4,7 @@ mod support;
 
 use std::io::Write;
 use std::process::Stdio;
-use support::{Guest, run, signal, vmm};
+use support::{Guest, run, vmm};
 
 #[test]
 fn a_guest_prints_and_powers_off() {
@@ -85,15 +85,6 @@ fn mistakes_are_explained() {
         let (status, printed, words) = run(&guest, options);
         assert_eq!((status.code(), printed.as_str()), (Some(code), ""), "{options:?}: {words}");
         assert!(words.starts_with("vireo-vmm: ") && words.contains(message), "{options:?}: {words}");
-    }
-}
-
-#[test]
-fn the_sandbox_refuses_files_sockets_and_programs() {
-    const SIGSYS: i32 = 31;
-    for deed in ["open", "connect", "execve"] {
-        let output = vmm().args(["--try-inside", deed]).output().unwrap();
-        assert_eq!(signal(output.status), Some(SIGSYS), "{deed}: {output:?}");
     }
 }
 
