@@ -63,7 +63,12 @@ impl KvmAccel {
         let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
         let version = kvm.get_api_version();
         if version != 12 {
-            let reason = format!("its interface has version {version}, not 12");
+            let reason = match version {
+                ..0 => {
+                    "/dev/kvm is open, and does not answer as KVM: make it anew, as character device 10, 232".to_owned()
+                }
+                _ => format!("its interface has version {version}, not 12"),
+            };
             return Err(AccelError::Unusable { engine: "kvm", reason });
         }
         if let Some((_, what)) = NEEDED.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
