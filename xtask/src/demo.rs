@@ -116,8 +116,9 @@ pub fn go(consent: Consent, mode: Mode) -> Result<()> {
             clean(&place)
         }
         _ => {
+            attach(&place)?;
             timings.print();
-            attach(&place)
+            Ok(())
         }
     }
 }

@@ -781,25 +781,7 @@ impl One<'_> {
             M::Iret => self.ending(transfer::iret::<u16>),
             M::Iretd => self.ending(transfer::iret::<u32>),
             M::Iretq => self.ending(transfer::iret::<u64>),
-            M::Int => {
-                self.op.imm = self.immediate(0) & 0xff;
-                self.ending(transfer::int_n);
-            }
-            M::Int3 => {
-                self.op.imm = 3;
-                self.ending(transfer::int);
-            }
-            M::Bound => {
-                self.memory();
-                self.op.dst = self.reg(0);
-                let width = self.width(0);
-                self.run(if width == 2 { transfer::bound::<u16> } else { transfer::bound::<u32> });
-            }
-            M::Into => {
-                self.op.imm = 4;
-                self.ending(transfer::into);
-            }
-            M::Int1 => self.ending(transfer::int1),
+            M::Int | M::Int3 | M::Into | M::Int1 | M::Bound => self.software_exceptions(),
             M::Push => self.push(),
             M::Pop => self.pop(),
             M::Pushf => self.run(stack::pushf::<u16>),
@@ -830,6 +812,31 @@ impl One<'_> {
             _ => return false,
         }
         true
+    }
+
+    fn software_exceptions(&mut self) {
+        match self.i.mnemonic() {
+            M::Int => {
+                self.op.imm = self.immediate(0) & 0xff;
+                self.ending(transfer::int_n);
+            }
+            M::Int3 => {
+                self.op.imm = 3;
+                self.ending(transfer::int);
+            }
+            M::Bound => {
+                self.memory();
+                self.op.dst = self.reg(0);
+                let width = self.width(0);
+                self.run(if width == 2 { transfer::bound::<u16> } else { transfer::bound::<u32> });
+            }
+            M::Into => {
+                self.op.imm = 4;
+                self.ending(transfer::into);
+            }
+            M::Int1 => self.ending(transfer::int1),
+            _ => {}
+        }
     }
 
     fn ending(&mut self, handler: Handler) {

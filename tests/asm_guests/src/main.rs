@@ -1,4 +1,5 @@
 //! `asm-guests [soft|kvm|qemu] [NAME]`: runs the suite, or the guests whose names contain NAME.
+#![forbid(unsafe_code)]
 
 use std::error::Error;
 use std::process::ExitCode;

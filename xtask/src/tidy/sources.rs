@@ -21,8 +21,9 @@ const UNSAFE: [(&str, &str); 7] = [
 ];
 
 /// Where a thread may sleep, each with why.
-const SLEEPS: [(&str, &str); 3] = [
+const SLEEPS: [(&str, &str); 4] = [
     ("ui/cli/src/verbs/host.rs", "a rate is two readings a second apart"),
+    ("xtask/src/bench/manage_daemon.rs", "lets a measured process settle, and polls it"),
     ("xtask/src/demo.rs", "watches another process"),
     ("xtask/src/tidy/sources.rs", "names the word"),
 ];
@@ -44,7 +45,7 @@ const LONG_FUNCTIONS: [(&str, &str, usize); 8] = [
 /// Lines of a file.
 const FILE: usize = 900;
 /// Files that are longer, with the length that they may not pass.
-const LONG_FILES: [(&str, usize); 1] = [("cpu/hv_soft/src/decode.rs", 1320)];
+const LONG_FILES: [(&str, usize); 1] = [("cpu/hv_soft/src/decode.rs", 1330)];
 
 /// Every problem, as a sentence.
 pub fn check() -> Result<Vec<String>> {

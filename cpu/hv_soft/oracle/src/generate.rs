@@ -250,6 +250,14 @@ fn operand(i: &mut Instruction, n: u32, kind: K, mode: Mode, rng: &mut Rng) -> O
             i.set_op_kind(n, OpKind::Immediate64);
             i.set_immediate64(rng.integer());
         }
+        _ => return implied(i, n, kind, mode, rng),
+    }
+    Some(false)
+}
+
+/// Branch targets, and memory operands whose address registers are fixed.
+fn implied(i: &mut Instruction, n: u32, kind: K, mode: Mode, rng: &mut Rng) -> Option<bool> {
+    match kind {
         K::br64_1 | K::br64_4 => {
             i.set_op_kind(n, OpKind::NearBranch64);
             i.set_near_branch64(mode.code() + 2 + rng.below(60));
