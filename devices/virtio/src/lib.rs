@@ -19,6 +19,8 @@ mod rng;
 mod state;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod transport_tests;
 mod work;
 
 use std::sync::Arc;

@@ -245,7 +245,8 @@ impl VirtioPci {
         if queues.len() != self.queues.len() {
             return Err(StateError::Length { field: "virtio.queues", want: self.queues.len(), got: queues.len() });
         }
-        if driver_features & !self.model.offered() != 0 {
+        // A driver may ask for anything while it negotiates; it is refused when it says that it is done.
+        if status & STATUS_FEATURES_OK != 0 && driver_features & !self.model.offered() != 0 {
             return Err(StateError::Value { field: "virtio.driver_features", got: driver_features });
         }
         self.config = self.config.restore(&config)?;

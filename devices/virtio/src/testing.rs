@@ -269,17 +269,28 @@ impl Rig {
         }
     }
 
-    /// Offers `chain` on `queue` and rings its doorbell.
+    /// Offers `chain` on `queue` and rings its doorbell; the driver wants to hear of this buffer's use.
     pub(crate) fn offer(&mut self, queue: u16, chain: &[Descriptor]) {
+        let next = self.available[usize::from(queue)];
+        self.offer_quietly(queue, chain, 0, next);
+    }
+
+    /// Offers with `flags` in the available ring, and interested in the used buffer `used_event`. VIRTIO 2.7.6, 2.7.7
+    pub(crate) fn offer_quietly(&mut self, queue: u16, chain: &[Descriptor], flags: u16, used_event: u16) {
         let base = u64::from(queue) * RING_STEP;
         self.put_table(base, chain);
         let index = self.available[usize::from(queue)];
+        self.put(base + AVAILABLE, &flags.to_le_bytes());
         self.put(base + AVAILABLE + 4 + 2 * u64::from(index % QUEUE_ENTRIES), &0u16.to_le_bytes());
         self.available[usize::from(queue)] = index.wrapping_add(1);
         self.put(base + AVAILABLE + 2, &index.wrapping_add(1).to_le_bytes());
-        // The driver wants to hear of the next used buffer. VIRTIO 2.7.7
-        self.put(base + AVAILABLE + 4 + 2 * u64::from(QUEUE_ENTRIES), &index.to_le_bytes());
+        self.put(base + AVAILABLE + 4 + 2 * u64::from(QUEUE_ENTRIES), &used_event.to_le_bytes());
         self.write(0x3000 + 4 * u64::from(queue), 2, queue.into());
+    }
+    /// The available buffer of `queue` for which the device wants its doorbell rung. VIRTIO 2.7.10
+    pub(crate) fn available_event(&self, queue: u16) -> u16 {
+        let at = u64::from(queue) * RING_STEP + USED + 4 + 8 * u64::from(QUEUE_ENTRIES);
+        u16::from_le_bytes(self.get(at, 2).try_into().unwrap())
     }
 
     /// Length of the next used element of `queue`; `None` if there is none.

@@ -2,10 +2,12 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use guest_ram::Memory;
 use hv_core::{Interest, Work};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::link::{Link, Moved, Request};
 
@@ -108,11 +110,25 @@ impl<D: Device> Working<D> {
                 break;
             }
         }
-        if used && queue.needs_notification(memory).map_err(|_| Broken)? {
+        if used && wants_interrupt(queue, memory)? {
             link.interrupts.queue_used(*index);
         }
         Ok(more)
     }
+}
+
+/// Whether the driver wants to hear of used buffers. VIRTIO 2.7.7.2
+fn wants_interrupt(queue: &mut Queue, memory: &Memory) -> Result<bool, Broken> {
+    /// VIRTQ_AVAIL_F_NO_INTERRUPT, which the queue leaves to its user. VIRTIO 2.7.6
+    const NO_INTERRUPT: u16 = 1;
+    if queue.event_idx_enabled() {
+        return queue.needs_notification(memory).map_err(|_| Broken);
+    }
+    // The used index must be visible before the flags are looked at, or a driver that has just switched interrupts on
+    // could miss this one.
+    fence(Ordering::SeqCst);
+    let flags: u16 = memory.load(GuestAddress(queue.avail_ring()), Ordering::Acquire).map_err(|_| Broken)?;
+    Ok(u16::from_le(flags) & NO_INTERRUPT == 0)
 }
 
 fn next_chain<'m>(queue: &mut Queue, memory: &'m Memory) -> Result<Option<DescriptorChain<&'m Memory>>, Broken> {
