@@ -186,3 +186,151 @@ fn what_does_not_fit_is_refused_with_its_numbers() {
     assert!(matches!(build(config(32, 31)), MachineError::TooManyDevices { count: 31, slots: 30 }));
     assert!(matches!(build(MachineConfig { vcpus: 0, ..config(32, 0) }), MachineError::NoVcpu));
 }
+
+/// Bytes of guest memory.
+fn memory<const N: usize>(machine: &Machine, gpa: u64) -> [u8; N] {
+    let mut bytes = [0; N];
+    machine.ram().read(Gpa(gpa), &mut bytes).unwrap();
+    bytes
+}
+
+/// The FADT as an operating system finds it: RSDP, XSDT, signature. ACPI 5.2.5, 5.2.8
+fn fadt(machine: &Machine) -> u64 {
+    let rsdp = (0xe_0000..0x10_0000).step_by(16).find(|&at| &memory::<8>(machine, at) == b"RSD PTR ").expect("an RSDP");
+    let xsdt = u64::from_le_bytes(memory(machine, rsdp + 24));
+    let length = u64::from(u32::from_le_bytes(memory(machine, xsdt + 4)));
+    let mut tables = (36..length).step_by(8).map(|at| u64::from_le_bytes(memory(machine, xsdt + at)));
+    tables.find(|&table| &memory::<4>(machine, table) == b"FACP").expect("a FADT")
+}
+
+#[test]
+fn registers_that_the_fadt_names_reset_and_power_off() {
+    let machine = machine(&Spy::default());
+    let fadt = fadt(&machine);
+    let word = |at| u16::from_le_bytes(memory(&machine, fadt + at));
+    // RESET_REG is a port, RESET_VALUE follows it, the flag says that they mean something. ACPI 5.2.9
+    let flags = u32::from_le_bytes(memory(&machine, fadt + 112));
+    assert_eq!((memory::<1>(&machine, fadt + 116), flags & 1 << 10), ([1], 1 << 10));
+    machine.board().port_write(word(120), 1, memory::<1>(&machine, fadt + 128)[0].into());
+    assert_eq!(machine.power().take(), Some(PowerEvent::Reset));
+    // PM1a_CNT: sleep type from _S5, sleep enable. ACPI 4.8.3.2.1, 7.4.2
+    let dsdt = u64::from_le_bytes(memory(&machine, fadt + 140));
+    let length = u64::from(u32::from_le_bytes(memory(&machine, dsdt + 4)));
+    let s5 = (dsdt..dsdt + length).find(|&at| &memory::<4>(&machine, at) == b"_S5_").expect("_S5");
+    // Name, then: package, its length, four elements, a byte, its value. ACPI 20.2.5.4
+    let [package, _, elements, prefix, sleep_type] = memory::<5>(&machine, s5 + 4);
+    assert_eq!((package, elements, prefix), (0x12, 4, 0x0a));
+    machine.board().port_write(word(64), 2, u32::from(sleep_type) << 10 | 1 << 13);
+    assert_eq!(machine.power().take(), Some(PowerEvent::PowerOff));
+}
+
+#[test]
+fn the_power_button_holds_sci_until_its_status_is_cleared() {
+    let spy = Spy::default();
+    let machine = machine(&spy);
+    let board = machine.board();
+    let vectors = || spy.vm().take_msis().iter().map(|msi| msi.data & 0xff).collect::<Vec<_>>();
+    // Pin 9, level-triggered, vector 0x39.
+    board.mmio_write(Gpa(0xfec0_0000), 4, 0x10 + 2 * 9);
+    board.mmio_write(Gpa(0xfec0_0010), 4, 1 << 15 | 0x39);
+    board.port_write(0x602, 2, 1 << 8);
+    assert!(vectors().is_empty());
+    board.press_power_button();
+    assert_eq!((vectors(), board.port_read(0x600, 2) & 1 << 8), (vec![0x39], 1 << 8));
+    board.eoi(0x39);
+    assert_eq!(vectors(), [0x39], "the line is still high");
+    board.port_write(0x600, 2, 1 << 8);
+    board.eoi(0x39);
+    assert!(vectors().is_empty());
+}
+
+#[test]
+fn clocks_interrupt_on_their_lines() {
+    let spy = Spy::default();
+    let machine = machine(&spy);
+    let board = machine.board();
+    for (pin, vector) in [(2u64, 0x32), (8, 0x38)] {
+        board.mmio_write(Gpa(0xfec0_0000), 4, 0x10 + 2 * pin);
+        board.mmio_write(Gpa(0xfec0_0010), 4, vector);
+    }
+    let run_to = |due: GuestNs| {
+        board.clock().advance_to(due);
+        board.run_due(due);
+        spy.vm().take_msis().iter().map(|msi| msi.data & 0xff).collect::<Vec<_>>()
+    };
+    let due = || board.run_due(board.clock().now()).expect("a deadline");
+    // RTC: the update interrupt, at the next second, until register C is read.
+    for (index, value) in [(0x0b, 0x12), (0x0c, 0)] {
+        board.port_write(0x70, 1, index);
+        board.port_write(0x71, 1, value);
+    }
+    assert_eq!(run_to(due()), [0x38]);
+    board.port_write(0x70, 1, 0x0c);
+    assert_eq!(board.port_read(0x71, 1) as u8 & 0x90, 0x90, "IRQF and UF");
+    board.port_write(0x70, 1, 0x0b);
+    board.port_write(0x71, 1, 0x02);
+    // HPET: timer 0 takes the place of the PIT (legacy replacement), once, a millisecond from now. HPET 2.3.8
+    board.mmio_write(Gpa(0xfed0_0100), 8, 1 << 2);
+    let counter = board.mmio_read(Gpa(0xfed0_00f0), 8);
+    board.mmio_write(Gpa(0xfed0_0108), 8, counter + 100_000);
+    board.mmio_write(Gpa(0xfed0_0010), 8, 3);
+    let start = board.clock().now();
+    let fires = due();
+    assert!((990_000..=1_010_000).contains(&fires.since(start)), "{fires:?}");
+    assert_eq!(run_to(fires), [0x32]);
+}
+
+#[test]
+fn an_nvme_controller_is_found_and_enabled_through_the_board() {
+    struct Disk;
+    impl hv_core::DiskBackend for Disk {
+        fn size_bytes(&self) -> u64 {
+            1 << 20
+        }
+        fn read_only(&self) -> bool {
+            false
+        }
+        fn read(&mut self, _: u64, _: &[hv_core::GuestBuffer<'_>]) -> Result<(), hv_core::DiskFault> {
+            Ok(())
+        }
+        fn write(&mut self, _: u64, _: &[hv_core::GuestBuffer<'_>]) -> Result<(), hv_core::DiskFault> {
+            Ok(())
+        }
+        fn flush(&mut self) -> Result<(), hv_core::DiskFault> {
+            Ok(())
+        }
+        fn discard(&mut self, _: u64, _: u64) -> Result<(), hv_core::DiskFault> {
+            Ok(())
+        }
+        fn write_zeroes(&mut self, _: u64, _: u64, _: bool) -> Result<(), hv_core::DiskFault> {
+            Ok(())
+        }
+    }
+    let spy = Spy::default();
+    let nvme = DeviceSpec::Nvme { disk: Box::new(Disk), serial: "SN-1".into() };
+    let (mut machine, _) = Machine::build(&spy, MachineConfig { devices: vec![nvme], ..config(32, 0) }).unwrap();
+    machine.reset().unwrap();
+    let board = machine.board();
+    assert_eq!(config_read(&machine, 1, 8, 4) >> 8, 0x01_0802, "class: NVM Express");
+    let base = config_read(&machine, 1, 0x10, 4) & !0xf;
+    config_write(&machine, 1, 4, 2, 6);
+    let register = |offset| board.mmio_read(Gpa(base + offset), 4) as u32;
+    // AQA, ASQ, ACQ, CC.EN; then CSTS.RDY. NVME 7.6.1
+    for (offset, bytes, value) in
+        [(0x24, 4, 0x000f_000f), (0x28, 8, 0x10_0000), (0x30, 8, 0x11_0000), (0x14, 4, 0x46_0001)]
+    {
+        board.mmio_write(Gpa(base + offset), bytes, value);
+    }
+    assert_eq!(register(0x1c), 1);
+    // Identify controller into 0x120000: opcode 6, command 7, CNS 1. NVME 5.15
+    let mut command = [0u8; 64];
+    command[0] = 6;
+    command[2] = 7;
+    command[24..32].copy_from_slice(&0x12_0000u64.to_le_bytes());
+    command[40] = 1;
+    machine.ram().write(Gpa(0x10_0000), &command).unwrap();
+    board.mmio_write(Gpa(base + 0x1000), 4, 1);
+    let completion = memory::<16>(&machine, 0x11_0000);
+    assert_eq!(completion[8..16], [1, 0, 0, 0, 7, 0, 1, 0], "queue head, queue, command, phase and success");
+    assert_eq!(&memory::<20>(&machine, 0x12_0004), b"SN-1                ");
+}
