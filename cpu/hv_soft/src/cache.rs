@@ -6,7 +6,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use guest_ram::{Gpa, PAGE_BYTES};
 
 use crate::cpu::{CS, Cpu, Op, Stop};
-use crate::decode::{self, BlockDecoder, Next};
+use crate::decode::{self, BlockDecoder, MAX_LENGTH, Next};
 use crate::hostmem::{self, HostPtr};
 use crate::native::Native;
 
@@ -14,8 +14,7 @@ use crate::native::Native;
 const MAX_INSTRUCTIONS: usize = 64;
 /// The most bytes looked at for one block.
 const MAX_BYTES: usize = 320;
-/// The longest instruction.
-const MAX_LENGTH: usize = 15;
+/// No second page.
 const NO_PAGE: u64 = u64::MAX;
 
 /// A run of instructions that is entered at its first byte.

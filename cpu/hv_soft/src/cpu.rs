@@ -181,6 +181,8 @@ pub(crate) mod attention {
     pub const STEP: u32 = 4;
     /// Interrupts are blocked for one instruction.
     pub const SHADOW: u32 = 8;
+    /// So are debug traps: after MOV SS and POP SS.
+    pub const TRAP_SHADOW: u32 = 16;
 }
 
 /// How instructions are decoded and addresses formed; part of a block's identity.

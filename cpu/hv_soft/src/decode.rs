@@ -113,8 +113,12 @@ fn segment(r: Register) -> u8 {
     }
 }
 
+/// The longest instruction. SDM 2A 2.3.11.
+pub(crate) const MAX_LENGTH: usize = 15;
+
 /// Decodes a run of instructions that starts at `block_rip`.
 pub(crate) struct BlockDecoder<'a> {
+    bytes: &'a [u8],
     decoder: Decoder<'a>,
     mode: Mode,
     block_rip: u64,
@@ -124,7 +128,7 @@ pub(crate) struct BlockDecoder<'a> {
 impl<'a> BlockDecoder<'a> {
     pub fn new(bytes: &'a [u8], mode: Mode, block_rip: u64, native: &'a mut Native) -> BlockDecoder<'a> {
         let decoder = Decoder::with_ip(mode.bits as u32, bytes, block_rip, DecoderOptions::NONE);
-        BlockDecoder { decoder, mode, block_rip, native }
+        BlockDecoder { bytes, decoder, mode, block_rip, native }
     }
 
     /// Bytes decoded so far.
@@ -162,8 +166,20 @@ impl<'a> BlockDecoder<'a> {
             ends: false,
         };
         one.build();
+        if instruction.is_invalid() && too_long(self.bytes, start, self.mode) {
+            one.ending(system::too_long);
+        }
         Next::Op(Decoded { op: one.op, ends: one.ends })
     }
+}
+
+/// Whether what could not be decoded at `start` is an instruction that goes on behind its 15th byte.
+fn too_long(bytes: &[u8], start: usize, mode: Mode) -> bool {
+    // The decoder says "invalid" for both. An instruction this long begins with a prefix; without it, one that is merely
+    // invalid fits into what is left.
+    let Some(rest) = bytes.get(start + 1..start + MAX_LENGTH) else { return false };
+    let mut decoder = Decoder::with_ip(mode.bits as u32, rest, 0, DecoderOptions::NONE);
+    decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes
 }
 
 /// The operation that ends a block of `bytes` bytes without a branch.

@@ -94,7 +94,8 @@ impl SoftVcpu {
         let faults = self.cpu.faults_delivered;
         self.execute(io, block)?;
         let cpu = &mut *self.cpu;
-        if cpu.faults_delivered == faults {
+        // SDM 3A 6.8.3 "Masking Exceptions and Interrupts When Switching Stacks": the next instruction's trap is for both.
+        if cpu.faults_delivered == faults && cpu.attention & attention::TRAP_SHADOW == 0 {
             cpu.dr[4] |= 1 << 14;
             cpu.deliver(io, Event { vector: 1, error: None, kind: Kind::Exception }, cpu.rip)?;
         }
@@ -130,7 +131,7 @@ impl SoftVcpu {
                 cpu.look_at_clock(io);
             }
             if cpu.attention & attention::SHADOW != 0 {
-                cpu.attention &= !attention::SHADOW;
+                cpu.attention &= !(attention::SHADOW | attention::TRAP_SHADOW);
                 return if cpu.attention & attention::STEP != 0 { Service::Step } else { Service::Go };
             }
             if cpu.attention & attention::INTERRUPT != 0

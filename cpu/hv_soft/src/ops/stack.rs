@@ -101,7 +101,7 @@ pub(crate) fn pop_seg<T: GuestWord>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow 
     cpu.load_segment(io, seg, selector)?;
     cpu.gpr[RSP] = sp;
     if seg == SS {
-        cpu.attention |= crate::cpu::attention::SHADOW;
+        cpu.attention |= crate::cpu::attention::SHADOW | crate::cpu::attention::TRAP_SHADOW;
     }
     Err(Stop::Next)
 }

@@ -419,6 +419,11 @@ pub(crate) fn ud(cpu: &mut Cpu, _: &Op, _: Io<'_>) -> Flow {
     cpu.undefined()
 }
 
+/// An instruction of more than 15 bytes.
+pub(crate) fn too_long(cpu: &mut Cpu, _: &Op, _: Io<'_>) -> Flow {
+    cpu.gp(0)
+}
+
 fn may_change_if(cpu: &mut Cpu) -> Flow {
     let iopl = (cpu.rflags & rf::IOPL) >> 12;
     if cpu.cr0 & cr::PE != 0 && cpu.cpl as u64 > iopl { cpu.gp(0) } else { Ok(()) }

@@ -23,7 +23,7 @@ pub(crate) fn mov_to_seg<const MEM: bool>(cpu: &mut Cpu, op: &Op, io: Io<'_>) ->
     let seg = op.dst as usize % 6;
     cpu.load_segment(io, seg, selector)?;
     if seg == SS {
-        cpu.attention |= attention::SHADOW;
+        cpu.attention |= attention::SHADOW | attention::TRAP_SHADOW;
     }
     Err(Stop::Next)
 }
