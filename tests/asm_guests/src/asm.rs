@@ -127,11 +127,43 @@ impl Asm {
 
     /// Goes to ring 3 at [`USER`] with `flags`, stack and selectors of ring 3, by IRET. In 32-bit and 64-bit code.
     pub fn enter_user(&mut self, flags: u32) -> Emit {
+        self.enter_user_at(0, flags)
+    }
+
+    /// Likewise, `offset` bytes into the page.
+    pub fn enter_user_at(&mut self, offset: u32, flags: u32) -> Emit {
         let code = if self.bits == 64 { CODE64_USER } else { CODE32_USER };
-        for word in [DATA_USER as u32, STACK_USER, flags | 2, code as u32, at(USER)] {
+        for word in [DATA_USER as u32, STACK_USER, flags | 2, code as u32, at(USER) + offset] {
             self.push(word as i32)?;
         }
         if self.bits == 64 { self.iretq() } else { self.iretd() }
+    }
+
+    /// Sets bits of CR0. In 32-bit and 64-bit code; changes RAX.
+    pub fn set_cr0(&mut self, bits: u32) -> Emit {
+        self.change(cr0, |a| a.or(eax, bits))
+    }
+    /// Clears bits of CR0, likewise.
+    pub fn clear_cr0(&mut self, bits: u32) -> Emit {
+        self.change(cr0, |a| a.and(eax, !bits))
+    }
+    /// Sets bits of CR4, likewise.
+    pub fn set_cr4(&mut self, bits: u32) -> Emit {
+        self.change(cr4, |a| a.or(eax, bits))
+    }
+    /// Clears bits of CR4, likewise.
+    pub fn clear_cr4(&mut self, bits: u32) -> Emit {
+        self.change(cr4, |a| a.and(eax, !bits))
+    }
+    fn change(&mut self, register: AsmRegisterCr, change: impl FnOnce(&mut Asm) -> Emit) -> Emit {
+        if self.bits == 64 {
+            self.mov(rax, register)?;
+            change(self)?;
+            return self.mov(register, rax);
+        }
+        self.mov(eax, register)?;
+        change(self)?;
+        self.mov(register, eax)
     }
 
     /// RETF with a 64-bit operand.

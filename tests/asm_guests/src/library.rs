@@ -1,7 +1,7 @@
 //! What is in every image beside the guest's own code: the way into each mode, printing, interrupt handlers.
 //!
 //! A handler prints `[vector]`, and where they apply ` error code`, ` CR2`, then where it came from: `+` and the distance of
-//! the saved instruction pointer from [`Asm::catch`], or `u` (ring 3) or `v` (virtual-8086 mode) and the pointer's lowest
+//! the saved instruction pointer from [`Asm::catch`], `@` where that is the address of a page fault, or `u` (ring 3) or `v` (virtual-8086 mode) and the pointer's lowest
 //! byte. An exception goes on behind the catch; everything else calls the hook and returns. An exception that nobody
 //! expects prints `?` and the instruction pointer and ends the guest.
 
@@ -154,11 +154,13 @@ fn handler16(a: &mut Asm, hex: CodeLabel) -> Emit {
     a.sub(ax, word_ptr(RESUME))?;
     print(a, hex, 2)?;
     a.say("]")?;
-    a.mov(ax, word_ptr(RESUME))?;
-    a.mov(word_ptr(RESUME), 0)?;
+    a.pop(ebp)?;
+    restore(a)?;
     a.mov(sp, word_ptr(SAVED_SP))?;
+    a.push(word_ptr(RESUME))?;
+    a.mov(word_ptr(RESUME), 0)?;
     a.test(sp, sp)?;
-    a.jmp(ax)?;
+    a.ret()?;
     a.set_label(&mut normal)?;
     a.say("]")?;
     a.cmp(byte_ptr(bp + 20), 5)?;
@@ -215,7 +217,7 @@ macro_rules! unless_caught {
 
 /// Where the exception was raised: offset from the catch, or privilege and the lowest byte of the instruction pointer.
 macro_rules! origin {
-    ($a:ident, $hex:ident, $bx:ident, $word:literal) => {
+    ($a:ident, $hex:ident, $bx:ident, $ax:ident, $word:literal) => {
         let (mut user, mut end) = ($a.create_label(), $a.create_label());
         if $a.bits == 32 {
             let mut not_v86 = $a.create_label();
@@ -230,6 +232,15 @@ macro_rules! origin {
         $a.test(dword_ptr($bx + 3 * $word), 3u32)?;
         $a.jne(user)?;
         unless_caught!($a, $bx, end);
+        let mut apart = $a.create_label();
+        $a.cmp(byte_ptr($bx), 14)?;
+        $a.jne(apart)?;
+        $a.mov($ax, cr2)?;
+        $a.cmp(eax, dword_ptr($bx + 2 * $word))?;
+        $a.jne(apart)?;
+        $a.say("@")?;
+        $a.jmp(end)?;
+        $a.set_label(&mut apart)?;
         $a.say("+")?;
         $a.mov(eax, dword_ptr($bx + 2 * $word))?;
         $a.sub(eax, dword_ptr(RESUME))?;
@@ -246,16 +257,18 @@ macro_rules! origin {
 
 /// On behind the catch, or to the hook. Leaves the rest of the return to the caller.
 macro_rules! go_on {
-    ($a:ident, $hex:ident, $bx:ident, $ax:ident, $sp:ident, $ptr:ident, $word:literal) => {
+    ($a:ident, $hex:ident, $bx:ident, $sp:ident, $ptr:ident, $word:literal) => {
         let (mut normal, mut back, mut hooked) = ($a.create_label(), $a.create_label(), $a.create_label());
         unless_caught!($a, $bx, normal);
         $a.mov(ecx, DATA0 as u32)?;
         $a.mov(ss, ecx)?;
+        $a.lea($sp, $ptr($bx - 4 * $word))?;
+        restore(&mut *$a)?;
         $a.mov($sp, $ptr(SAVED_SP))?;
-        $a.mov($ax, $ptr(RESUME))?;
+        $a.push($ptr(RESUME))?;
         $a.mov(dword_ptr(RESUME), 0)?;
         $a.test($sp, $sp)?;
-        $a.jmp($ax)?;
+        $a.ret()?;
         $a.set_label(&mut normal)?;
         $a.cmp(dword_ptr(HOOK), 0)?;
         $a.jne(hooked)?;
@@ -284,8 +297,8 @@ fn handler32(a: &mut Asm, hex: CodeLabel) -> Emit {
     a.mov(es, eax)?;
     a.lea(ebx, dword_ptr(esp + 24))?;
     describe!(a, hex, ebx, eax, 4);
-    origin!(a, hex, ebx, 4);
-    go_on!(a, hex, ebx, eax, esp, dword_ptr, 4);
+    origin!(a, hex, ebx, eax, 4);
+    go_on!(a, hex, ebx, esp, dword_ptr, 4);
     a.pop(es)?;
     a.pop(ds)?;
     restore(a)?;
@@ -298,8 +311,8 @@ fn handler64(a: &mut Asm, hex: CodeLabel) -> Emit {
     save(a)?;
     a.lea(rbx, qword_ptr(rsp + 32))?;
     describe!(a, hex, rbx, rax, 8);
-    origin!(a, hex, rbx, 8);
-    go_on!(a, hex, rbx, rax, rsp, qword_ptr, 8);
+    origin!(a, hex, rbx, rax, 8);
+    go_on!(a, hex, rbx, rsp, qword_ptr, 8);
     restore(a)?;
     a.add(rsp, 16)?;
     a.iretq()

@@ -2,13 +2,20 @@
 
 mod exceptions;
 mod modes;
+mod paging;
 mod rings;
 
 use crate::suite::{Guest, Peer};
 
 /// All guests.
 pub fn all() -> Vec<Guest> {
-    [modes::guests(), rings::guests(), exceptions::guests()].into_iter().flatten().collect()
+    [modes::guests(), rings::guests(), exceptions::guests(), paging::guests()].into_iter().flatten().collect()
+}
+
+/// A difference of QEMU's emulated processor, which is the lab's processor too.
+fn emulated(guest: Guest, output: &'static str, why: &'static str) -> Guest {
+    let peer = Peer::Differs { output, why };
+    guest.on_qemu(peer).on_kvm(peer)
 }
 
 /// QEMU's emulated processor does not check segment limits; it is the lab's processor too.

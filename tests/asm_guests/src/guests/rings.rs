@@ -387,16 +387,9 @@ fn iopl3(image: &mut Image) -> Result<(), BuildError> {
 
 fn umip(image: &mut Image) -> Result<(), BuildError> {
     image.long(|a| {
-        a.mov(rax, cr4)?;
-        a.or(eax, 1 << 11)?;
-        a.mov(cr4, rax)?;
+        a.set_cr4(1 << 11)?;
         for code in [0x00u32, 0x100, 0x200, 0x300, 0x400] {
-            a.catch(|a| {
-                for word in [DATA_USER as u32, STACK_USER, 2, CODE64_USER as u32, at(USER) + code] {
-                    a.push(word as i32)?;
-                }
-                a.iretq()
-            })?;
+            a.catch(|a| a.enter_user_at(code, 0))?;
         }
         a.say(".")
     })?;
