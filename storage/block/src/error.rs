@@ -98,6 +98,8 @@ pub enum BlockError {
     Unrepairable { path: PathBuf, corruptions: u64, first: String },
     #[error("{path}: refcounts cannot be rebuilt after an unclean end", path = path.display())]
     Rebuild { path: PathBuf, source: CheckError<io::Error> },
+    #[error("{path}: the image cannot be checked", path = path.display())]
+    CheckFailed { path: PathBuf, source: CheckError<io::Error> },
     #[error("{path}: an earlier flush failed, so what is on the disk is unknown; shut the guest down and check the image", path = path.display())]
     FlushFailed { path: PathBuf },
     #[error("{path}: the refcount table has reached its limit of 8 MiB; use a larger cluster size or refcount width", path = path.display())]
@@ -163,9 +165,15 @@ impl BlockError {
                 | HeaderError::Compression(_) => ErrorKind::Unsupported,
                 _ => ErrorKind::Corrupt,
             },
-            E::Rebuild { source: CheckError::Snapshots(_), .. } => ErrorKind::Corrupt,
-            E::Rebuild { source: CheckError::TooLarge, .. } => ErrorKind::Unsupported,
-            E::Rebuild { source: CheckError::Read(_), .. } | E::Io { .. } | E::FlushFailed { .. } => ErrorKind::Io,
+            E::CheckFailed { source: CheckError::Snapshots(_), .. }
+            | E::Rebuild { source: CheckError::Snapshots(_), .. } => ErrorKind::Corrupt,
+            E::CheckFailed { source: CheckError::TooLarge, .. } | E::Rebuild { source: CheckError::TooLarge, .. } => {
+                ErrorKind::Unsupported
+            }
+            E::CheckFailed { source: CheckError::Read(_), .. }
+            | E::Rebuild { source: CheckError::Read(_), .. }
+            | E::Io { .. }
+            | E::FlushFailed { .. } => ErrorKind::Io,
             E::BackingMissing { .. } | E::Locked { .. } => ErrorKind::Io,
             E::Mismatch { .. }
             | E::RefcountTableFull { .. }

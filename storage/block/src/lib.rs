@@ -25,11 +25,12 @@ mod slice_cache;
 #[allow(unsafe_code)]
 mod sys;
 
-pub use chain::{ChainFile, ImageInfo, inspect, resolve_chain, resolve_chain_probing};
+pub use chain::{ChainFile, Checked, ImageInfo, Qcow2Info, check_image, inspect, resolve_chain, resolve_chain_probing};
 pub use create::{CreateOptions, create_qcow2, create_raw};
 pub use disk::{CacheMode, ChainBackend, Counters, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};
 pub use host_file::{HostFile, use_direct_io};
 pub use image::Format;
+pub use image::qcow2::CompressionType;
 pub use io::FileBackend;
 pub use sys::{ReadBufs, WriteBufs};

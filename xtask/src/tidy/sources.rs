@@ -38,14 +38,14 @@ const LONG_FUNCTIONS: [(&str, &str, usize); 8] = [
     ("cpu/hv_soft/src/decode.rs", "tables", 84),
     ("cpu/hv_soft/src/native.rs", "offered_features", 71),
     ("manage/daemon/src/dispatch.rs", "remote_call", 110),
-    ("manage/daemon/src/error.rs", "number", 73),
-    ("manage/daemon/src/error.rs", "samples", 78),
+    ("manage/daemon/src/error.rs", "number", 90),
+    ("manage/daemon/src/error.rs", "samples", 90),
 ];
 
 /// Lines of a file.
 const FILE: usize = 900;
 /// Files that are longer, with the length that they may not pass.
-const LONG_FILES: [(&str, usize); 1] = [("cpu/hv_soft/src/decode.rs", 1330)];
+const LONG_FILES: [(&str, usize); 1] = [("cpu/hv_soft/src/decode.rs", 1400)];
 
 /// Every problem, as a sentence.
 pub fn check() -> Result<Vec<String>> {

@@ -9,6 +9,8 @@ use crate::{be32, be64};
 pub const INCOMPAT_DIRTY: u64 = 1;
 /// Incompatible feature bit 1: a writer found damage; read only.
 pub const INCOMPAT_CORRUPT: u64 = 1 << 1;
+/// Compatible feature bit: refcounts may be behind.
+pub const COMPAT_LAZY_REFCOUNTS: u64 = 1;
 const INCOMPAT_DATA_FILE: u64 = 1 << 2;
 const INCOMPAT_COMPRESSION: u64 = 1 << 3;
 const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;

@@ -16,8 +16,8 @@ mod snapshot;
 pub use compressed::{CompressionType, DecompressError, decompress};
 pub use geometry::{Geometry, L2_SLICE_MAX_BYTES};
 pub use header::{
-    AUTOCLEAR_OFFSET, Extension, Header, HeaderError, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_OFFSET,
-    REFTABLE_POINTER_OFFSET, header_area_bytes,
+    AUTOCLEAR_OFFSET, COMPAT_LAZY_REFCOUNTS, Extension, Header, HeaderError, INCOMPAT_CORRUPT, INCOMPAT_DIRTY,
+    INCOMPAT_OFFSET, REFTABLE_POINTER_OFFSET, header_area_bytes,
 };
 pub use mapping::{EntryError, Freed, L1Entry, L2Entry, WritePlan, ZeroPlan, plan_discard, plan_write, plan_zero};
 pub use snapshot::{SnapshotError, SnapshotL1, parse_snapshots};

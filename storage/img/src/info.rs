@@ -1,0 +1,162 @@
+//! `vireo-img info`.
+
+use std::collections::HashSet;
+use std::io::{Write, stdout};
+use std::path::{Path, PathBuf};
+
+use block::{CompressionType, Format, ImageInfo, inspect};
+use serde_json::{Map, Value, json};
+
+use crate::create::beside;
+use crate::error::ImgError;
+use crate::options::{Known, parse};
+use crate::size::human;
+
+const KNOWN: Known = &[
+    (&["-f", "--format"], true),
+    (&["--output"], true),
+    (&["--backing-chain"], false),
+    (&["-U", "--force-share"], false),
+];
+
+/// More files than any chain has.
+const CHAIN_MAX: usize = 200;
+
+pub fn run(args: Vec<String>) -> Result<u8, ImgError> {
+    let parsed = parse("info", KNOWN, args)?;
+    let file = parsed.one_file()?;
+    let json = parsed.json()?;
+    let images = images(Path::new(file), parsed.format(file)?, parsed.has("--backing-chain"))?;
+    let mut out = stdout().lock();
+    if json {
+        let mut values: Vec<Value> = images.iter().map(|(path, info)| as_json(path, info)).collect();
+        let value = if parsed.has("--backing-chain") { Value::Array(values) } else { values.remove(0) };
+        writeln!(out, "{value:#}")?;
+        return Ok(0);
+    }
+    for (i, (path, info)) in images.iter().enumerate() {
+        if i > 0 {
+            writeln!(out)?;
+        }
+        out.write_all(as_text(path, info).as_bytes())?;
+    }
+    Ok(0)
+}
+
+/// The image and, if asked, every one below it.
+fn images(path: &Path, format: Option<Format>, chain: bool) -> Result<Vec<(PathBuf, ImageInfo)>, ImgError> {
+    let mut images = Vec::new();
+    let mut seen = HashSet::new();
+    let mut next = Some((path.to_owned(), format));
+    while let Some((path, format)) = next.take() {
+        let open = |source| ImgError::Open { path: path.clone(), source };
+        let real = path.canonicalize().unwrap_or_else(|_| path.clone());
+        if !seen.insert(real) {
+            return Err(open(block::BlockError::Loop { path: path.clone() }));
+        }
+        if images.len() == CHAIN_MAX {
+            return Err(open(block::BlockError::TooDeep { path: path.clone(), max: CHAIN_MAX }));
+        }
+        let info = inspect(&path, format).map_err(open)?;
+        if let (true, Some(name)) = (chain, &info.backing_name) {
+            let format = info.backing_format.as_deref().map(|f| crate::options::format_named(name, f)).transpose()?;
+            next = Some((beside(&path, name), format));
+        }
+        images.push((path, info));
+    }
+    Ok(images)
+}
+
+/// The file's length as qemu-img counts it, in whole sectors.
+fn file_bytes(info: &ImageInfo) -> u64 {
+    info.file_bytes.next_multiple_of(512)
+}
+
+fn compression(info: &ImageInfo) -> &'static str {
+    match info.qcow2.map(|q| q.compression) {
+        Some(CompressionType::Zstd) => "zstd",
+        _ => "zlib",
+    }
+}
+
+fn as_text(path: &Path, info: &ImageInfo) -> String {
+    let mut lines = vec![
+        format!("image: {}", path.display()),
+        format!("file format: {}", info.format.name()),
+        format!("virtual size: {} ({} bytes)", human(info.virtual_size_bytes), info.virtual_size_bytes),
+        format!("disk size: {}", human(info.allocated_bytes)),
+    ];
+    if info.dirty {
+        lines.push("cleanly shut down: no".into());
+    }
+    if let Some(bytes) = info.cluster_bytes {
+        lines.push(format!("cluster_size: {bytes}"));
+    }
+    if let Some(name) = &info.backing_name {
+        let actual = beside(path, name);
+        let differs = actual != Path::new(name);
+        let actual = if differs { format!(" (actual path: {})", actual.display()) } else { String::new() };
+        lines.push(format!("backing file: {name}{actual}"));
+        lines.extend(info.backing_format.iter().map(|format| format!("backing file format: {format}")));
+    }
+    if let Some(q) = info.qcow2 {
+        if q.snapshots > 0 {
+            lines.push(format!("snapshots: {}", q.snapshots));
+        }
+        lines.push("Format specific information:".into());
+        let compat = if q.version == 2 { "0.10" } else { "1.1" };
+        lines.push(format!("    compat: {compat}"));
+        lines.push(format!("    compression type: {}", compression(info)));
+        if q.version > 2 {
+            lines.push(format!("    lazy refcounts: {}", q.lazy_refcounts));
+        }
+        lines.push(format!("    refcount bits: {}", q.refcount_bits));
+        if q.version > 2 {
+            lines.push(format!("    corrupt: {}", info.corrupt));
+            lines.push("    extended l2: false".into());
+        }
+    }
+    lines.push("Child node '/file':".into());
+    lines.push(format!("    filename: {}", path.display()));
+    lines.push("    protocol type: file".into());
+    lines.push(format!("    file length: {} ({} bytes)", human(file_bytes(info)), file_bytes(info)));
+    lines.push(format!("    disk size: {}", human(info.allocated_bytes)));
+    lines.join("\n") + "\n"
+}
+
+fn as_json(path: &Path, info: &ImageInfo) -> Value {
+    let name = path.display().to_string();
+    let mut all = Map::new();
+    let child = json!({
+        "children": [], "virtual-size": file_bytes(info), "filename": name, "format": "file",
+        "actual-size": info.allocated_bytes, "format-specific": {"type": "file", "data": {}}, "dirty-flag": false,
+    });
+    all.insert("children".into(), json!([{"name": "file", "info": child}]));
+    all.insert("virtual-size".into(), json!(info.virtual_size_bytes));
+    all.insert("filename".into(), json!(name));
+    all.insert("format".into(), json!(info.format.name()));
+    all.insert("actual-size".into(), json!(info.allocated_bytes));
+    all.insert("dirty-flag".into(), json!(info.dirty));
+    if let Some(bytes) = info.cluster_bytes {
+        all.insert("cluster-size".into(), json!(bytes));
+    }
+    if let Some(q) = info.qcow2 {
+        let mut data = json!({
+            "compat": if q.version == 2 { "0.10" } else { "1.1" },
+            "compression-type": compression(info),
+            "refcount-bits": q.refcount_bits,
+        });
+        if q.version > 2 {
+            data["lazy-refcounts"] = json!(q.lazy_refcounts);
+            data["corrupt"] = json!(info.corrupt);
+            data["extended-l2"] = json!(false);
+        }
+        all.insert("format-specific".into(), json!({"type": "qcow2", "data": data}));
+    }
+    if let Some(backing) = &info.backing_name {
+        all.insert("backing-filename".into(), json!(backing));
+        all.insert("full-backing-filename".into(), json!(beside(path, backing).display().to_string()));
+        all.extend(info.backing_format.iter().map(|f| ("backing-filename-format".to_owned(), json!(f))));
+    }
+    Value::Object(all)
+}
