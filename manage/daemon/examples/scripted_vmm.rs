@@ -2,6 +2,7 @@
 //! Words in the kernel command line choose what it does: the test's way of being the guest.
 //!
 //! - `fail=TEXT`: refuses the configuration. `die=TEXT`: prints the text and exits without an answer.
+//! - `say=TEXT`: prints the text and goes on.
 //! - `deaf`: the power button does nothing. `stuck`: `quit` does nothing. `mute`: the monitor never answers.
 //! - otherwise the power button powers off, and the console repeats its input in capitals after printing `guest here`.
 
@@ -148,6 +149,9 @@ fn main() {
             let failure = Failure { class: FailureClass::Boot, text: text.replace('_', " ") };
             start.send(&StartReply::Failed(failure), &[]).expect("an answer");
             exit(1)
+        }
+        if let Some(text) = word.strip_prefix("say=") {
+            eprintln!("{}", text.replace('_', " "));
         }
         if let Some(text) = word.strip_prefix("die=") {
             eprintln!("{}", text.replace('_', " "));

@@ -132,10 +132,23 @@ pub enum DaemonError {
     StorageDirectory { path: PathBuf },
     #[error("Cannot access backing file '{path}' of storage file '{parent}': {source}")]
     BackingFile { path: PathBuf, parent: PathBuf, source: io::Error },
-    #[error("invalid argument: the backing files of '{path}' form a loop or are more than {limit}")]
-    BackingLoop { path: PathBuf, limit: usize },
-    #[error("internal error: {path}: {detail}")]
-    ImageFormat { path: PathBuf, detail: String },
+    #[error("invalid argument: the backing files of '{path}' form a loop or are too many; 'qemu-img info' shows each")]
+    BackingLoop { path: PathBuf },
+    #[error("internal error: {detail}")]
+    ImageFormat { detail: String },
+    #[error(
+        "resource busy: image '{path}' is in use: another disk or process writes it, or reads it while this one would write"
+    )]
+    ImageInUse { path: PathBuf },
+    #[error(
+        "unsupported configuration: the domain wants {wanted_kib} KiB of memory and this host has {host_kib} KiB; lower <memory>"
+    )]
+    HostMemory { wanted_kib: u64, host_kib: u64 },
+    #[error(
+        "unsupported configuration: Maximum CPUs greater than specified machine type limit {limit}: the domain wants {wanted}; \
+         lower <vcpu>"
+    )]
+    HostVcpus { wanted: u32, limit: u32 },
     #[error("unable to open {what} '{path}': {source}")]
     BootFile { what: &'static str, path: PathBuf, source: io::Error },
     #[error("{}{}", failure_prefix(.0.class), .0.text)]
@@ -245,6 +258,9 @@ impl DaemonError {
             E::BackingFile { .. } => (Code::SystemError, Origin::Storage),
             E::BackingLoop { .. } => (Code::InvalidArg, Origin::Storage),
             E::ImageFormat { .. } => (Code::InternalError, Origin::Storage),
+            E::ImageInUse { .. } => (Code::ResourceBusy, Origin::Storage),
+            E::HostMemory { .. } => (Code::ConfigUnsupported, Origin::Qemu),
+            E::HostVcpus { .. } => (Code::ConfigUnsupported, Origin::Qemu),
             E::BootFile { .. } => (Code::SystemError, Origin::Qemu),
             E::Vmm(failure) => failure_number(failure.class),
             E::VmmEnded { .. } => (Code::InternalError, Origin::Qemu),
@@ -372,8 +388,11 @@ mod tests {
             E::StorageFile { path: path(), source: denied() },
             E::StorageDirectory { path: path() },
             E::BackingFile { path: path(), parent: "/dir/top".into(), source: denied() },
-            E::BackingLoop { path: path(), limit: 64 },
-            E::ImageFormat { path: path(), detail: "is neither".into() },
+            E::BackingLoop { path: path() },
+            E::ImageFormat { detail: "/dir/file: is neither".into() },
+            E::ImageInUse { path: path() },
+            E::HostMemory { wanted_kib: 2048, host_kib: 1024 },
+            E::HostVcpus { wanted: 4, limit: 1 },
             E::BootFile { what: "kernel", path: path(), source: denied() },
             E::Vmm(Failure { class: FailureClass::Image, text: "a broken image".into() }),
             E::VmmEnded { when: "before the machine was built", last_words: "out of luck".into() },

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use image::Format;
+use block::Format;
 use monitor::{
     Accel, Boot, CacheMode, ChainLink, ClockMode, Console, ConsoleTarget, Discard, DiskBus, DiskErrorPolicy,
     DiskFormat, FdIndex, PowerAction, VmConfig,
@@ -126,12 +126,12 @@ fn open_disk(disk: &xml::Disk, fds: &mut Fds) -> Result<(monitor::Disk, Vec<(Str
         return Err(DaemonError::Unsupported { detail });
     };
     let direct = disk.cache.as_deref() == Some("none");
-    let mode = OpenMode { read_only: disk.read_only, direct };
+    let mode = OpenMode { read_only: disk.read_only, direct, shared: disk.shareable };
     let images = image_chain::open(Path::new(path), image_chain::format_named(&disk.format), mode)?;
     let mut chain = Vec::new();
     let mut backing = Vec::new();
     for (index, image) in images.into_iter().enumerate() {
-        let path = image.path.to_string_lossy().into_owned();
+        let path = image.path_label.to_string_lossy().into_owned();
         let format = match image.format {
             Format::Raw => DiskFormat::Raw,
             Format::Qcow2 => DiskFormat::Qcow2,

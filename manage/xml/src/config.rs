@@ -148,6 +148,8 @@ pub struct Disk {
     pub bus: String,
     /// The guest may not write.
     pub read_only: bool,
+    /// Other guests may write the same image.
+    pub shareable: bool,
     /// Serial number shown to the guest.
     pub serial: Option<String>,
     /// `cache`, where given.
@@ -393,6 +395,7 @@ fn read_disk(disk: &Element) -> Result<Disk, DomainXmlError> {
         target: target.into(),
         bus: disk.child_attribute("target", "bus").unwrap_or_else(|| default_bus(target)).into(),
         read_only: disk.get("readonly").is_some(),
+        shareable: disk.get("shareable").is_some(),
         serial: disk.child_text("serial").filter(|text| !text.is_empty()),
         cache: driver("cache"),
         discard: driver("discard"),

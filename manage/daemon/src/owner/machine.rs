@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use monitor::Command as MonitorCommand;
 use tokio::time::timeout;
-use xml::DomainDefinition;
+use xml::{DomainConfig, DomainDefinition};
 
 use super::{Ending, Owner, Running};
 use crate::domain::{Definition, Live, State, Status};
+use crate::drivers::connect::VCPUS_MAX;
 use crate::error::DaemonError;
 use crate::events::{DomainEvent, LifecycleEvent};
+use crate::host;
 use crate::launch;
 use crate::monitor_link::MonitorLink;
 use crate::process::Process;
@@ -23,6 +25,20 @@ const GRACEFUL_LIMIT: Duration = Duration::from_secs(15);
 
 /// How long the event of a carried out command may take.
 const EVENT_LIMIT: Duration = Duration::from_secs(2);
+
+/// Refuses what this host cannot give.
+fn check_host(domain: &DomainConfig) -> Result<(), DaemonError> {
+    let (wanted_kib, host_kib) = (domain.memory_kib, host::memory().total_kib);
+    // A host that does not say how much it has is not guessed at.
+    if host_kib != 0 && wanted_kib > host_kib {
+        return Err(DaemonError::HostMemory { wanted_kib, host_kib });
+    }
+    let limit = VCPUS_MAX.unsigned_abs();
+    if domain.vcpus > limit {
+        return Err(DaemonError::HostVcpus { wanted: domain.vcpus, limit });
+    }
+    Ok(())
+}
 
 impl Owner {
     pub(super) async fn start(
@@ -65,6 +81,7 @@ impl Owner {
         definition.check_buildable()?;
         let domain = definition.config();
         self.daemon.check_engine(domain.virt_type).await?;
+        check_host(domain)?;
         let files = RunFiles::new(&self.daemon.paths.state, &domain.name, domain.uuid);
         let log_path = self.daemon.log_path(&domain.name);
         let log_start = std::fs::metadata(&log_path).map_or(0, |found| found.len());

@@ -20,30 +20,30 @@ use crate::session::{DEADLINE, Session};
 const STANDSTILL: Duration = Duration::from_secs(1);
 
 /// A client that says exactly what it is told to.
-struct Raw {
-    socket: UnixStream,
+pub struct Raw {
+    pub socket: UnixStream,
     reader: FrameReader,
 }
 
 impl Raw {
-    fn connect(session: &Session) -> Raw {
+    pub fn connect(session: &Session) -> Raw {
         Raw { socket: session.connect(), reader: FrameReader::new() }
     }
 
     /// A client that has opened its connection.
-    fn opened(session: &Session) -> Raw {
+    pub fn opened(session: &Session) -> Raw {
         let mut raw = Raw::connect(session);
         let reply = raw.call::<connect_open::Proc>(0, &connect_open::Args { name: None, flags: 0 });
         assert_eq!(reply.header.status, Status::Ok);
         raw
     }
 
-    fn send(&mut self, bytes: &[u8]) {
+    pub fn send(&mut self, bytes: &[u8]) {
         self.socket.write_all(bytes).unwrap();
     }
 
     /// The next packet; `None` when the daemon has hung up.
-    fn next(&mut self) -> Option<Frame> {
+    pub fn next(&mut self) -> Option<Frame> {
         let mut bytes = vec![0; 65536];
         loop {
             if let Some(frame) = self.reader.next_frame().unwrap() {
@@ -58,7 +58,7 @@ impl Raw {
         }
     }
 
-    fn call<P: Call>(&mut self, serial: u32, args: &P::Args) -> Frame {
+    pub fn call<P: Call>(&mut self, serial: u32, args: &P::Args) -> Frame {
         self.send(&frame_of(Header::call(P::PROGRAM, P::NUMBER, serial), args));
         self.next().unwrap()
     }
@@ -185,7 +185,7 @@ fn keepalive_is_answered_and_stray_stream_packets_are_dropped() {
 }
 
 /// Resident memory of the daemon in KiB.
-fn resident_kib(session: &Session) -> u64 {
+pub fn resident_kib(session: &Session) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", session.daemon_pid())).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()

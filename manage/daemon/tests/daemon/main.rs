@@ -1,7 +1,11 @@
 //! The daemon as its clients see it: driven by an unmodified virsh, by raw packets, and by being killed.
 
 mod abuse;
+mod bad_input;
 mod consoles;
+mod crowd;
 mod session;
 mod survival;
+mod unprivileged;
 mod virsh;
+mod virsh_newer;

@@ -33,7 +33,8 @@ fn kill(pid: &str) {
     pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL));
 }
 
-fn scripted_vmm() -> PathBuf {
+/// The program that plays vireo-vmm.
+pub fn scripted_vmm() -> PathBuf {
     let own = std::env::current_exe().unwrap();
     let path = own.parent().and_then(Path::parent).unwrap().join("examples/scripted_vmm");
     assert!(path.is_file(), "{} is built by `cargo test -p daemon`", path.display());

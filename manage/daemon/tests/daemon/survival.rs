@@ -4,6 +4,13 @@ use std::fs;
 use std::io::Read;
 use std::process::Stdio;
 
+use rpc_wire::events::Lifecycle;
+use rpc_wire::frame::{Header, QEMU_PROGRAM, REMOTE_PROGRAM, frame_of};
+use rpc_wire::qemu::{EVENT_MESSAGE, EVENT_REGISTER, EventMessage, EventRegisterArgs};
+use rpc_wire::remote::connect_domain_event_callback_register_any;
+use rpc_wire::xdr::from_bytes;
+
+use crate::abuse::Raw;
 use crate::session::Session;
 
 #[test]
@@ -79,6 +86,37 @@ fn a_killed_guest_is_crashed_and_the_others_run_on() {
     session.wait_for("domstate vm1 --reason", "shut off (crashed)");
     assert_eq!(session.virsh("domstate vm2 --reason"), "running (booted)\n");
     assert_eq!(session.virsh("start vm1"), "Domain 'vm1' started\n");
+}
+
+/// Message number of a lifecycle event for a client with callback ids.
+const LIFECYCLE_MESSAGE: u32 = 318;
+
+#[test]
+fn the_end_of_a_killed_machine_is_told_with_its_last_words() {
+    let session = Session::start();
+    session.define("vm1", "say=the_disk_is_slow");
+    session.define("vm2", "");
+    session.virsh("start vm1");
+    session.virsh("start vm2");
+    let mut raw = Raw::opened(&session);
+    let lifecycle = connect_domain_event_callback_register_any::Args { event_id: 0, dom: None };
+    raw.call::<connect_domain_event_callback_register_any::Proc>(1, &lifecycle);
+    let monitor = EventRegisterArgs { dom: None, event: None, flags: 0 };
+    raw.send(&frame_of(Header::call(QEMU_PROGRAM, EVENT_REGISTER, 2), &monitor));
+    assert_eq!(raw.next().unwrap().header.serial, 2);
+    session.kill_guest("vm1");
+    let told = raw.next().unwrap();
+    assert_eq!((told.header.program, told.header.procedure), (QEMU_PROGRAM, EVENT_MESSAGE));
+    let told: EventMessage = from_bytes(&told.payload).unwrap();
+    assert_eq!((told.dom.name.lossy(), told.event.lossy()), ("vm1".into(), "VIREO_VMM_ENDED".into()));
+    assert_eq!(told.details.unwrap().lossy(), "{\"last-words\":\"the disk is slow\"}");
+    let ended = raw.next().unwrap();
+    assert_eq!((ended.header.program, ended.header.procedure), (REMOTE_PROGRAM, LIFECYCLE_MESSAGE));
+    let (_, ended): (i32, Lifecycle) = from_bytes(&ended.payload).unwrap();
+    // VIR_DOMAIN_EVENT_STOPPED, VIR_DOMAIN_EVENT_STOPPED_FAILED
+    assert_eq!((ended.dom.name.lossy(), ended.event, ended.detail), ("vm1".into(), 5, 5));
+    assert_eq!(session.virsh("domstate vm1 --reason"), "shut off (crashed)\n");
+    assert_eq!(session.virsh("domstate vm2 --reason"), "running (booted)\n");
 }
 
 #[test]
