@@ -55,6 +55,8 @@ pub struct Connection {
     events: VecDeque<Event>,
     stream_packets: VecDeque<(u32, StreamPacket)>,
     chunk: Vec<u8>,
+    /// As the socket has it: most calls leave it as it is.
+    read_timeout: Option<Duration>,
 }
 
 impl Connection {
@@ -80,6 +82,7 @@ impl Connection {
             events: VecDeque::new(),
             stream_packets: VecDeque::new(),
             chunk: vec![0; CHUNK_BYTES],
+            read_timeout: None,
         };
         let types = connection.call::<auth_list::Proc>(&auth_list::Args {})?.types.0;
         if !types.contains(&AUTH_NONE) {
@@ -144,7 +147,11 @@ impl Connection {
     /// Reads what is there, waiting at most as long as given; false when nothing came.
     fn read(&mut self, limit: Option<Duration>) -> Result<bool, ClientError> {
         // A limit of zero would mean none to the system.
-        self.socket.set_read_timeout(limit.map(|limit| limit.max(Duration::from_millis(1))))?;
+        let limit = limit.map(|limit| limit.max(Duration::from_millis(1)));
+        if limit != self.read_timeout {
+            self.socket.set_read_timeout(limit)?;
+            self.read_timeout = limit;
+        }
         loop {
             match self.socket.read(&mut self.chunk) {
                 Ok(0) => return Err(ClientError::Closed),

@@ -8,6 +8,7 @@ use crate::verbs;
 /// The hidden verb that the scripts call with the words typed so far, the last one being completed.
 pub const COMPLETE: &str = "__complete";
 
+const SHELLS: [&str; 3] = ["bash", "zsh", "fish"];
 const BASH: &str = "\
 _vireo() {
     local IFS=$'\\n'
@@ -49,7 +50,8 @@ pub fn complete(shell: &mut Shell, words: &[String]) {
     shell.flush();
 }
 
-fn candidates(shell: &mut Shell, before: &[String]) -> Vec<String> {
+/// What may follow the words `before`: verbs, then options, domains and the words a verb knows.
+pub fn candidates(shell: &mut Shell, before: &[String]) -> Vec<String> {
     let mut rest = before.iter();
     // Global options before the verb; the one for the daemon matters here.
     let verb = loop {
@@ -62,13 +64,17 @@ fn candidates(shell: &mut Shell, before: &[String]) -> Vec<String> {
     };
     let Some(verb) = verbs::find(verb) else { return Vec::new() };
     let mut found: Vec<String> = verb
-        .options
-        .iter()
+        .options()
         .chain(std::iter::once(&HELP))
         .filter(|option| option.kind != Kind::Words)
         .map(|option| format!("--{}", option.name))
         .filter(|option| !before.contains(option))
         .collect();
+    match verb.name {
+        "completion" => found.extend(SHELLS.map(str::to_owned)),
+        "help" => found.extend(verbs::all().map(|verb| verb.name.to_owned())),
+        _ => {}
+    }
     let wants_domain = verb.options.iter().any(|option| option.name == "domain");
     if wants_domain && let Ok(connection) = shell.connection() {
         let names = connection.list(0).unwrap_or_default();

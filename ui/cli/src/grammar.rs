@@ -110,6 +110,11 @@ pub const JSON: Opt = flag("json", "print JSON for programs");
 pub const HELP: Opt = flag("help", "print help for this function");
 
 impl Verb {
+    /// Its options as people are shown them.
+    pub fn options(&self) -> impl Iterator<Item = &'static Opt> {
+        self.options.iter().chain(self.shows.then_some(&JSON))
+    }
+
     fn find(&self, name: &str) -> Option<&'static Opt> {
         match name {
             "help" => Some(&HELP),

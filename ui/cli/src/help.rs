@@ -1,7 +1,9 @@
 //! Explanations, made from the tables of verbs.
 
+use serde_json::{Value, json};
+
 use crate::failure::Failure;
-use crate::grammar::{Group, JSON, Kind, Opt, Verb};
+use crate::grammar::{Group, Kind, Opt, Verb};
 use crate::verbs;
 
 /// What `vireo --help` prints.
@@ -58,6 +60,31 @@ pub fn about(word: Option<&str>) -> Result<String, Failure> {
     }
 }
 
+/// Verbs with their options for programs: all of them, a family's, or one.
+pub fn as_json(word: Option<&str>) -> Value {
+    let title = |group| Group::ALL.iter().find(|(found, _, _)| *found == group).map(|(_, _, word)| *word);
+    let meant = |verb: &&Verb| word.is_none_or(|word| verb.name == word || title(verb.group) == Some(word));
+    let option = |option: &Opt| {
+        let takes = match option.kind {
+            Kind::Flag => "nothing",
+            Kind::Text => "string",
+            Kind::Words => "strings",
+            Kind::Number => "number",
+            Kind::Size => "size",
+        };
+        json!({ "name": option.name, "takes": takes, "required": option.required, "help": option.help })
+    };
+    let verb = |verb: &'static Verb| {
+        json!({
+            "name": verb.name,
+            "family": title(verb.group),
+            "summary": verb.summary,
+            "options": verb.options().map(option).collect::<Vec<_>>(),
+        })
+    };
+    Value::Array(verbs::all().filter(meant).map(verb).collect())
+}
+
 fn kind_word(kind: Kind) -> &'static str {
     match kind {
         Kind::Flag => "",
@@ -77,7 +104,7 @@ fn synopsis(option: &Opt) -> String {
 
 /// Help about one verb.
 pub fn of_verb(verb: &'static Verb) -> String {
-    let options = || verb.options.iter().chain(verb.shows.then_some(&JSON));
+    let options = || verb.options();
     let mut out = format!("  NAME\n    {} - {}\n\n  SYNOPSIS\n    {}", verb.name, verb.summary, verb.name);
     options().for_each(|option| out.push_str(&synopsis(option)));
     out.push('\n');

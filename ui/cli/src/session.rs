@@ -11,12 +11,15 @@ use rustyline::history::FileHistory;
 use rustyline::validate::Validator;
 use rustyline::{Config, Context, Editor, Helper};
 
+use crate::completion;
 use crate::grammar;
 use crate::shell::Shell;
-use crate::verbs;
 
-/// Completes verbs at the start of a line and options after it.
-struct Words;
+/// Completes verbs at the start of a line, then options and domains.
+struct Words {
+    /// The daemon that is asked for domains.
+    uri: Option<String>,
+}
 
 impl Helper for Words {}
 impl Highlighter for Words {}
@@ -32,12 +35,14 @@ impl Completer for Words {
         let before = line.get(..position).unwrap_or_default();
         let start = before.rfind([' ', ';']).map_or(0, |at| at + 1);
         let begun = before.get(start..).unwrap_or_default();
-        let command = before.rsplit(';').next().unwrap_or_default();
-        let verb = command.split_whitespace().next().filter(|verb| command.trim_start().len() > verb.len());
-        let candidates: Vec<String> = match verb.and_then(verbs::find) {
-            Some(verb) => verb.options.iter().map(|option| format!("--{}", option.name)).collect(),
-            None => verbs::all().map(|verb| verb.name.to_owned()).collect(),
-        };
+        let command = before.get(..start).unwrap_or_default().rsplit(';').next().unwrap_or_default();
+        let words: Vec<String> = command.split_whitespace().map(str::to_owned).collect();
+        // A connection of its own: the session's may be in the middle of something.
+        let mut shell = Shell::new();
+        shell.uri.clone_from(&self.uri);
+        shell.read_only = true;
+        let candidates = completion::candidates(&mut shell, &words);
+        shell.disconnect();
         Ok((start, candidates.into_iter().filter(|candidate| candidate.starts_with(begun)).collect()))
     }
 }
@@ -58,13 +63,13 @@ pub fn interactive(shell: &mut Shell) -> bool {
     shell.flush();
     let config = Config::builder().auto_add_history(true).build();
     let Ok(mut editor) = Editor::<Words, FileHistory>::with_config(config) else { return script(shell) };
-    editor.set_helper(Some(Words));
     let history = history();
     if let Some(path) = &history {
         // The first session has none.
         let _ = editor.load_history(path);
     }
     while !shell.ending {
+        editor.set_helper(Some(Words { uri: shell.uri.clone() }));
         let prompt = if shell.read_only { "vireo > " } else { "vireo # " };
         match editor.readline(prompt) {
             Ok(line) => {

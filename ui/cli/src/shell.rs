@@ -148,7 +148,7 @@ impl Shell {
 
     fn run_one(&mut self, words: &[String]) -> Result<(), Failure> {
         let Some((name, rest)) = words.split_first() else { return Ok(()) };
-        let verb = verbs::find(name).ok_or_else(|| Failure::new(format!("unknown command: '{name}'")))?;
+        let verb = verbs::find(name).ok_or_else(|| verbs::unknown(name))?;
         let args = grammar::parse(verb, rest)?;
         if args.has("help") {
             self.say(help::of_verb(verb));

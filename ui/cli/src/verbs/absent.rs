@@ -49,13 +49,32 @@ const SNAPSHOT: &[Opt] = &[
     NAME,
     flag("roots", "only those without parents"),
     flag("leaves", "only those without children"),
+    flag("no-leaves", "only those with children"),
+    flag("metadata", "only those with metadata"),
+    flag("no-metadata", "only those without"),
+    flag("inactive", "only those taken while the domain was off"),
+    flag("active", "only those with memory"),
+    flag("disk-only", "only those of disks alone"),
+    flag("internal", "only those inside the image"),
+    flag("external", "only those in files of their own"),
+    flag("topological", "parents before children"),
+];
+const CHECKPOINT: &[Opt] = &[
+    DOMAIN,
+    flag("parent", "with the parent of each"),
+    flag("roots", "only those without parents"),
+    flag("leaves", "only those without children"),
+    flag("no-leaves", "only those with children"),
+    flag("tree", "as a tree"),
+    NAME,
+    flag("topological", "parents before children"),
 ];
 
 pub const VERBS: &[Verb] = &[
     verb("net-list", "networks", LIST, net_list),
     verb("pool-list", "storage pools", LIST, pool_list),
     verb("snapshot-list", "snapshots of a domain", SNAPSHOT, snapshot_list),
-    verb("checkpoint-list", "checkpoints of a domain", &[DOMAIN, NAME], checkpoint_list),
+    verb("checkpoint-list", "checkpoints of a domain", CHECKPOINT, checkpoint_list),
     verb("nodedev-list", "devices of the host", NODEDEV, nodedev_list),
     verb("iface-list", "interfaces of the host", &[INACTIVE, ALL], iface_list),
     verb("secret-list", "secrets", SECRET, secret_list),
@@ -139,7 +158,9 @@ fn snapshot_list(shell: &mut Shell, args: &Args) -> Done {
 
 fn checkpoint_list(shell: &mut Shell, args: &Args) -> Done {
     let domain = shell.domain(args)?;
-    show(shell, args, &["Name", "Creation Time"], |connection| {
+    let all = ["Name", "Creation Time", "Parent"];
+    let heading = if args.has("tree") { &[][..] } else { &all[..if args.has("parent") { 3 } else { 2 }] };
+    show(shell, args, heading, |connection| {
         let args = domain_list_all_checkpoints::Args { dom: domain, need_results: 1, flags: 0 };
         let checkpoints = connection.call::<domain_list_all_checkpoints::Proc>(&args)?.checkpoints.0;
         Ok(checkpoints.iter().map(|checkpoint| checkpoint.name.lossy().into_owned()).collect())

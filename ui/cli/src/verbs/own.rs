@@ -28,7 +28,10 @@ const ECHO: &[Opt] = &[
 
 pub const VERBS: &[Verb] = &[
     verb("connect", "connect to another daemon", CONNECT, connect),
-    verb("help", "explain verbs", &[option("command", Kind::Text, "a verb or a family")], show_help),
+    Verb {
+        shows: true,
+        ..verb("help", "explain verbs", &[option("command", Kind::Text, "a verb or a family")], show_help)
+    },
     verb("echo", "print words", ECHO, echo),
     verb("cd", "change the directory", &[option("dir", Kind::Text, "where to")], cd),
     verb("pwd", "print the directory", &[], pwd),
@@ -62,8 +65,13 @@ fn connect(shell: &mut Shell, args: &Args) -> Done {
 }
 
 fn show_help(shell: &mut Shell, args: &Args) -> Done {
-    let text = help::about(args.text("command"))?;
-    shell.say(text);
+    let word = args.text("command");
+    let text = help::about(word)?;
+    if shell.json {
+        shell.show(&help::as_json(word));
+    } else {
+        shell.say(text);
+    }
     Ok(())
 }
 

@@ -148,6 +148,62 @@ fn what_lists_or_shows_does_so_as_json() {
     }
 }
 
+/// What a verb needs beside a domain to show something.
+fn words_for(verb: &str) -> &'static [&'static str] {
+    match verb {
+        "domblkinfo" | "domblkstat" => &["vda"],
+        "domifstat" => &["vnet0"],
+        "metadata" => &["--uri", "http://x.example/1"],
+        "event" => &["--event", "lifecycle", "--timeout", "1"],
+        "cpu-stats" => &["--total"],
+        _ => &[],
+    }
+}
+
+#[test]
+fn every_verb_that_shows_something_shows_it_as_json_or_fails() {
+    let host = Host::start();
+    assert!(host.vireo(&["define", "vm1.xml"]).status.success());
+    assert!(host.vireo(&["start", "vm1"]).status.success());
+    let verbs: serde_json::Value = serde_json::from_slice(&host.vireo(&["help", "--json"]).stdout).unwrap();
+    let mut shown = Vec::new();
+    let mut failed = Vec::new();
+    for verb in verbs.as_array().unwrap() {
+        let name = verb["name"].as_str().unwrap();
+        let has = |option: &str| verb["options"].as_array().unwrap().iter().any(|o| o["name"] == option);
+        if !has("json") {
+            continue;
+        }
+        let domain = verb["options"][0]["name"] == "domain" && verb["options"][0]["required"] == true;
+        let words = [&[name][..], if domain { &["vm1"] } else { &[] }, words_for(name), &["--json"]].concat();
+        let output = host.vireo(&words);
+        let said = text(&output.stdout);
+        if name != "doctor" && !output.status.success() {
+            assert!(said.trim().is_empty(), "{words:?} fails and shows {said}");
+            failed.push(name);
+        } else {
+            assert!(serde_json::from_str::<serde_json::Value>(&said).is_ok(), "{words:?}: {said}");
+            shown.push(name);
+        }
+    }
+    // What this domain and host do not have; the event does not come.
+    assert_eq!(failed, ["metadata", "domifstat", "domdisplay", "vncdisplay", "event", "sysinfo"]);
+    assert!(shown.len() > 40, "{shown:?}");
+}
+
+#[test]
+fn verbs_that_are_not_built_say_so() {
+    let host = Host::start();
+    for (word, expected) in [
+        ("save", "error: command 'save' is not supported yet; 'vireo help' lists what is\n"),
+        ("net-start", "error: command 'net-start' is not supported yet; 'vireo help' lists what is\n"),
+        ("nosuch", "error: unknown command: 'nosuch'\n"),
+    ] {
+        let output = host.vireo(&[word, "vm1"]);
+        assert_eq!((output.status.code(), text(&output.stderr)), (Some(1), expected.into()));
+    }
+}
+
 #[test]
 fn lines_from_a_pipe_are_a_session() {
     let host = Host::start();
@@ -172,6 +228,9 @@ fn shells_complete_verbs_options_and_domains() {
     assert_eq!(complete(&["dominf"]), "dominfo\n");
     assert_eq!(complete(&["start", "--pau"]), "--paused\n");
     assert_eq!(complete(&["dominfo", "v"]), "vm1\n");
+    assert_eq!(complete(&["dominfo", "vm1", "--js"]), "--json\n");
+    assert_eq!(complete(&["completion", "z"]), "zsh\n");
+    assert_eq!(complete(&["help", "domuu"]), "domuuid\n");
     assert_eq!(complete(&["nosuch", "x"]), "");
     for shell in ["bash", "zsh", "fish"] {
         assert!(text(&host.vireo(&["completion", shell]).stdout).contains("vireo __complete"));
