@@ -411,6 +411,9 @@ impl Cpu {
             1 | 2 => mailbox::deliver(boxes, u32::MAX, false, mode, vector, false),
             _ => {}
         }
+        // What it sent to itself is there at the next instruction.
+        self.lapic.merge(self.mailbox.take_requests());
+        self.update_interrupt();
     }
 
     /// WRMSR IA32_APIC_BASE. SDM 3A 11.12.5 "x2APIC State Transitions".

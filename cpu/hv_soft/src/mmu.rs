@@ -200,10 +200,11 @@ impl Cpu {
         self.store_slow(io, va, value.to_u64(), T::BYTES, self.set_now())
     }
 
-    /// Leaves the block if one of the instruction's stores hit decoded code.
+    /// Leaves the block if one of the instruction's stores hit decoded code or made an interrupt deliverable (a register
+    /// of the local APIC).
     #[inline(always)]
     pub fn settle(&mut self) -> Flow {
-        if self.attention & attention::CODE != 0 { Err(Stop::Next) } else { Ok(()) }
+        if self.attention & (attention::CODE | attention::INTERRUPT) != 0 { Err(Stop::Next) } else { Ok(()) }
     }
 
     /// Reads, computes, writes: the page must be writable before anything is read (or MMIO is touched).

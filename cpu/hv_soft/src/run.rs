@@ -42,6 +42,12 @@ impl SoftVcpu {
                         }
                         continue;
                     }
+                    Service::One => {
+                        if let Err(halt) = self.one(io) {
+                            return halt;
+                        }
+                        continue;
+                    }
                     Service::Leave(halt) => return halt,
                 }
             }
@@ -82,6 +88,14 @@ impl SoftVcpu {
         match stop {
             Stop::Fault => self.cpu.deliver_fault(io),
             _ => Err(Halt::InternalError(self.cpu.internal_error())),
+        }
+    }
+
+    /// One instruction, behind which an interrupt waits.
+    fn one(&mut self, io: Io<'_>) -> Result<(), Halt> {
+        match self.cache.single(&mut self.cpu, &mut self.native) {
+            Ok(block) => self.execute(io, block),
+            Err(stop) => self.fetch_failed(io, stop),
         }
     }
 
@@ -132,7 +146,13 @@ impl SoftVcpu {
             }
             if cpu.attention & attention::SHADOW != 0 {
                 cpu.attention &= !(attention::SHADOW | attention::TRAP_SHADOW);
-                return if cpu.attention & attention::STEP != 0 { Service::Step } else { Service::Go };
+                return if cpu.attention & attention::STEP != 0 {
+                    Service::Step
+                } else if cpu.attention & attention::INTERRUPT != 0 {
+                    Service::One
+                } else {
+                    Service::Go
+                };
             }
             if cpu.attention & attention::INTERRUPT != 0
                 && let Err(halt) = cpu.interrupt(io)
@@ -150,6 +170,7 @@ impl SoftVcpu {
 
 enum Service {
     Go,
+    One,
     Step,
     Leave(Halt),
 }
