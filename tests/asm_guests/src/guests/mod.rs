@@ -1,15 +1,29 @@
 //! The guests.
 
 mod exceptions;
+mod interrupts;
+mod memory;
 mod modes;
 mod paging;
+mod registers;
 mod rings;
 
 use crate::suite::{Guest, Peer};
 
 /// All guests.
 pub fn all() -> Vec<Guest> {
-    [modes::guests(), rings::guests(), exceptions::guests(), paging::guests()].into_iter().flatten().collect()
+    [
+        modes::guests(),
+        rings::guests(),
+        exceptions::guests(),
+        paging::guests(),
+        interrupts::guests(),
+        registers::guests(),
+        memory::guests(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// A difference of QEMU's emulated processor, which is the lab's processor too.
