@@ -7,6 +7,7 @@
 //! Invariant: no device is known here.
 
 mod kick;
+mod messages;
 mod probe;
 mod registers;
 mod vcpu;
@@ -29,11 +30,12 @@ pub use vcpu::KvmVcpu;
 pub use vm::KvmVm;
 
 /// What every host's /dev/kvm must have for us.
-const NEEDED: [(Cap, &str); 6] = [
+const NEEDED: [(Cap, &str); 7] = [
     (Cap::UserMemory, "user memory"),
     (Cap::SplitIrqchip, "a split interrupt controller"),
     (Cap::SignalMsi, "message interrupts"),
     (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::Irqfd, "irqfd"),
     (Cap::ImmediateExit, "immediate exit"),
     (Cap::Xsave, "XSAVE"),
 ];

@@ -16,9 +16,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::host;
 use crate::kick::Remote;
+use crate::messages::{self, Frequent, Way};
 
 /// Pins of the IOAPIC; the kernel is told their routes so that it reports ends of interrupt.
-const IOAPIC_PINS: usize = 24;
+pub(crate) const IOAPIC_PINS: usize = 24;
 /// Three pages that Intel processors need in real mode, below the firmware and above any RAM we map under 4 GiB.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
@@ -28,10 +29,18 @@ pub struct KvmVm {
     pub(crate) fd: VmFd,
     /// Keeps the mappings that the kernel was given.
     _ram: GuestRam,
-    routes: Mutex<[Option<Msi>; IOAPIC_PINS]>,
+    routes: Mutex<Routes>,
+    irqfds: Vec<EventFd>,
     doorbells: Mutex<Vec<(Doorbell, EventFd)>>,
     extint: AtomicBool,
     pub(crate) boot_vcpu: Mutex<Option<Arc<Remote>>>,
+}
+
+/// What the kernel's routing table is made of.
+#[derive(Default)]
+struct Routes {
+    pins: [Option<Msi>; IOAPIC_PINS],
+    frequent: Frequent,
 }
 
 impl KvmVm {
@@ -52,10 +61,12 @@ impl KvmVm {
             // SAFETY: the range is mapped by `ram`, which lives as long as the VM's descriptor (both are in `KvmVm`).
             unsafe { fd.set_user_memory_region(region) }.map_err(host("KVM_SET_USER_MEMORY_REGION"))?;
         }
+        let irqfds = messages::irqfds(&fd);
         Ok(KvmVm {
             fd,
             _ram: ram,
-            routes: Mutex::new([None; IOAPIC_PINS]),
+            routes: Mutex::default(),
+            irqfds,
             doorbells: Mutex::default(),
             extint: AtomicBool::new(false),
             boot_vcpu: Mutex::new(None),
@@ -66,10 +77,11 @@ impl KvmVm {
         self.extint.load(Ordering::SeqCst)
     }
 
-    fn update_routes(&self, routes: &[Option<Msi>; IOAPIC_PINS]) {
-        let entries: Vec<kvm_irq_routing_entry> = (0..)
-            .zip(routes)
-            .filter_map(|(gsi, route)| route.map(|msi| (gsi, msi)))
+    fn update_routes(&self, routes: &Routes) -> Result<(), kvm_ioctls::Error> {
+        let pins = (0..).zip(&routes.pins).filter_map(|(pin, route)| route.map(|msi| (pin, msi)));
+        let frequent = routes.frequent.routed().iter().enumerate().map(|(slot, msi)| (messages::gsi(slot), *msi));
+        let entries: Vec<kvm_irq_routing_entry> = pins
+            .chain(frequent)
             .map(|(gsi, msi)| {
                 let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
                 entry.u.msi = kvm_irq_routing_msi {
@@ -81,11 +93,25 @@ impl KvmVm {
                 entry
             })
             .collect();
-        // Routes only tell the kernel which vectors to report; a failure costs the end-of-interrupt of a level
-        // interrupt, which a guest survives by polling, and there is nobody to report it to.
-        if let Ok(table) = KvmIrqRouting::from_entries(&entries) {
-            let _ = self.fd.set_gsi_routing(&table);
-        }
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))?;
+        self.fd.set_gsi_routing(&table)
+    }
+
+    /// True: the message went through an irqfd.
+    fn signal_irqfd(&self, msi: Msi) -> bool {
+        let mut routes = self.routes.lock();
+        let slot = match routes.frequent.way(msi, self.irqfds.len()) {
+            Way::Call => return false,
+            Way::Irqfd(slot) => slot,
+            Way::NewIrqfd(slot) => {
+                if self.update_routes(&routes).is_err() {
+                    routes.frequent.take_back();
+                    return false;
+                }
+                slot
+            }
+        };
+        self.irqfds.get(slot).is_some_and(|event| event.write(1).is_ok())
     }
 }
 
@@ -98,6 +124,9 @@ fn ioevent_address(doorbell: &Doorbell) -> IoEventAddress {
 
 impl MsiSink for KvmVm {
     fn signal(&self, msi: Msi) {
+        if self.signal_irqfd(msi) {
+            return;
+        }
         let msi = kvm_msi {
             address_lo: msi.address as u32,
             address_hi: (msi.address >> 32) as u32,
@@ -112,11 +141,13 @@ impl MsiSink for KvmVm {
 impl Vm for KvmVm {
     fn set_ioapic_route(&self, pin: u8, route: Option<Msi>) {
         let mut routes = self.routes.lock();
-        if let Some(slot) = routes.get_mut(pin as usize)
-            && *slot != route
+        if let Some(place) = routes.pins.get_mut(usize::from(pin))
+            && *place != route
         {
-            *slot = route;
-            self.update_routes(&routes);
+            *place = route;
+            // These routes only tell the kernel which vectors to report; a failure costs the end-of-interrupt of a level
+            // interrupt, which a guest survives by polling, and there is nobody to report it to.
+            let _ = self.update_routes(&routes);
         }
     }
 
@@ -165,5 +196,56 @@ impl Vm for KvmVm {
             (Some(value), 4) => self.fd.unregister_ioevent(&event, &address, value as u32),
             (Some(value), _) => self.fd.unregister_ioevent(&event, &address, value),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use guest_ram::Gpa;
+    use hv_core::{Accel, Clock, Topology, Vcpu, VmParts};
+
+    use super::*;
+    use crate::KvmAccel;
+
+    #[test]
+    fn messages_arrive_by_calls_and_then_through_an_irqfd() {
+        let Ok(accel) = KvmAccel::open() else {
+            eprintln!("skipped: this host has no KVM, or none for this user");
+            return;
+        };
+        let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap();
+        let parts = accel.build(ram, &Topology { vcpus: 1 }, &accel.cpuid(), Clock::host()).unwrap();
+        let VmParts { vm, mut vcpus } = parts;
+        let vcpu = vcpus.first_mut().unwrap();
+        let mut state = vcpu.state().unwrap();
+        state.lapic[0xf1] |= 1; // the APIC is on. SDM 3A 11.9
+        vcpu.set_state(&state).unwrap();
+        let msi = Msi { address: 0xfee0_0000, data: 0x41 };
+        // Bit 0x41 of the interrupt request register. SDM 3A 11.8.4
+        const REQUEST: usize = 0x200 + 0x10 * 2;
+        let mut arrives = |what: &str| {
+            vm.signal(msi);
+            let deadline = Instant::now() + Duration::from_secs(10);
+            loop {
+                state = vcpu.state().unwrap();
+                if state.lapic[REQUEST] & 2 != 0 {
+                    break;
+                }
+                assert!(Instant::now() < deadline, "{what} did not arrive");
+                std::thread::yield_now();
+            }
+            state.lapic[REQUEST] = 0;
+            vcpu.set_state(&state).unwrap();
+        };
+        for number in 1..=2 * messages::OFTEN {
+            arrives(&format!("message {number}"));
+            let routed = vm.routes.lock().frequent.routed().to_vec();
+            assert_eq!(routed, if number < messages::OFTEN { vec![] } else { vec![msi] }, "message {number}");
+        }
+        // Routes of the IOAPIC come and go beside it.
+        vm.set_ioapic_route(4, Some(Msi { address: 0xfee0_0000, data: 0x34 }));
+        arrives("the message after another route");
     }
 }
