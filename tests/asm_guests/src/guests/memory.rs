@@ -33,7 +33,11 @@ pub(super) fn guests() -> Vec<Guest> {
             "a store changes the next instruction (SDM 3A 8.1.3)",
             "00000002 00000012 .",
             smc_same_block,
-        ),
+        )
+        .on_kvm(Peer::Differs {
+            output: "00000001 00000012 .",
+            why: "QEMU's processor misses the first store to the code it runs in a nested guest",
+        }),
         Guest::new(
             "smc_alias",
             "code changes through another linear address, and by REP MOVS (SDM 3A 8.1.3)",

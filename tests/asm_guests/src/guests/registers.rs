@@ -32,6 +32,10 @@ pub(super) fn guests() -> Vec<Guest> {
         .on_qemu(Peer::Differs {
             output: "------600dcafe 12345678 .",
             why: "QEMU's processor lets unknown MSRs and any value pass",
+        })
+        .on_kvm(Peer::Differs {
+            output: "[0d 0000+02][0d 0000+02]-[0d 0000+02][0d 0000+02][0d 0000+02]600dcafe 12345678 .",
+            why: "KVM leaves LSTAR to the processor, and QEMU's takes any value",
         }),
         Guest::new(
             "control_registers",
@@ -39,7 +43,11 @@ pub(super) fn guests() -> Vec<Guest> {
             "[0d 0000+02][0d 0000+02][0d 0000+02][0d 0000+02][0d 0000+02][0d 0000+02][06+02][06+02]-[06+02].",
             control_registers,
         )
-        .on_qemu(Peer::Skipped("QEMU's processor lets long mode lose PAE, and is lost")),
+        .on_qemu(Peer::Skipped("QEMU's processor lets long mode lose PAE, and is lost"))
+        .on_kvm(Peer::Differs {
+            output: "[0d 0000+02][0d 0000+02]-[0d 0000+02][0d 0000+02][0d 0000+02][06+02][06+02]-[06+02].",
+            why: "QEMU's processor drops the upper half of CR0",
+        }),
         Guest::new(
             "xsave",
             "XGETBV, XSETBV, XSAVE and XRSTOR of all three components (SDM 1 13)",
