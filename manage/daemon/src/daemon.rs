@@ -94,9 +94,15 @@ impl Daemon {
             };
             let uuid = definition.config().uuid;
             if let Some(other) = self.registry.by_uuid(uuid) {
-                // A rename that a power cut stopped half way leaves both names; one of them is enough.
-                let kept = other.snapshot().name.clone();
-                eprintln!("{}: has the uuid of '{kept}', removed", path.display());
+                // A rename that a power cut stopped half way leaves both names; one of them is enough, with the mark that
+                // either has.
+                let mut snapshot = (*other.snapshot()).clone();
+                if stored.autostart && !snapshot.autostart {
+                    self.store.set_autostart(&snapshot.name, true).map_err(wrong)?;
+                    snapshot.autostart = true;
+                    other.publish(snapshot.clone());
+                }
+                eprintln!("{}: has the uuid of '{}', removed", path.display(), snapshot.name);
                 self.store.delete(&stored.name).map_err(wrong)?;
                 continue;
             }

@@ -4,6 +4,7 @@ mod abuse;
 mod bad_input;
 mod consoles;
 mod crowd;
+mod killed_at_every_call;
 mod session;
 mod survival;
 mod unprivileged;
