@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use monitor::{
-    CacheMode, ChainLink, Command as Ask, Discard, Disk, DiskBus, DiskErrorPolicy, DiskFormat, Event, Reply, RunReason,
-    RunState, ShutdownCause, Status,
+    Boot, CacheMode, ChainLink, Command as Ask, Discard, Disk, DiskBus, DiskErrorPolicy, DiskFormat, Event, Reply,
+    RunReason, RunState, ShutdownCause, Status,
 };
-use support::{Guest, Vm};
+use support::{Guest, Vm, built};
 
 /// A file system of limited size in a mount namespace of its own, reached through its keeper's /proc entry. It goes with
 /// the keeper.
@@ -107,10 +107,10 @@ fn writer() -> Guest {
     guest.print("written\n").power_off()
 }
 
-fn disk(file: monitor::FdIndex) -> Disk {
+fn disk(file: monitor::FdIndex, bus: DiskBus) -> Disk {
     Disk {
         target: "vda".into(),
-        bus: DiskBus::Virtio,
+        bus,
         chain: vec![ChainLink { file, path: "small.qcow2".into(), format: DiskFormat::Qcow2 }],
         read_only: false,
         serial: None,
@@ -145,7 +145,7 @@ fn the_guest_waits_for_room_and_loses_nothing() {
     let mut vm = Vm::start(&writer(), |plan| {
         plan.config.paused = true;
         let file = plan.add(File::options().read(true).write(true).open(&path).unwrap());
-        plan.config.disks.push(disk(file));
+        plan.config.disks.push(disk(file, DiskBus::Virtio));
     });
     assert_eq!(vm.ask(Ask::Cont), Ok(Reply::Done));
     assert_eq!(vm.event(), Event::Resumed);
@@ -172,4 +172,48 @@ fn the_guest_waits_for_room_and_loses_nothing() {
         raw.read_exact_at(&mut bytes, u64::from(number) * u64::from(REQUEST_BYTES)).unwrap();
         assert!(bytes.as_chunks().0.iter().all(|&word| word == pattern(number).to_le_bytes()), "request {number}");
     }
+}
+
+/// Makes a file of random bytes in memory, copies it to the disk, reads it back from there.
+const COPY: &str = "mount -t devtmpfs dev /dev; exec > /dev/console 2>&1; mount -t proc proc /proc; \
+    mount -t tmpfs tmp /tmp; dd if=/dev/urandom of=/tmp/f bs=64k count=128 2>/dev/null; echo made $(sha256sum < /tmp/f); \
+    cp /tmp/f /root/f; sync; echo 3 > /proc/sys/vm/drop_caches; echo read $(sha256sum < /root/f); poweroff -f";
+
+#[test]
+fn a_stock_kernel_on_nvme_waits_for_room_and_loses_nothing() {
+    if std::env::var_os("VIREO_TEST_LONG").is_none() {
+        eprintln!("skipped: a long test, for VIREO_TEST_LONG=1");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let Some(small) = SmallDisk::mount(directory.path(), "24m") else {
+        eprintln!("skipped: this host lets this user mount no file system, in no namespace");
+        return;
+    };
+    let path = small.path("root.qcow2");
+    std::fs::copy(built("VIREO_TEST_GUEST").join("demo.qcow2"), &path).unwrap();
+    let filler = small.path("filler");
+    std::fs::write(&filler, vec![0; 18 << 20]).unwrap();
+    let mut vm = Vm::start(&Guest::default(), |plan| {
+        let kernel = plan.add(File::open(built("VIREO_TEST_NVME_KERNEL")).unwrap());
+        let cmdline = format!("console=ttyS0 quiet rw root=/dev/nvme0n1 rootwait init=/bin/sh -- -c \"{COPY}\"");
+        plan.config.boot = Boot::Kernel { kernel, initrd: None, cmdline };
+        plan.config.memory_kib = 192 << 10;
+        let file = plan.add(File::options().read(true).write(true).open(&path).unwrap());
+        plan.config.disks.push(disk(file, DiskBus::Nvme));
+    });
+    let sum = |vm: &mut Vm, word: &str| {
+        let lines = std::iter::repeat_with(|| vm.line());
+        lines.into_iter().find_map(|line| line.strip_prefix(word).map(str::to_owned)).unwrap()
+    };
+    let made = sum(&mut vm, "made ");
+    paused_for_room(&mut vm);
+    std::fs::remove_file(&filler).unwrap();
+    assert_eq!(vm.ask(Ask::Cont), Ok(Reply::Done));
+    assert_eq!(vm.event(), Event::Resumed);
+    assert_eq!(sum(&mut vm, "read "), made);
+    assert_eq!(vm.event(), Event::Shutdown { cause: ShutdownCause::PowerOff });
+    assert_eq!(vm.end().0.code(), Some(0));
+    let check = qemu_img(&["check", path.to_str().unwrap()]);
+    assert!(check.contains("No errors were found"), "{check}");
 }

@@ -5,22 +5,10 @@
 mod support;
 
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use support::{end_by, vmm};
-
-/// A file or directory that `cargo xtask test` names.
-fn built(variable: &str) -> PathBuf {
-    let Some(value) = std::env::var_os(variable) else {
-        panic!(
-            "{variable} is not set: `cargo xtask test` builds the guests and sets it, `cargo xtask guest` says where"
-        );
-    };
-    let path = PathBuf::from(value);
-    assert!(path.exists(), "{variable} names {}, which does not exist: `cargo xtask guest` builds it", path.display());
-    path
-}
+use support::{built, end_by, vmm};
 
 /// Runs a guest with `options` to its end.
 fn run<S: AsRef<OsStr>>(options: impl IntoIterator<Item = S>) -> Output {

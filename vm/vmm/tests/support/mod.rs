@@ -133,6 +133,18 @@ impl Guest {
     }
 }
 
+/// A file or directory that `cargo xtask test` names.
+pub fn built(variable: &str) -> PathBuf {
+    let Some(value) = std::env::var_os(variable) else {
+        panic!(
+            "{variable} is not set: `cargo xtask test` builds the guests and sets it, `cargo xtask guest` says where"
+        );
+    };
+    let path = PathBuf::from(value);
+    assert!(path.exists(), "{variable} names {}, which does not exist: `cargo xtask guest` builds it", path.display());
+    path
+}
+
 /// The program under test.
 pub fn vmm() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vireo-vmm"));
