@@ -144,6 +144,7 @@ pub(crate) mod cr {
     pub const TS: u64 = 1 << 3;
     pub const NE: u64 = 1 << 5;
     pub const WP: u64 = 1 << 16;
+    pub const AM: u64 = 1 << 18;
     pub const PG: u64 = 1 << 31;
     pub const TSD: u64 = 1 << 2;
     pub const DE: u64 = 1 << 3;
@@ -365,7 +366,8 @@ impl Cpu {
             self.seg_base[s] = self.seg[s].base;
         }
         let smap_open = self.cr4 & cr::SMAP == 0 || self.rflags & rf::AC != 0;
-        self.tlb.select(self.cpl == 3, smap_open && self.cr4 & cr::SMAP != 0);
+        let aligned = self.cr0 & cr::AM != 0 && self.rflags & rf::AC != 0;
+        self.tlb.select(self.cpl == 3, smap_open && self.cr4 & cr::SMAP != 0, aligned);
     }
 
     /// Raises an exception with no error code.

@@ -281,10 +281,10 @@ impl Cpu {
         if !self.protected() {
             return self.iret_real(io, bytes);
         }
-        if self.long_mode() {
-            return self.iret_protected(io, bytes);
-        }
         if self.rflags & rf::NT != 0 {
+            if self.long_mode() {
+                return self.gp(0);
+            }
             return self.give_up("a return from a nested task is not implemented");
         }
         self.iret_protected(io, bytes)

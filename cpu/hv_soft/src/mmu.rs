@@ -24,6 +24,8 @@ pub(crate) const KERNEL: usize = 0;
 pub(crate) const USER: usize = 1;
 /// Supervisor with SMAP lifted (EFLAGS.AC set).
 pub(crate) const KERNEL_AC: usize = 2;
+/// Ring 3 with alignment checking (CR0.AM, EFLAGS.AC): never filled, so that every access is looked at.
+pub(crate) const USER_ALIGNED: usize = 3;
 
 #[derive(Clone, Copy)]
 struct Entry {
@@ -78,8 +80,10 @@ impl Tlb {
     }
 
     /// Chooses the set for accesses of the current privilege.
-    pub fn select(&mut self, user: bool, smap_lifted: bool) {
-        self.set = if user {
+    pub fn select(&mut self, user: bool, smap_lifted: bool, aligned: bool) {
+        self.set = if user && aligned {
+            USER_ALIGNED
+        } else if user {
             USER
         } else if smap_lifted {
             KERNEL_AC
@@ -226,7 +230,8 @@ impl Cpu {
 
     /// Raises the fault that a write of `bytes` at `va` would raise; changes nothing else.
     pub fn probe_write(&mut self, va: u64, bytes: u64) -> Flow {
-        let access = Access { write: true, exec: false, set: self.set_now() };
+        let set = self.check_alignment(va, bytes, self.set_now())?;
+        let access = Access { write: true, exec: false, set };
         self.check_canonical(va, bytes)?;
         self.translate(va, access)?;
         let last = va.wrapping_add(bytes - 1) & PAGE_MASK;
@@ -270,9 +275,20 @@ impl Cpu {
         self.store_slow(io, va, value, bytes, if cpl == 3 { USER } else { KERNEL })
     }
 
+    /// #AC(0) for an address that is no multiple of the operand's size, where ring 3 asked for it. The set to translate
+    /// with. SDM 3A 6.15 "Interrupt 17 - Alignment Check Exception".
+    fn check_alignment(&mut self, va: u64, bytes: u64, set: usize) -> Result<usize, Stop> {
+        match set {
+            USER_ALIGNED if matches!(bytes, 2 | 4 | 8) && va & (bytes - 1) != 0 => self.raise_code(17, 0),
+            USER_ALIGNED => Ok(USER),
+            _ => Ok(set),
+        }
+    }
+
     #[cold]
     #[inline(never)]
     fn load_slow(&mut self, io: Io<'_>, va: u64, bytes: u64, set: usize) -> Result<u64, Stop> {
+        let set = self.check_alignment(va, bytes, set)?;
         let access = Access { write: false, exec: false, set };
         let room = PAGE_BYTES - (va & (PAGE_BYTES - 1));
         self.check_canonical(va, bytes)?;
@@ -293,6 +309,7 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn store_slow(&mut self, io: Io<'_>, va: u64, value: u64, bytes: u64, set: usize) -> Flow {
+        let set = self.check_alignment(va, bytes, set)?;
         let access = Access { write: true, exec: false, set };
         let room = PAGE_BYTES - (va & (PAGE_BYTES - 1));
         self.check_canonical(va, bytes)?;
@@ -544,7 +561,7 @@ impl Cpu {
         if entry.page == va & PAGE_MASK {
             return Ok(entry.gpa);
         }
-        let set = if self.set_now() == USER { USER } else { KERNEL };
+        let set = if matches!(self.set_now(), USER | USER_ALIGNED) { USER } else { KERNEL };
         let to = self.translate(va, Access { write: false, exec: true, set })?;
         let gpa = to.gpa & PAGE_MASK;
         self.tlb.fetch[index & 511] = FetchEntry { page: va & PAGE_MASK, gpa, meta: to.meta };

@@ -76,7 +76,9 @@ fn run<const WHAT: u8, T: GuestWord>(cpu: &mut Cpu, op: &Op, io: Io<'_>) -> Flow
         return cpu.settle();
     }
     let mask = address_mask(op);
-    let mut budget = SLICE;
+    // A single-step trap comes after each element. SDM 3B 17.3.1.4.
+    let stepping = cpu.attention & crate::cpu::attention::STEP != 0;
+    let mut budget = if stepping { 1 } else { SLICE };
     loop {
         let count = cpu.gpr[RCX] & mask;
         if count == 0 {
