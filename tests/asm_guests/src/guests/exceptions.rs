@@ -89,6 +89,42 @@ pub(super) fn guests() -> Vec<Guest> {
             "[06+02][06+02][06+02][06+02]-[0d 0000+02].",
             undefined,
         ),
+        super::emulated(
+            Guest::new(
+                "step_repeat",
+                "TF: a repeated string instruction is left after each element (SDM 3B 17.3.1.4)",
+                "[01]09 [01]09 [01]0b [01]0c [01]13 [01]14 .",
+                step_repeat,
+            ),
+            "[01]09 [01]09 [01]09 [01]0b [01]0c [01]13 [01]14 .",
+            "QEMU's processor looks at the count once more behind the last element",
+        ),
+        Guest::new(
+            "step_interrupt",
+            "INT n clears TF and has no trap of its own, IRET brings TF back (SDM 3B 17.3.1.4)",
+            "[30]?0b [01]0c [01]0d [01]14 [01]15 .",
+            step_interrupt,
+        ),
+        super::emulated(
+            Guest::new(
+                "alignment_check",
+                "#AC in ring 3 with CR0.AM and EFLAGS.AC (SDM 3A 6.15)",
+                "[0d 0000u0a][11 0000u05][0d 0000u0a].",
+                alignment_check,
+            ),
+            "[0d 0000u0a][0d 0000u0a][0d 0000u0a].",
+            "QEMU's processor checks no alignment",
+        ),
+        super::emulated(
+            Guest::new(
+                "segment_limits",
+                "limits, expand-down, read-only and code segments (SDM 3A 5.3)",
+                "-[0d 0000+02]-[0d 0000+02]-[0d 0000+02][0d 0000+02].",
+                segment_limits,
+            ),
+            "-------.",
+            "QEMU's processor checks neither limits nor rights of segments",
+        ),
         Guest::new(
             "single_step",
             "TF: #DB after each instruction that began with it, DR6.BS (SDM 3B 17.3.1.4)",
@@ -340,6 +376,77 @@ fn step_mov_ss(image: &mut Image) -> Result<(), BuildError> {
         a.mov(ss, eax)?; // ends at 0x0b
         a.inc(ecx)?; // 0x0d
         clear_tf(a)?;
+        a.say(".")
+    })
+}
+
+fn step_repeat(image: &mut Image) -> Result<(), BuildError> {
+    trap_hook(image)?;
+    image.long(|a| {
+        a.hook()?;
+        a.mov(edi, DATA)?;
+        a.mov(ecx, 3)?;
+        set_tf(a)?;
+        a.rep().stosb()?; // 2 bytes
+        clear_tf(a)?;
+        a.say(".")
+    })
+}
+
+fn step_interrupt(image: &mut Image) -> Result<(), BuildError> {
+    trap_hook(image)?;
+    image.long(|a| {
+        a.hook()?;
+        set_tf(a)?;
+        a.int(0x30)?; // 2 bytes
+        a.nop()?;
+        clear_tf(a)?;
+        a.say(".")
+    })
+}
+
+fn alignment_check(image: &mut Image) -> Result<(), BuildError> {
+    const AC: u32 = 1 << 18;
+    image.long(|a| {
+        a.catch(|a| a.enter_user_at(0x100, AC))?;
+        a.set_cr0(1 << 18)?; // AM
+        a.catch(|a| a.enter_user_at(0x100, AC))?;
+        a.catch(|a| a.enter_user_at(0x200, AC))?;
+        a.say(".")
+    })?;
+    for (offset, distance) in [(0x100, 4), (0x200, 3)] {
+        image.code(64, USER + offset, |a| {
+            a.mov(ecx, USER_DATA + 1)?; // 5 bytes
+            a.mov(edx, dword_ptr(rcx + distance))?; // 3
+            a.mov(dl, byte_ptr(rcx))?; // 2
+            a.hlt()
+        })?;
+    }
+    Ok(())
+}
+
+fn segment_limits(image: &mut Image) -> Result<(), BuildError> {
+    image.gdt(OWN, 0x0040_9305_0000_0fff); // 4 KiB at DATA
+    image.gdt(OWN + 8, 0x0040_9705_0000_0fff); // all but the first 4 KiB there
+    image.gdt(OWN + 16, 0x0040_9105_0000_0fff); // read-only
+    image.protected(|a| {
+        for (segment, offset, write) in [
+            (OWN, 0xffc, false),
+            (OWN, 0xffd, false),
+            (OWN + 8, 0x1000, false),
+            (OWN + 8, 0xfff, false),
+            (OWN + 16, 0, false),
+            (OWN + 16, 0, true),
+            (CODE32, 0, true),
+        ] {
+            a.mov(ecx, segment as u32)?;
+            a.mov(es, ecx)?;
+            a.mov(ecx, offset)?;
+            a.catch(|a| match write {
+                true => a.mov(dword_ptr(ecx).es(), eax),
+                false => a.mov(eax, dword_ptr(ecx).es()),
+            })?;
+        }
         a.say(".")
     })
 }

@@ -66,6 +66,12 @@ pub(super) fn guests() -> Vec<Guest> {
             v86_mode,
         ),
         Guest::new(
+            "v86_io",
+            "virtual-8086 mode asks the I/O bitmap whatever IOPL says (SDM 1 19.5.2)",
+            "V[0d 0000v06].",
+            v86_io,
+        ),
+        Guest::new(
             "v86_iopl",
             "IOPL below 3: CLI, PUSHF, INT n raise #GP in virtual-8086 mode (SDM 3A 20.2.8)",
             "[0d 0000v00][0d 0000v00][0d 0000v00][03v01].",
@@ -279,4 +285,16 @@ fn v86_iopl(image: &mut Image) -> Result<(), BuildError> {
     image.code(16, EXTRA + 0x200, |a| a.int(0x21))?;
     // INT3 is not sensitive to IOPL.
     image.code(16, EXTRA + 0x300, |a| a.int3())
+}
+
+fn v86_io(image: &mut Image) -> Result<(), BuildError> {
+    super::rings::open_ports(image, &[PORT_OUT]);
+    image.protected(|a| {
+        a.catch(|a| enter_v86(a, EXTRA, 0x3000))?;
+        a.say(".")
+    })?;
+    image.code(16, EXTRA, |a| {
+        a.say("V")?; // 6 bytes
+        a.in_(al, 0x10)
+    })
 }

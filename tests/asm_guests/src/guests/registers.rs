@@ -75,6 +75,13 @@ pub(super) fn guests() -> Vec<Guest> {
         )
         .needs(&[CX16]),
         Guest::new(
+            "kvmclock",
+            "the clock page of KVM's MSR: an even version, a multiplier (KVM's documentation, x86/msr)",
+            "00000000 10.",
+            kvmclock,
+        )
+        .on_qemu(Peer::Skipped("QEMU offers it only under KVM")),
+        Guest::new(
             "descriptor_queries",
             "LLDT, LAR, LSL, VERR, VERW (SDM 3A 5.10)",
             "00c0f300 ffffffff 10 11 01 0.",
@@ -372,5 +379,20 @@ fn flags_of_ring3(image: &mut Image) -> Result<(), BuildError> {
         a.nop()?;
         a.nop()?;
         a.ud2()
+    })
+}
+
+fn kvmclock(image: &mut Image) -> Result<(), BuildError> {
+    image.long(|a| {
+        a.mov(qword_ptr(DATA), -1)?;
+        a.wrmsr_to(msr::KVM_SYSTEM_TIME_NEW, DATA as u64 | 1)?;
+        a.mov(ecx, dword_ptr(DATA))?;
+        a.and(ecx, 1)?;
+        a.show(ecx)?;
+        a.cmp(dword_ptr(DATA + 24), 0)?; // multiplier
+        flag!(a, jne);
+        a.cmp(dword_ptr(DATA + 8), -1)?; // TSC
+        flag!(a, je);
+        a.say(".")
     })
 }

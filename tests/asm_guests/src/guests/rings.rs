@@ -90,6 +90,37 @@ pub(super) fn guests() -> Vec<Guest> {
             iopl3,
         ),
         Guest::new(
+            "ring3_compat",
+            "32-bit ring 3 under a 64-bit kernel (SDM 3A 6.14.3)",
+            "[30u02]0000002b [0d 0000u02].",
+            ring3_compat,
+        ),
+        Guest::new(
+            "dropped_segments",
+            "a return to ring 3 clears segments of ring 0, keeps its own (SDM 3A 5.8.6)",
+            "[30u07]00000000 00000033 [0d 0000u07].",
+            dropped_segments,
+        ),
+        Guest::new(
+            "iret_nested",
+            "IRET with NT set is #GP(0) in long mode (SDM 2A IRET)",
+            "[0d 0000+02].",
+            iret_nested,
+        ),
+        Guest::new(
+            "gate_flags",
+            "an interrupt gate clears IF, a trap gate does not (SDM 3A 6.12.1.3)",
+            "[30]00000000 [31]00000200 .",
+            gate_flags,
+        ),
+        Guest::new("gate_16", "a 16-bit interrupt gate pushes 16-bit words (SDM 3A 6.12.1)", "h00006ffa .", gate_16),
+        Guest::new(
+            "stack_16",
+            "a 16-bit stack segment wraps SP and leaves the upper half of ESP (SDM 1 6.2.3)",
+            "abcd0000 abcdfffc .",
+            stack_16,
+        ),
+        Guest::new(
             "umip",
             "CR4.UMIP hides SGDT, SIDT, SLDT, STR, SMSW from ring 3 (SDM 3A 2.5)",
             "[0d 0000u00][0d 0000u00][0d 0000u00][0d 0000u00][0d 0000u00].",
@@ -329,7 +360,7 @@ fn conforming(image: &mut Image) -> Result<(), BuildError> {
 }
 
 /// Opens `ports` in the bitmap of the 32-bit task.
-fn open(image: &mut Image, ports: &[u16]) {
+pub(super) fn open_ports(image: &mut Image, ports: &[u16]) {
     let mut map = [0xffu8; TSS_BYTES - 0x68];
     for &port in ports {
         map[port as usize / 8] &= !(1 << (port % 8));
@@ -338,7 +369,7 @@ fn open(image: &mut Image, ports: &[u16]) {
 }
 
 fn io_bitmap(image: &mut Image) -> Result<(), BuildError> {
-    open(image, &[PORT_OUT, 0x307, 0x310, 0x311]);
+    open_ports(image, &[PORT_OUT, 0x307, 0x310, 0x311]);
     image.protected(|a| {
         a.catch(|a| a.enter_user(0))?;
         a.mov(word_ptr(at(TSS32) + 0x66), 0x1000u32)?; // no bitmap at all
@@ -398,4 +429,116 @@ fn umip(image: &mut Image) -> Result<(), BuildError> {
     image.code(64, USER + 0x200, |a| a.sldt(ecx))?;
     image.code(64, USER + 0x300, |a| a.str(ecx))?;
     image.code(64, USER + 0x400, |a| a.smsw(ecx))
+}
+
+fn ring3_compat(image: &mut Image) -> Result<(), BuildError> {
+    image.gate64(0x30, gate(14, CODE64, at(STUBS64 + 0x30 * STUB_BYTES), 3));
+    hook(image, 64, |a| {
+        a.mov(ecx, dword_ptr(rbx + 24))?;
+        a.show(ecx)
+    })?;
+    image.long(|a| {
+        a.hook()?;
+        a.catch(|a| {
+            for word in [DATA_USER as u32, STACK_USER, 2, CODE32_USER as u32, at(USER)] {
+                a.push(word as i32)?;
+            }
+            a.iretq()
+        })?;
+        a.say(".")
+    })?;
+    image.code(32, USER, |a| {
+        a.int(0x30)?;
+        a.hlt()
+    })
+}
+
+fn dropped_segments(image: &mut Image) -> Result<(), BuildError> {
+    image.gate32(0x30, gate(14, CODE32, at(STUBS32 + 0x30 * STUB_BYTES), 3));
+    // The handler saved EAX, EBX, ECX, EDX below the vector.
+    hook(image, 32, |a| {
+        a.mov(ecx, dword_ptr(ebx - 12))?;
+        a.show(ecx)?;
+        a.mov(ecx, dword_ptr(ebx - 16))?;
+        a.show(ecx)
+    })?;
+    image.protected(|a| {
+        a.hook()?;
+        a.mov(eax, DATA_USER as u32)?;
+        a.mov(fs, eax)?;
+        a.catch(|a| a.enter_user(0))?;
+        a.say(".")
+    })?;
+    image.code(32, USER, |a| {
+        a.mov(ecx, ds)?; // 2 bytes
+        a.mov(edx, fs)?; // 2
+        a.nop()?;
+        a.int(0x30)?; // ends at 7
+        a.hlt()
+    })
+}
+
+fn iret_nested(image: &mut Image) -> Result<(), BuildError> {
+    image.long(|a| {
+        a.pushfq()?;
+        a.or(dword_ptr(rsp), 1 << 14)?;
+        a.popfq()?;
+        a.catch(|a| a.iretq())?;
+        a.say(".")
+    })
+}
+
+fn gate_flags(image: &mut Image) -> Result<(), BuildError> {
+    image.gate64(0x31, gate(15, CODE64, at(STUBS64 + 0x31 * STUB_BYTES), 0));
+    hook(image, 64, |a| {
+        a.pushfq()?;
+        a.pop(rcx)?;
+        a.and(ecx, 0x200)?;
+        a.show(ecx)
+    })?;
+    image.long(|a| {
+        a.hook()?;
+        a.sti()?;
+        a.int(0x30)?;
+        a.int(0x31)?;
+        a.cli()?;
+        a.say(".")
+    })
+}
+
+fn gate_16(image: &mut Image) -> Result<(), BuildError> {
+    image.gate32(0x48, gate(6, CODE16, EXTRA as u32 + 0x100, 0));
+    image.protected(|a| a.jmp_far(CODE16, EXTRA as u32, 4))?;
+    image.code(16, EXTRA, |a| {
+        a.mov(ax, DATA16 as u32)?;
+        a.mov(ss, ax)?;
+        a.mov(sp, STACK16)?;
+        a.int(0x48)?;
+        a.say(".")?;
+        a.stop()
+    })?;
+    image.code(16, EXTRA + 0x100, |a| {
+        a.movzx(ecx, sp)?;
+        a.say("h")?;
+        a.show(ecx)?;
+        a.iret()
+    })
+}
+
+fn stack_16(image: &mut Image) -> Result<(), BuildError> {
+    image.protected(|a| {
+        a.mov(ecx, DATA16 as u32)?;
+        a.mov(ebx, ss)?;
+        a.mov(ss, ecx)?;
+        a.mov(esp, 0xabcd_0004u32)?;
+        a.push(eax)?;
+        a.mov(esi, esp)?;
+        a.push(eax)?;
+        a.mov(edi, esp)?;
+        a.mov(ss, ebx)?;
+        a.mov(esp, STACK)?;
+        a.show(esi)?;
+        a.show(edi)?;
+        a.say(".")
+    })
 }
