@@ -36,7 +36,7 @@ pub(crate) struct Frequent {
 }
 
 impl Frequent {
-    /// Counts `msi` and says how it goes; `slots` irqfds exist.
+    /// Counts `msi` and says how it goes; there can be `slots` irqfds.
     pub(crate) fn way(&mut self, msi: Msi, slots: usize) -> Way {
         if let Some(slot) = self.routed.iter().position(|routed| *routed == msi) {
             return Way::Irqfd(slot);
@@ -62,7 +62,7 @@ impl Frequent {
     pub(crate) fn routed(&self) -> &[Msi] {
         &self.routed
     }
-    /// The kernel did not take the route of the newest irqfd.
+    /// The host did not give the newest irqfd.
     pub(crate) fn take_back(&mut self) {
         self.routed.pop();
     }
@@ -73,13 +73,12 @@ pub(crate) fn gsi(slot: usize) -> u32 {
     (IOAPIC_PINS + slot) as u32
 }
 
-/// Makes the irqfds. A host that gives fewer descriptors gives fewer of them; the rest goes by calls.
-pub(crate) fn irqfds(vm: &VmFd) -> Vec<EventFd> {
-    let make = |slot| {
-        let event = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).ok()?;
-        vm.register_irqfd(&event, gsi(slot)).ok().map(|()| event)
-    };
-    (0..IRQFDS).map_while(make).collect()
+/// Makes the irqfd of `slot`.
+pub(crate) fn irqfd(vm: &VmFd, slot: usize) -> Result<EventFd, kvm_ioctls::Error> {
+    let event = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
+        .map_err(|e| kvm_ioctls::Error::new(e.raw_os_error().unwrap_or(libc::EMFILE)))?;
+    vm.register_irqfd(&event, gsi(slot))?;
+    Ok(event)
 }
 
 #[cfg(test)]
@@ -119,6 +118,6 @@ mod tests {
         }
         assert_eq!(frequent.routed().len(), IRQFDS);
         assert_eq!(frequent.way(message(63), IRQFDS), Way::Call, "all are given");
-        assert_eq!(Frequent::default().way(message(1), 0), Way::Call, "none exist");
+        assert_eq!(Frequent::default().way(message(1), 0), Way::Call, "there can be none");
     }
 }

@@ -30,7 +30,6 @@ pub struct KvmVm {
     /// Keeps the mappings that the kernel was given.
     _ram: GuestRam,
     routes: Mutex<Routes>,
-    irqfds: Vec<EventFd>,
     doorbells: Mutex<Vec<(Doorbell, EventFd)>>,
     extint: AtomicBool,
     pub(crate) boot_vcpu: Mutex<Option<Arc<Remote>>>,
@@ -41,6 +40,10 @@ pub struct KvmVm {
 struct Routes {
     pins: [Option<Msi>; IOAPIC_PINS],
     frequent: Frequent,
+    /// In the order of `frequent`.
+    irqfds: Vec<EventFd>,
+    /// The host gives no more of them.
+    no_more_irqfds: bool,
 }
 
 impl KvmVm {
@@ -61,12 +64,10 @@ impl KvmVm {
             // SAFETY: the range is mapped by `ram`, which lives as long as the VM's descriptor (both are in `KvmVm`).
             unsafe { fd.set_user_memory_region(region) }.map_err(host("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        let irqfds = messages::irqfds(&fd);
         Ok(KvmVm {
             fd,
             _ram: ram,
             routes: Mutex::default(),
-            irqfds,
             doorbells: Mutex::default(),
             extint: AtomicBool::new(false),
             boot_vcpu: Mutex::new(None),
@@ -100,18 +101,22 @@ impl KvmVm {
     /// True: the message went through an irqfd.
     fn signal_irqfd(&self, msi: Msi) -> bool {
         let mut routes = self.routes.lock();
-        let slot = match routes.frequent.way(msi, self.irqfds.len()) {
+        let slots = if routes.no_more_irqfds { 0 } else { messages::IRQFDS };
+        let slot = match routes.frequent.way(msi, slots) {
             Way::Call => return false,
             Way::Irqfd(slot) => slot,
             Way::NewIrqfd(slot) => {
-                if self.update_routes(&routes).is_err() {
+                let made = self.update_routes(&routes).and_then(|()| messages::irqfd(&self.fd, slot));
+                let Ok(irqfd) = made else {
                     routes.frequent.take_back();
+                    routes.no_more_irqfds = true;
                     return false;
-                }
+                };
+                routes.irqfds.push(irqfd);
                 slot
             }
         };
-        self.irqfds.get(slot).is_some_and(|event| event.write(1).is_ok())
+        routes.irqfds.get(slot).is_some_and(|irqfd| irqfd.write(1).is_ok())
     }
 }
 
