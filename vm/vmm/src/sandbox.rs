@@ -131,3 +131,40 @@ pub fn try_inside(deed: Deed) -> Result<std::io::Error, SandboxError> {
     };
     Ok(error.unwrap_or_else(|| std::io::Error::other("it was carried out")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::{ErrorKind, Read, Seek};
+
+    /// Landlock by itself, on a thread that has no system call filter.
+    #[test]
+    fn a_thread_that_gave_up_files_keeps_those_it_has_open() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, "kept").unwrap();
+        let mut open = File::open(&path).unwrap();
+        let inside = std::thread::spawn({
+            let path = path.clone();
+            move || {
+                if deny_files().unwrap() == Files::NotEnforced {
+                    eprintln!("skipped: this kernel has no Landlock");
+                    return;
+                }
+                let refused = |result: std::io::Result<()>| result.map_err(|e| e.kind());
+                let denied = Err(ErrorKind::PermissionDenied);
+                assert_eq!(refused(File::open(&path).map(drop)), denied);
+                assert_eq!(refused(File::create(path.with_extension("new")).map(drop)), denied);
+                assert_eq!(refused(std::fs::remove_file(&path)), denied);
+                assert_eq!(refused(std::fs::read_dir("/").map(drop)), denied);
+                let mut text = String::new();
+                open.read_to_string(&mut text).unwrap();
+                open.rewind().unwrap();
+                assert_eq!(text, "kept");
+            }
+        });
+        inside.join().unwrap();
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "kept", "other threads are as they were");
+    }
+}
