@@ -34,8 +34,8 @@ const FUNCTION: usize = 70;
 const LONG_FUNCTIONS: [(&str, &str, usize); 8] = [
     ("cpu/hv_soft/oracle/src/generate.rs", "operand", 117),
     ("cpu/hv_soft/oracle/src/lib.rs", "compare", 97),
-    ("cpu/hv_soft/src/decode.rs", "integer", 110),
-    ("cpu/hv_soft/src/decode.rs", "tables", 84),
+    ("cpu/hv_soft/src/decode/integer.rs", "integer", 110),
+    ("cpu/hv_soft/src/decode/system.rs", "tables", 84),
     ("cpu/hv_soft/src/native.rs", "offered_features", 71),
     ("manage/daemon/src/dispatch.rs", "remote_call", 110),
     ("manage/daemon/src/error.rs", "number", 90),
@@ -45,7 +45,7 @@ const LONG_FUNCTIONS: [(&str, &str, usize); 8] = [
 /// Lines of a file.
 const FILE: usize = 900;
 /// Files that are longer, with the length that they may not pass.
-const LONG_FILES: [(&str, usize); 1] = [("cpu/hv_soft/src/decode.rs", 1400)];
+const LONG_FILES: [(&str, usize); 0] = [];
 
 /// Every problem, as a sentence.
 pub fn check() -> Result<Vec<String>> {
