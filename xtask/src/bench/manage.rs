@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use client::{Connection, DomainRef};
 
 use super::manage_daemon::{Cost, Daemon, Home, Side};
+use super::orphans::Orphans;
 use super::{median, tiny_guest};
 use crate::packages::{self, Consent, Need};
 use crate::run::{cargo, run, say, target};
@@ -63,7 +64,7 @@ impl Table {
         println!("{:<46} {:<6} {:>11} {:>11} {:>7}  bar", "", "unit", "vireod", "libvirtd", "ratio");
         for line in &self.0 {
             let (bar, kept) = match line.bar {
-                Bar::Share(share) => (format!("ratio <= {share}"), line.ours <= line.peer * share),
+                Bar::Share(share) => (format!("ratio <= {share:.2}"), line.ours <= line.peer * share),
                 Bar::Most(most) => (format!("<= {most} {}", line.unit), line.ours <= most),
             };
             let (what, unit, ours, peer) = (&line.what, line.unit, line.ours, line.peer);
@@ -167,31 +168,37 @@ fn starts(homes: &[Home; 2], size: usize, table: &mut Table) -> Result<()> {
     Ok(())
 }
 
-/// Something a daemon is made to do, `times` times over.
+/// Something a daemon is made to do, `times` times over, and how it is taken back, which is not measured.
 struct Load {
     what: &'static str,
     times: usize,
     act: fn(&Daemon) -> Result<()>,
+    undo: fn(&Daemon) -> Result<()>,
 }
 
 const LOADS: [Load; 5] = [
-    Load { what: "define", times: DEFINES, act: define_more },
-    Load { what: "virsh list --all, 1000 domains", times: 1, act: |d| virsh(d, &["list", "--all"]).map(drop) },
-    Load { what: "virsh dominfo", times: DOMINFOS, act: dominfos },
-    Load { what: "stats of 1000 domains", times: 1, act: |d| Ok(d.connect()?.stats(&[], 0, 0).map(drop)?) },
-    Load { what: "100 clients at once, each 20 infos", times: 1, act: crowd },
+    Load { what: "define", times: DEFINES, act: define_more, undo: undefine_more },
+    load("virsh list --all, 1000 domains", 1, |d| virsh(d, &["list", "--all"]).map(drop)),
+    load("virsh dominfo", DOMINFOS, dominfos),
+    load("stats of 1000 domains", 1, |d| Ok(d.connect()?.stats(&[], 0, 0).map(drop)?)),
+    load("100 clients at once, each 20 infos", 1, crowd),
 ];
+
+const fn load(what: &'static str, times: usize, act: fn(&Daemon) -> Result<()>) -> Load {
+    Load { what, times, act, undo: |_| Ok(()) }
+}
 
 fn define_more(daemon: &Daemon) -> Result<()> {
     let mut connection = daemon.connect()?;
-    for number in 0..DEFINES {
-        connection.define(&document(&format!("more-{number}")), 0)?;
-    }
-    for number in 0..DEFINES {
+    (0..DEFINES).try_for_each(|number| Ok(connection.define(&document(&format!("more-{number}")), 0).map(drop)?))
+}
+
+fn undefine_more(daemon: &Daemon) -> Result<()> {
+    let mut connection = daemon.connect()?;
+    (0..DEFINES).try_for_each(|number| {
         let domain = connection.lookup(&format!("more-{number}"), client::Lookup::UuidOrName)?;
-        connection.undefine(&domain, 0)?;
-    }
-    Ok(())
+        Ok(connection.undefine(&domain, 0)?)
+    })
 }
 
 fn dominfos(daemon: &Daemon) -> Result<()> {
@@ -252,6 +259,7 @@ fn spent(daemon: &Daemon, load: &Load) -> Result<Cost> {
     let before = daemon.cost()?;
     (load.act)(daemon).with_context(|| load.what)?;
     let after = daemon.cost()?;
+    (load.undo)(daemon)?;
     Ok(Cost { cpu_s: after.cpu_s - before.cpu_s, calls: after.calls - before.calls })
 }
 
@@ -287,6 +295,7 @@ fn program_of(program: &Path, daemon: &Daemon, words: &[&str]) -> Result<Usage> 
 /// Start and destroy of a guest that does nothing.
 fn guests(homes: &[Home; 2], table: &mut Table) -> Result<()> {
     say("guests that start and are destroyed");
+    let orphans = Orphans::adopt()?;
     let mut costs = [Vec::new(), Vec::new()];
     let daemons = [of(homes, Side::Ours).start()?, of(homes, Side::Libvirt).start()?];
     for home in homes {
@@ -302,6 +311,7 @@ fn guests(homes: &[Home; 2], table: &mut Table) -> Result<()> {
         calls[home.side as usize] = live_and_die(home, &daemon, 1)?;
         daemon.stop()?;
     }
+    drop(orphans);
     let pick = |lives: &[Vec<Life>; 2], f: fn(&Life) -> f64| {
         let [ours, peer] = lives;
         (median(ours.iter().map(f).collect()), median(peer.iter().map(f).collect()))

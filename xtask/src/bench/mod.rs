@@ -2,6 +2,8 @@
 
 mod manage;
 mod manage_daemon;
+mod memory;
+mod orphans;
 mod tiny_guest;
 
 use std::fs;
@@ -201,5 +203,5 @@ fn vmm(consent: Consent) -> Result<()> {
     }
     let size = |path: &Path| fs::metadata(path).map_or(f64::NAN, |m| m.len() as f64 / (1 << 20) as f64);
     line("program on disk, without libraries", "MiB", size(&program), size(Path::new("/usr/bin/qemu-system-x86_64")));
-    Ok(())
+    memory::print(&program, &guest::build(consent)?)
 }
