@@ -536,7 +536,8 @@ pub(crate) fn rdtsc<const AUX: bool>(cpu: &mut Cpu, _: &Op, _: Io<'_>) -> Flow {
     if AUX {
         cpu.gpr[RCX] = cpu.msrs.tsc_aux & 0xffff_ffff;
     }
-    Ok(())
+    // Virtual time moves from block to block, and no two reads may give the same. SDM 3B 17.17.
+    if cpu.clock.is_virtual() { Err(Stop::Next) } else { Ok(()) }
 }
 pub(crate) fn rdpid(cpu: &mut Cpu, op: &Op, _: Io<'_>) -> Flow {
     cpu.gpr[op.dst as usize & 15] = cpu.msrs.tsc_aux & 0xffff_ffff;
