@@ -244,7 +244,7 @@ fn invalid_tss(image: &mut Image) -> Result<(), BuildError> {
     image.gdt(OWN + 24, 0x00cf_3300_0000_ffff); // data of ring 1, absent
     image.gate32(0x45, gate(14, OWN, at(EXTRA), 3));
     image.protected(|a| {
-        for selector in [DATA0, 0, OWN + 24 | 1] {
+        for selector in [DATA0, 0, (OWN + 24) | 1] {
             a.mov(word_ptr(at(TSS32) + 16), selector as u32)?; // SS1
             a.catch(|a| a.enter_user(0))?;
         }
