@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
 
+use crate::activation::{Passed, passed_sockets};
 use crate::client::{Client, Peer};
 use crate::connection;
 use crate::daemon::Daemon;
@@ -52,21 +53,44 @@ pub struct Listener {
     socket: UnixListener,
     path: PathBuf,
     read_only: bool,
+    /// The starter's: it stays when we go.
+    passed: bool,
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
+        if self.passed {
+            return;
+        }
         // Nothing to do about a failure: the next start finds a socket nobody answers and replaces it.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-/// Opens every socket of the daemon. Nothing is left behind where one of them fails.
+/// Takes the sockets that the starter listens on, and opens every other of the daemon. Nothing is left behind where one of
+/// them fails.
 pub fn open_all(daemon: &Daemon) -> Result<Vec<Listener>, ListenError> {
     let paths = &daemon.paths;
+    let taken: Result<Vec<Listener>, ListenError> = passed_sockets().into_iter().map(take).collect();
+    let mut all = taken?;
     let writable = paths.sockets.iter().map(|path| (path, false));
     let read_only = paths.read_only_sockets.iter().map(|path| (path, true));
-    writable.chain(read_only).map(|(path, read_only)| open(path, read_only, daemon.mode)).collect()
+    for (path, read_only) in writable.chain(read_only) {
+        if !all.iter().any(|listener| listener.path == *path) {
+            all.push(open(path, read_only, daemon.mode)?);
+        }
+    }
+    Ok(all)
+}
+
+/// A passed socket is read-only where its name says so, as libvirt's units name them.
+fn take(passed: Passed) -> Result<Listener, ListenError> {
+    let Passed { socket, path } = passed;
+    let failed = |source| ListenError::Io { path: path.clone(), source };
+    socket.set_nonblocking(true).map_err(failed)?;
+    let socket = UnixListener::from_std(socket).map_err(failed)?;
+    let read_only = path.as_os_str().as_encoded_bytes().ends_with(b"-ro");
+    Ok(Listener { socket, path, read_only, passed: true })
 }
 
 fn open(path: &Path, read_only: bool, mode: Mode) -> Result<Listener, ListenError> {
@@ -98,7 +122,7 @@ fn open(path: &Path, read_only: bool, mode: Mode) -> Result<Listener, ListenErro
     }
     socket.set_nonblocking(true).map_err(failed)?;
     let socket = UnixListener::from_std(socket).map_err(failed)?;
-    Ok(Listener { socket, path: path.into(), read_only })
+    Ok(Listener { socket, path: path.into(), read_only, passed: false })
 }
 
 /// Number of the group whose members may manage the host, where it exists.

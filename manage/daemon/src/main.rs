@@ -10,6 +10,7 @@
 //! details and no guest devices.
 #![forbid(unsafe_code)]
 
+mod activation;
 mod client;
 mod clients;
 mod connection;

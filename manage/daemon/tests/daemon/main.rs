@@ -1,6 +1,7 @@
 //! The daemon as its clients see it: driven by an unmodified virsh, by raw packets, and by being killed.
 
 mod abuse;
+mod activation;
 mod bad_input;
 mod consoles;
 mod crowd;
