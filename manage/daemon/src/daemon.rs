@@ -11,6 +11,7 @@ use uuid::Uuid;
 use xml::{DomainDefinition, VirtType};
 
 use crate::clients::Clients;
+use crate::console_hold::ConsoleHold;
 use crate::console_places::ConsolePlaces;
 use crate::domain::{Definition, Domain, Live, Snapshot, Status};
 use crate::engine::{self, KvmReport};
@@ -205,7 +206,8 @@ impl Daemon {
             monitor::Reply::Status(status) => owner::adopted_status(status),
             _ => return Err(DaemonError::Monitor { name, detail: "no status in the answer to query-status".into() }),
         };
-        let live = Live { id: run_file.id, definition: Definition::new(&definition), pid: process.id().pid, monitor };
+        let (definition, pid) = (Definition::new(&definition), process.id().pid);
+        let live = Live { id: run_file.id, definition, pid, monitor, consoles: ConsoleHold::new(Vec::new()) };
         Ok((live, status, events))
     }
 

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 use xml::{DomainConfig, DomainDefinition};
 
+use crate::console_hold::ConsoleHold;
 use crate::monitor_link::MonitorLink;
 use crate::owner::Letter;
 
@@ -83,6 +84,8 @@ pub struct Live {
     pub pid: i32,
     /// The way to ask it.
     pub monitor: MonitorLink,
+    /// Its consoles.
+    pub consoles: ConsoleHold,
 }
 
 /// Everything about a domain at one moment.

@@ -46,6 +46,8 @@ pub struct Launched {
     pub pid: i32,
     /// Consoles.
     pub ptys: Vec<LivePty>,
+    /// Their controlling sides.
+    pub controllers: Vec<OwnedFd>,
     /// Backing files per disk.
     pub backing: Vec<Vec<(String, String)>>,
 }
@@ -70,7 +72,8 @@ pub fn launch(plan: &LaunchPlan) -> Result<Launched, DaemonError> {
     match outcome {
         Ok(StartReply::Ready { .. }) => {
             // The owner reaps through a pidfd; the handle would only warn about an unawaited child.
-            Ok(Launched { pid: child.id() as i32, ptys: machine.ptys, backing: machine.backing })
+            let vm_config::Machine { ptys, controllers, backing, .. } = machine;
+            Ok(Launched { pid: child.id() as i32, ptys, controllers, backing })
         }
         Ok(StartReply::Failed(failure)) => {
             end(&mut child, &plan.monitor_path);

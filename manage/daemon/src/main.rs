@@ -14,6 +14,7 @@ mod activation;
 mod client;
 mod clients;
 mod connection;
+mod console_hold;
 mod console_places;
 mod daemon;
 mod dispatch;

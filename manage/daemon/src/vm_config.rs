@@ -28,6 +28,8 @@ pub struct Machine {
     pub fds: Vec<OwnedFd>,
     /// Consoles that clients may open.
     pub ptys: Vec<LivePty>,
+    /// Their controlling sides once more, for the daemon to keep.
+    pub controllers: Vec<OwnedFd>,
     /// Per disk, its backing files: format and path.
     pub backing: Vec<Vec<(String, String)>>,
 }
@@ -63,8 +65,10 @@ pub fn build(domain: &DomainConfig, monitor: OwnedFd, paused: bool) -> Result<Ma
     }
     let mut consoles = Vec::new();
     let mut ptys = Vec::new();
+    let mut controllers = Vec::new();
     for device in &domain.char_devices {
-        let (console, pty) = open_console(device, &mut fds)?;
+        let (console, pty, controller) = open_console(device, &mut fds)?;
+        controllers.push(controller);
         consoles.push(console);
         ptys.push(pty);
     }
@@ -92,7 +96,7 @@ pub fn build(domain: &DomainConfig, monitor: OwnedFd, paused: bool) -> Result<Ma
         sandbox: true,
         block_cache_bytes: BLOCK_CACHE_BYTES,
     };
-    Ok(Machine { config, fds: fds.0, ptys, backing })
+    Ok(Machine { config, fds: fds.0, ptys, controllers, backing })
 }
 
 fn action(action: LifecycleAction) -> PowerAction {
@@ -175,12 +179,10 @@ fn error_policy(text: Option<&str>, default: DiskErrorPolicy) -> Result<DiskErro
     }
 }
 
-fn open_console(device: &xml::CharDevice, fds: &mut Fds) -> Result<(Console, LivePty), DaemonError> {
-    let made = pty::open().map_err(|source| DaemonError::File {
-        action: "make a pseudo terminal in",
-        path: "/dev/ptmx".into(),
-        source,
-    })?;
+fn open_console(device: &xml::CharDevice, fds: &mut Fds) -> Result<(Console, LivePty, OwnedFd), DaemonError> {
+    let failed = |source| DaemonError::File { action: "make a pseudo terminal in", path: "/dev/ptmx".into(), source };
+    let made = pty::open().map_err(failed)?;
+    let kept = made.controller.try_clone().map_err(failed)?;
     let log = device.log.as_deref().map(|path| open_log(path, device.log_append)).transpose()?;
     let console = Console {
         target: match device.target {
@@ -192,7 +194,7 @@ fn open_console(device: &xml::CharDevice, fds: &mut Fds) -> Result<(Console, Liv
         log: log.map(|file| fds.add(file)),
     };
     let path = made.path.to_string_lossy().into_owned();
-    Ok((console, LivePty { alias: device.alias.clone(), path }))
+    Ok((console, LivePty { alias: device.alias.clone(), path }, kept))
 }
 
 fn open_log(path: &str, append: bool) -> Result<File, DaemonError> {

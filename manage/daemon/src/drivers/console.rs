@@ -4,14 +4,17 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rpc_wire::frame::{Header, Status, write_frame};
 use rpc_wire::remote::*;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 use xml::DomainDefinition;
 
 use crate::client::Client;
+use crate::console_hold::ConsoleHold;
 use crate::dispatch::Ctx;
 use crate::drivers::domain_info::{live, snapshot};
 use crate::error::DaemonError;
@@ -24,6 +27,8 @@ const FORCE: u32 = 1;
 const SAFE: u32 = 2;
 /// Bytes read from a console at once.
 const CHUNK_BYTES: usize = 4096;
+/// How long a terminal may take to hand out what its machine has written before it ended.
+const REST_LIMIT: Duration = Duration::from_millis(50);
 /// Unsent bytes of a client above which its console waits.
 const BACKLOG_BYTES: usize = 64 << 10;
 
@@ -41,10 +46,11 @@ pub fn open_console(ctx: &Ctx, args: domain_open_console::Args) -> Result<domain
     let serial = ctx.header.serial;
     let input = ctx.client.open_stream(serial).ok_or(DaemonError::StreamBusy { serial })?;
     let (client, header) = (ctx.client.clone(), ctx.header);
+    let hold = live.consoles.clone();
     // The reply is queued when this call returns, before the task has run: one thread runs both.
     tokio::spawn(async move {
         let (_place, kicked) = place;
-        carry(&client, header, &terminal, input, kicked).await;
+        carry(&client, header, &terminal, &hold, input, kicked).await;
     });
     Ok(domain_open_console::Reply {})
 }
@@ -54,16 +60,23 @@ async fn carry(
     client: &Arc<Client>,
     call: Header,
     terminal: &AsyncFd<OwnedFd>,
+    hold: &ConsoleHold,
     mut input: mpsc::Receiver<Vec<u8>>,
     mut kicked: oneshot::Receiver<()>,
 ) {
     let mut chunk = vec![0; CHUNK_BYTES];
+    let mut typed: Vec<u8> = Vec::new();
     loop {
         tokio::select! {
             biased;
             _ = &mut kicked => break,
-            bytes = input.recv() => match bytes {
-                Some(bytes) => if write_all(terminal, &bytes).await.is_err() { break },
+            written = write_some(terminal, &typed), if !typed.is_empty() => match written {
+                Ok(count) => drop(typed.drain(..count.min(typed.len()))),
+                Err(_) => break,
+            },
+            // A guest that does not read what was typed keeps nobody from reading what it prints.
+            bytes = input.recv(), if typed.is_empty() => match bytes {
+                Some(bytes) => typed = bytes,
                 // The client has finished the stream itself and has been answered.
                 None => return,
             },
@@ -73,12 +86,23 @@ async fn carry(
                     _ => break,
                 }
             }
+            () = hold.ended() => {
+                send_the_rest(client, call, terminal, &mut chunk).await;
+                break;
+            }
             () = client.drained_to(BACKLOG_BYTES), if client.with_outbox(|outbox| outbox.pending_bytes()) > BACKLOG_BYTES => {}
         }
     }
     // Nothing more comes: the client is told and finishes the stream.
     send(client, call, &[]);
     while input.recv().await.is_some() {}
+}
+
+/// Sends what an ended machine has left in its terminal; the terminal's buffer bounds it.
+async fn send_the_rest(client: &Client, call: Header, terminal: &AsyncFd<OwnedFd>, chunk: &mut [u8]) {
+    while let Ok(Ok(count @ 1..)) = timeout(REST_LIMIT, read_some(terminal, chunk)).await {
+        send(client, call, chunk.get(..count).unwrap_or_default());
+    }
 }
 
 fn send(client: &Client, call: Header, bytes: &[u8]) {
@@ -97,13 +121,12 @@ async fn read_some(terminal: &AsyncFd<OwnedFd>, chunk: &mut [u8]) -> io::Result<
     }
 }
 
-async fn write_all(terminal: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
+async fn write_some(terminal: &AsyncFd<OwnedFd>, bytes: &[u8]) -> io::Result<usize> {
+    loop {
         let mut ready = terminal.writable().await?;
         match ready.try_io(|fd| Ok(rustix::io::write(fd, bytes)?)) {
-            Ok(written) => bytes = bytes.get(written?..).unwrap_or_default(),
+            Ok(result) => return result,
             Err(_would_block) => {}
         }
     }
-    Ok(())
 }

@@ -90,7 +90,8 @@ impl Owner {
             }
             (Some(old), true) => {
                 let definition = changed(&old.definition.xml)?;
-                Some(Live { id: old.id, definition, pid: old.pid, monitor: old.monitor.clone() })
+                let (monitor, consoles) = (old.monitor.clone(), old.consoles.clone());
+                Some(Live { id: old.id, definition, pid: old.pid, monitor, consoles })
             }
             (_, false) => None,
         };

@@ -116,6 +116,9 @@ impl Owner {
             eprintln!("domain '{}': somebody else holds the monitor of its ended vireo-vmm", self.name());
         }
         let running = self.running.take()?;
+        if let Ok(live) = self.live() {
+            live.consoles.end();
+        }
         running.files.remove();
         if running.reboot && running.ending == Some(Ending::Shutdown) {
             return self.domain.snapshot().live.clone();

@@ -8,6 +8,7 @@ use tokio::time::timeout;
 use xml::{DomainConfig, DomainDefinition};
 
 use super::{Ending, Owner, Running};
+use crate::console_hold::ConsoleHold;
 use crate::domain::{Definition, Live, State, Status};
 use crate::drivers::connect::VCPUS_MAX;
 use crate::error::DaemonError;
@@ -148,7 +149,8 @@ impl Owner {
                 source,
             }
         })?;
-        let live = Live { id, definition: live_definition, pid: launched.pid, monitor };
+        let consoles = ConsoleHold::new(launched.controllers);
+        let live = Live { id, definition: live_definition, pid: launched.pid, monitor, consoles };
         Ok((live, Running { process, events, files: files.clone(), run_file, ending: None, reboot: false }))
     }
 
