@@ -1,5 +1,7 @@
 //! `cargo xtask test`: what CI runs.
 
+use std::process::Command;
+
 use anyhow::Result;
 
 use crate::packages::{self, Consent};
@@ -30,8 +32,25 @@ pub fn run(consent: Consent, long: bool) -> Result<()> {
         tests.env("VIREO_TEST_LONG", "1");
     }
     crate::run::run(&mut tests)?;
+    if long {
+        licences()?;
+    }
     say("everything passed");
     Ok(())
+}
+
+/// Licences and sources of every dependency, by cargo-deny, which is built once below the target directory.
+fn licences() -> Result<()> {
+    let tools = crate::run::target().join("tools");
+    if !tools.join("bin/cargo-deny").exists() {
+        say("building cargo-deny (once; some minutes)");
+        let install = ["install", "cargo-deny", "--version", "0.20.2", "--locked", "--root"];
+        crate::run::run(cargo().args(install).arg(&tools))?;
+    }
+    say("licences");
+    let mut deny = Command::new(tools.join("bin/cargo-deny"));
+    deny.args(["--offline", "check", "bans", "licenses", "sources"]).current_dir(crate::run::root());
+    crate::run::run(&mut deny)
 }
 
 fn run_cargo(args: &[&str]) -> Result<()> {
