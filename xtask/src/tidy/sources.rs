@@ -21,9 +21,10 @@ const UNSAFE: [(&str, &str); 7] = [
 ];
 
 /// Where a thread may sleep, each with why.
-const SLEEPS: [(&str, &str); 4] = [
+const SLEEPS: [(&str, &str); 5] = [
     ("ui/cli/src/verbs/host.rs", "a rate is two readings a second apart"),
     ("xtask/src/bench/manage_daemon.rs", "lets a measured process settle, and polls it"),
+    ("xtask/src/bench/orphans.rs", "polls the process table, which tells nobody of changes"),
     ("xtask/src/demo.rs", "watches another process"),
     ("xtask/src/tidy/sources.rs", "names the word"),
 ];
