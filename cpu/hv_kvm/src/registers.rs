@@ -3,7 +3,7 @@
 use hv_core::AccelError;
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, Msrs, kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_segment, kvm_xcrs, kvm_xsave,
+    kvm_msr_entry, kvm_regs, kvm_segment, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use x86::{Segment, State, Table, msr};
@@ -121,12 +121,26 @@ pub(crate) fn save(fd: &VcpuFd) -> Result<State, AccelError> {
         xsave: xsave_bytes(&xsave),
         msrs,
         tsc,
-        lapic: lapic.regs.iter().map(|&b| b as u8).collect(),
+        lapic: put_back(lapic.regs.map(|b| b as u8).to_vec(), &events),
         apic_base: s.apic_base,
         halted: mp.mp_state == KVM_MP_STATE_HALTED,
         interrupt_shadow: events.interrupt.shadow != 0,
-        nmi_blocked: events.nmi.masked != 0,
+        // One that the kernel was about to deliver has not been: it waits, and blocks nothing yet.
+        nmi_blocked: events.nmi.masked != 0 && events.nmi.injected == 0,
+        nmi_pending: events.nmi.pending != 0 || events.nmi.injected != 0,
     })
+}
+
+/// The local APIC as it is when an interrupt that the kernel was about to deliver is requested again.
+fn put_back(mut registers: Vec<u8>, events: &kvm_vcpu_events) -> Vec<u8> {
+    let vector = events.interrupt.nr as usize;
+    let (isr, irr) = (0x100 + vector / 32 * 16 + vector / 8 % 4, 0x200 + vector / 32 * 16 + vector / 8 % 4);
+    let bit = 1 << (vector % 8);
+    if events.interrupt.injected != 0 && events.interrupt.soft == 0 && registers[isr] & bit != 0 {
+        registers[isr] &= !bit;
+        registers[irr] |= bit;
+    }
+    registers
 }
 
 pub(crate) fn restore(fd: &VcpuFd, state: &State) -> Result<(), AccelError> {
@@ -180,7 +194,8 @@ pub(crate) fn restore(fd: &VcpuFd, state: &State) -> Result<(), AccelError> {
     events.interrupt.shadow = state.interrupt_shadow as u8;
     events.nmi.masked = state.nmi_blocked as u8;
     events.flags = kvm_bindings::KVM_VCPUEVENT_VALID_SHADOW | kvm_bindings::KVM_VCPUEVENT_VALID_NMI_PENDING;
-    (events.exception.injected, events.interrupt.injected, events.nmi.injected, events.nmi.pending) = (0, 0, 0, 0);
+    (events.exception.injected, events.interrupt.injected, events.nmi.injected) = (0, 0, 0);
+    events.nmi.pending = state.nmi_pending as u8;
     fd.set_vcpu_events(&events).map_err(host("KVM_SET_VCPU_EVENTS"))
 }
 
@@ -214,6 +229,18 @@ fn restore_msrs(fd: &VcpuFd, state: &State) -> Result<(), AccelError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_interrupt_on_its_way_is_requested_again() {
+        let mut events = kvm_vcpu_events::default();
+        (events.interrupt.injected, events.interrupt.nr) = (1, 0x61);
+        let mut registers = vec![0; 1024];
+        registers[0x130] = 2; // ISR, vectors 96 to 103
+        let back = put_back(registers, &events);
+        assert_eq!((back[0x130], back[0x230]), (0, 2));
+        // The 8259's are in no register.
+        assert_eq!(put_back(vec![0; 1024], &events), vec![0; 1024]);
+    }
 
     #[test]
     fn segments_survive_the_way_through_kvm() {

@@ -56,8 +56,6 @@ pub(crate) struct Lapic {
     lvt: [u32; 6],
     initial_count: u32,
     divide: u32,
-    /// When the running count started, guest nanoseconds.
-    count_start_ns: u64,
     /// IA32_TSC_DEADLINE as written.
     pub tsc_deadline: u64,
     /// When the timer fires next, guest nanoseconds.
@@ -99,7 +97,6 @@ impl Lapic {
             lvt,
             initial_count: 0,
             divide: 0,
-            count_start_ns: 0,
             tsc_deadline: 0,
             timer_due_ns: None,
         }
@@ -184,7 +181,6 @@ impl Lapic {
         1 << (((self.divide & 3 | self.divide >> 1 & 4) + 1) & 7)
     }
     fn arm_count(&mut self, now_ns: u64) {
-        self.count_start_ns = now_ns;
         self.timer_due_ns = (self.initial_count != 0 && self.timer_mode() != 2)
             .then(|| now_ns + self.initial_count as u64 * self.divisor());
     }
@@ -217,11 +213,11 @@ impl Lapic {
         *self = Lapic { base, ..Lapic::new(self.id) };
     }
 
-    /// The registers in the layout of KVM_GET_LAPIC: 16 bytes per register.
-    pub fn save(&self) -> Vec<u8> {
+    /// The registers at `now_ns` in the layout of KVM_GET_LAPIC: 16 bytes per register.
+    pub fn save(&self, now_ns: u64) -> Vec<u8> {
         let mut area = vec![0u8; 1024];
         for register in 0..64u32 {
-            if let Some(value) = self.read(register, self.count_start_ns) {
+            if let Some(value) = self.read(register, now_ns) {
                 area[register as usize * 16..][..4].copy_from_slice(&value.to_le_bytes());
             }
         }
@@ -229,7 +225,8 @@ impl Lapic {
         area
     }
 
-    /// Takes registers in that layout; a running count starts anew at `now_ns`.
+    /// Takes registers in that layout; a count that was running goes on from where it stood. A deadline in the TSC is
+    /// another register's.
     pub fn restore(&mut self, area: &[u8], now_ns: u64) {
         let word = |register: u32| {
             area.get(register as usize * 16..).and_then(|a| a.first_chunk::<4>()).map_or(0, |b| u32::from_le_bytes(*b))
@@ -250,7 +247,11 @@ impl Lapic {
         }
         self.initial_count = word(reg::INITIAL_COUNT);
         self.divide = word(reg::DIVIDE) & 0xb;
-        self.arm_count(now_ns);
+        let left = match (word(reg::CURRENT_COUNT), self.timer_mode()) {
+            (0, 1) => self.initial_count,
+            (left, _) => left,
+        };
+        self.timer_due_ns = (left != 0 && self.timer_mode() != 2).then(|| now_ns + left as u64 * self.divisor());
     }
 
     fn logical_identity(&self) -> u32 {

@@ -181,6 +181,8 @@ impl Cpu {
         match register {
             msr::TSC_ADJUST => self.msrs.tsc_adjust = value,
             msr::TSC_DEADLINE => self.set_tsc_deadline(value),
+            // The guest has its record already.
+            msr::KVM_WALL_CLOCK | msr::KVM_WALL_CLOCK_NEW => self.msrs.kvm_wall_clock = value,
             _ => {
                 // No local APIC register is among the saved ones, so nobody is asked anything.
                 let _ = self.write_msr(&hv_null_io::NoIo, register, value);
@@ -227,6 +229,9 @@ impl Cpu {
     }
 
     fn write_wall_clock(&mut self, address: u64) {
+        if address == 0 {
+            return;
+        }
         let ns = self.msrs.wall_at_zero_ns;
         let mut record = [0u8; 12];
         record[0..4].copy_from_slice(&2u32.to_le_bytes());

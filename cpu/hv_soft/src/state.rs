@@ -103,6 +103,8 @@ impl Cpu {
 
     /// The whole state, at an instruction boundary.
     pub fn save(&mut self) -> State {
+        self.lapic.merge(self.mailbox.take_requests());
+        let now_ns = self.now_ns();
         let msrs = SAVED_MSRS.iter().filter_map(|&m| self.read_msr(m).map(|v| (m, v))).collect();
         State {
             gpr: std::array::from_fn(|i| self.gpr[i]),
@@ -128,11 +130,12 @@ impl Cpu {
             },
             msrs,
             tsc: self.tsc(),
-            lapic: self.lapic.save(),
+            lapic: self.lapic.save(now_ns),
             apic_base: self.lapic.base,
             halted: self.halted,
             interrupt_shadow: self.attention & attention::SHADOW != 0,
             nmi_blocked: self.nmi_blocked,
+            nmi_pending: self.mailbox.nmi_pending(),
         }
     }
 
@@ -179,6 +182,9 @@ impl Cpu {
         }
         self.halted = s.halted;
         self.nmi_blocked = s.nmi_blocked;
+        if s.nmi_pending {
+            self.mailbox.post_nmi();
+        }
         self.attention = if s.interrupt_shadow { attention::SHADOW } else { 0 };
         self.cpl = if self.cr0 & cr::PE == 0 { 0 } else { self.seg[crate::cpu::SS].dpl() };
         self.tlb.flush_all();

@@ -100,6 +100,8 @@ pub struct State {
     pub interrupt_shadow: bool,
     /// NMIs are blocked until IRET.
     pub nmi_blocked: bool,
+    /// An NMI waits to be delivered.
+    pub nmi_pending: bool,
 }
 
 /// Segment attributes of a writable data segment, accessed, present, 32-bit, limit 4 GiB or 64 KiB.
@@ -141,6 +143,7 @@ impl State {
             halted: false,
             interrupt_shadow: false,
             nmi_blocked: false,
+            nmi_pending: false,
         }
     }
 }
