@@ -1,10 +1,12 @@
-//! `asm-guests [soft|kvm|qemu] [NAME]`: runs the suite, or the guests whose names contain NAME.
+//! `asm-guests [soft|kvm|qemu|soft-restored|kvm-restored] [NAME]`: runs the suite, or the guests whose names contain
+//! NAME; `restored`: on a new machine after every character.
 #![forbid(unsafe_code)]
 
 use std::error::Error;
 use std::process::ExitCode;
 
-use asm_guests::{Ran, Verdict, engine, qemu};
+use asm_guests::engine::{self, Way};
+use asm_guests::{Ran, Verdict, qemu};
 use hv_core::{Accel, Clock};
 
 fn main() -> ExitCode {
@@ -35,7 +37,7 @@ fn chain(error: &dyn Error) -> String {
 /// Runs the guests; false if one failed.
 fn suite(peer: &str, name: &str) -> Result<bool, Box<dyn Error>> {
     let soft = hv_soft::SoftAccel::default();
-    let kvm = if peer == "kvm" { Some(hv_kvm::KvmAccel::open()?) } else { None };
+    let kvm = if peer.starts_with("kvm") { Some(hv_kvm::KvmAccel::open()?) } else { None };
     if let Some(refusal) = kvm.as_ref().and_then(|kvm| kvm.probe().refusal) {
         return Err(format!("KVM cannot be used here: {refusal}").into());
     }
@@ -44,11 +46,16 @@ fn suite(peer: &str, name: &str) -> Result<bool, Box<dyn Error>> {
     }
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for guest in asm_guests::all().iter().filter(|g| g.name.contains(name)) {
+        let way = if peer.ends_with("-restored") { Way::Restored } else { Way::Straight };
         let verdict = match (peer, &kvm) {
-            ("soft", _) => engine::check(guest, &soft, Ran::Soft, Clock::host()).map_err(|e| chain(&e)),
-            ("kvm", Some(kvm)) => engine::check(guest, kvm, Ran::Kvm, Clock::host()).map_err(|e| chain(&e)),
+            ("soft" | "soft-restored", _) => {
+                engine::check(guest, &soft, Ran::Soft, Clock::host(), way).map_err(|e| chain(&e))
+            }
+            ("kvm" | "kvm-restored", Some(kvm)) => {
+                engine::check(guest, kvm, Ran::Kvm, Clock::host(), way).map_err(|e| chain(&e))
+            }
             ("qemu", _) => qemu::check(guest).map_err(|e| chain(&e)),
-            _ => return Err(format!("'{peer}' is none of soft, kvm, qemu").into()),
+            _ => return Err(format!("'{peer}' is none of soft, kvm, qemu, soft-restored, kvm-restored").into()),
         };
         let line = match verdict {
             Ok(verdict) => {

@@ -1,7 +1,8 @@
 //! The suite on the software CPU under both clocks, and on QEMU where it is installed.
 #![forbid(unsafe_code)]
 
-use asm_guests::{Guest, Ran, Verdict, engine, qemu};
+use asm_guests::engine::{self, Way};
+use asm_guests::{Guest, Ran, Verdict, qemu};
 use hv_core::Clock;
 use hv_soft::SoftAccel;
 
@@ -20,18 +21,24 @@ fn check_all(run: impl Fn(&Guest) -> Verdict) {
     assert!(failures.is_empty(), "{} guests failed:\n{}", failures.len(), failures.join("\n"));
 }
 
-fn on_soft(guest: &Guest, clock: Clock) -> Verdict {
-    engine::check(guest, &SoftAccel::default(), Ran::Soft, clock).unwrap_or_else(|e| panic!("{}: {e:?}", guest.name))
+fn on_soft(guest: &Guest, clock: Clock, way: Way) -> Verdict {
+    engine::check(guest, &SoftAccel::default(), Ran::Soft, clock, way)
+        .unwrap_or_else(|e| panic!("{}: {e:?}", guest.name))
 }
 
 #[test]
 fn every_guest_does_what_the_manual_says_on_the_software_cpu() {
-    check_all(|guest| on_soft(guest, Clock::host()));
+    check_all(|guest| on_soft(guest, Clock::host(), Way::Straight));
 }
 
 #[test]
 fn every_guest_does_the_same_under_the_virtual_clock() {
-    check_all(|guest| on_soft(guest, Clock::virtual_clock()));
+    check_all(|guest| on_soft(guest, Clock::virtual_clock(), Way::Straight));
+}
+
+#[test]
+fn no_guest_notices_that_its_machine_is_replaced() {
+    check_all(|guest| on_soft(guest, Clock::host(), Way::Restored));
 }
 
 #[test]

@@ -412,7 +412,7 @@ fn paging_32(image: &mut Image) -> Result<(), BuildError> {
 }
 
 fn paging_pae(image: &mut Image) -> Result<(), BuildError> {
-    let (pointers, directory, table) = (PML4, PDPT, PD);
+    let (pointers, directory, table, wrong) = (PML4, PDPT, PD, PD3);
     image.protected(|a| {
         a.mov(dword_ptr(DATA), 0x600d_cafeu32)?;
         a.table(pointers, 0xc00, 0, 0, false)?;
@@ -438,8 +438,9 @@ fn paging_pae(image: &mut Image) -> Result<(), BuildError> {
         a.catch(|a| a.mov(al, byte_ptr(ecx)))?;
         a.mov(ecx, 0x4000_0000u32)?;
         a.catch(|a| a.mov(al, byte_ptr(ecx)))?;
-        a.mov(dword_ptr(pointers + 8), directory | 3)?; // bit 1 of a PDPTE is reserved
-        a.mov(eax, pointers)?;
+        a.table(wrong, 8, 0, 0, false)?;
+        a.mov(dword_ptr(wrong), directory | 3)?; // bit 1 of a PDPTE is reserved
+        a.mov(eax, wrong)?;
         a.catch(|a| a.mov(cr3, eax))?;
         a.say(".")
     })
