@@ -1,0 +1,3 @@
+//! Real programs, real guests, an unmodified virsh.
+
+mod survival;
