@@ -319,7 +319,7 @@ impl Daemon {
         if virt_type == VirtType::Kvm {
             let report = self.kvm().await;
             if !report.usable {
-                return Err(DaemonError::KvmUnusable { reason: report.reason.clone() });
+                return Err(DaemonError::KvmUnusable { reason: report.reason.clone().unwrap_or_default() });
             }
         }
         Ok(())

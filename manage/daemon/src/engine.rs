@@ -13,8 +13,8 @@ const PROGRAM: &str = "vireo-vmm";
 pub struct KvmReport {
     /// It ran as it should.
     pub usable: bool,
-    /// One sentence: what works, or what does not and why.
-    pub reason: String,
+    /// Where it did not: one sentence on what failed and what helps.
+    pub reason: Option<String>,
 }
 
 /// The program: as given, else beside this one, else on the PATH.
@@ -33,8 +33,10 @@ pub fn find_vmm(given: Option<&Path>) -> PathBuf {
 
 /// Runs the probe. A probe that cannot be run means that KVM is not used.
 pub async fn probe_kvm(program: PathBuf) -> KvmReport {
-    let failed =
-        |reason: String| KvmReport { usable: false, reason: format!("{reason}; use type 'qemu' for the software CPU") };
+    let failed = |reason: String| KvmReport {
+        usable: false,
+        reason: Some(format!("{reason}; use type 'qemu' for the software CPU")),
+    };
     let shown = program.display().to_string();
     let run = move || Command::new(&program).arg("--probe-kvm").stdin(Stdio::null()).stderr(Stdio::null()).output();
     match tokio::task::spawn_blocking(run).await {
@@ -42,5 +44,20 @@ pub async fn probe_kvm(program: PathBuf) -> KvmReport {
             .unwrap_or_else(|error| failed(format!("{shown} --probe-kvm gave no report ({error})"))),
         Ok(Err(error)) => failed(format!("{shown} --probe-kvm cannot be run ({error})")),
         Err(error) => failed(format!("the probe of {shown} broke off ({error})")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_reports_of_vireo_vmm_are_understood() {
+        for (text, usable, reason) in [
+            (r#"{"usable":true,"reason":null}"#, true, None),
+            (r#"{"reason":"no POPCNT","usable":false}"#, false, Some("no POPCNT".to_owned())),
+        ] {
+            assert_eq!(serde_json::from_str::<KvmReport>(text).unwrap(), KvmReport { usable, reason });
+        }
     }
 }
