@@ -47,15 +47,16 @@ fn bad(what: &'static str, found: impl Into<String>, fix: impl Into<String>) -> 
 
 /// The verb.
 pub fn doctor(shell: &mut Shell, _: &Args) -> Done {
+    let host = vmm_report("--probe-host");
     let findings = [
         programs(),
         kvm(),
         runtime_directory(),
         daemon(),
-        io_uring(),
-        landlock(),
+        io_uring(host.as_ref()),
+        landlock(host.as_ref()),
         seccomp(),
-        user_namespaces(),
+        user_namespaces(host.as_ref()),
         kernels(),
         memory(),
         open_files(),
@@ -114,16 +115,11 @@ fn kvm() -> Finding {
         let fix = format!("adduser $USER kvm, and log in again; {slower}");
         return lesser(what, "/dev/kvm may not be opened by this user", fix);
     }
-    let probe = Command::new(run::vmm()).arg("--probe-kvm").stdin(Stdio::null()).stderr(Stdio::null()).output();
-    let report = probe.ok().and_then(|output| serde_json::from_slice::<Value>(&output.stdout).ok());
-    match report {
+    match vmm_report("--probe-kvm") {
+        Some(report) if report.get("usable").and_then(Value::as_bool) == Some(true) => good(what, "a test guest ran"),
         Some(report) => {
-            let reason = report.get("reason").and_then(Value::as_str).unwrap_or("no reason given").to_owned();
-            if report.get("usable").and_then(Value::as_bool) == Some(true) {
-                good(what, reason)
-            } else {
-                lesser(what, reason, "run on hardware, or on a host with nested virtualisation turned on")
-            }
+            let reason = report.get("reason").and_then(Value::as_str).unwrap_or("no reason given");
+            lesser(what, reason, "run on hardware, or on a host with nested virtualisation turned on")
         }
         None => lesser(what, "vireo-vmm --probe-kvm gives no report", slower),
     }
@@ -160,25 +156,52 @@ fn daemon() -> Finding {
     }
 }
 
-fn io_uring() -> Finding {
+/// What vireo-vmm reports about this host: it tries, as a guest's process would.
+fn vmm_report(option: &str) -> Option<Value> {
+    let probe = Command::new(run::vmm()).arg(option).stdin(Stdio::null()).stderr(Stdio::null()).output();
+    probe.ok().and_then(|output| serde_json::from_slice(&output.stdout).ok())
+}
+
+/// How a facility of the kernel answered vireo-vmm: it works, or was refused with a number and a text. `None`: untold.
+fn facility(host: Option<&Value>, name: &str) -> Option<Result<(), (i64, String)>> {
+    let answer = host?.get(name)?;
+    if answer.is_null() {
+        return Some(Ok(()));
+    }
+    Some(Err((answer.get("errno")?.as_i64()?, answer.get("text")?.as_str()?.to_owned())))
+}
+
+fn untold(what: &'static str) -> Finding {
+    lesser(what, "cannot be told", "vireo-vmm --probe-host gives no report; cargo build --release builds vireo-vmm")
+}
+
+fn io_uring(host: Option<&Value>) -> Finding {
     let what = "io_uring";
-    let setting = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
-    match setting.trim() {
-        "2" => lesser(what, "turned off", "sysctl kernel.io_uring_disabled=0; disks use plain threads meanwhile"),
-        "1" if !rustix::process::geteuid().is_root() => {
-            lesser(what, "for root only", "sysctl kernel.io_uring_disabled=0; disks use plain threads meanwhile")
-        }
-        "" => lesser(what, "this kernel does not say", "disks use it where it works and plain threads elsewhere"),
-        _ => good(what, "allowed"),
+    match facility(host, what) {
+        Some(Ok(())) => good(what, "allowed; disks use plain reads and writes all the same"),
+        Some(Err((_, text))) => lesser(what, format!("refused: {text}"), "nothing: disks use plain reads and writes"),
+        None => untold(what),
     }
 }
 
-fn landlock() -> Finding {
+/// `ENOSYS` and `EOPNOTSUPP` are the kernel's own answers. landlock_create_ruleset(2)
+const NOT_BUILT_IN: i64 = 38;
+const NOT_ACTIVE: i64 = 95;
+
+fn landlock(host: Option<&Value>) -> Finding {
     let what = "Landlock";
-    match fs::read_to_string("/sys/kernel/security/lsm") {
-        Ok(modules) if modules.split(',').any(|module| module.trim() == "landlock") => good(what, "active"),
-        Ok(_) => lesser(what, "not active", "boot with lsm=landlock,…; guests are held by seccomp alone meanwhile"),
-        Err(_) => lesser(what, "cannot be told", "mount -t securityfs none /sys/kernel/security shows it"),
+    match facility(host, "landlock") {
+        Some(Ok(())) => good(what, "allowed"),
+        Some(Err((errno, text))) => {
+            let helps = match errno {
+                NOT_BUILT_IN => "use a kernel from 5.13 on with CONFIG_SECURITY_LANDLOCK",
+                NOT_ACTIVE => "boot with lsm=landlock,…",
+                _ => "allow the landlock calls in the container's seccomp profile",
+            };
+            let fix = format!("{helps}; guests are kept from files by their system call filter alone meanwhile");
+            lesser(what, format!("refused: {text}"), fix)
+        }
+        None => untold(what),
     }
 }
 
@@ -192,19 +215,12 @@ fn seccomp() -> Finding {
     }
 }
 
-fn user_namespaces() -> Finding {
+fn user_namespaces(host: Option<&Value>) -> Finding {
     let what = "user namespaces";
-    let read = |name: &str| fs::read_to_string(name).unwrap_or_default().trim().to_owned();
-    let off =
-        read("/proc/sys/user/max_user_namespaces") == "0" || read("/proc/sys/kernel/unprivileged_userns_clone") == "0";
-    if off {
-        lesser(
-            what,
-            "turned off",
-            "sysctl user.max_user_namespaces=10000; one wall of the sandbox is missing meanwhile",
-        )
-    } else {
-        good(what, "allowed")
+    match facility(host, "user_namespaces") {
+        Some(Ok(())) => good(what, "allowed; nothing here needs them"),
+        Some(Err((_, text))) => lesser(what, format!("refused: {text}"), "nothing: no part of Vireo needs them"),
+        None => untold(what),
     }
 }
 

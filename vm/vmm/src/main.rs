@@ -17,7 +17,7 @@ use vmm::sandbox::{self, Deed};
 use vmm::setup::{self, Files, OwnTerminal};
 use vmm::start::StartSocket;
 use vmm::words::say;
-use vmm::{engine, signals, terminal};
+use vmm::{engine, host_probe, signals, terminal};
 
 fn main() -> ExitCode {
     install_last_words();
@@ -27,6 +27,10 @@ fn main() -> ExitCode {
         "run" => run(args),
         "--start-fd" => start(args),
         "--probe-kvm" => probe_kvm(),
+        "--probe-host" => {
+            println!("{}", host_probe::probe().to_json());
+            Ok(ExitCode::SUCCESS)
+        }
         "--try-inside" => try_inside(args),
         "--version" => {
             println!("vireo-vmm {}", env!("CARGO_PKG_VERSION"));
@@ -112,7 +116,7 @@ fn start(mut args: impl Iterator<Item = OsString>) -> Result<ExitCode, VmmError>
 
 fn confine(owner: &mut Owner) -> Result<(), VmmError> {
     if owner.confine()? == sandbox::Files::NotEnforced {
-        say("this kernel has no Landlock; the system call filter alone keeps files away");
+        say("there is no Landlock here; the system call filter alone keeps files away (vireo doctor says why)");
     }
     Ok(())
 }

@@ -30,7 +30,7 @@ pub enum SandboxError {
 pub enum Files {
     /// It is.
     Denied,
-    /// The kernel has no Landlock. The system call filter still refuses to open anything.
+    /// The kernel has no Landlock, or a container refuses it. The system call filter still refuses to open anything.
     NotEnforced,
 }
 
