@@ -16,7 +16,7 @@ use crate::run::{cargo, output, run, say, target};
 const MODULES: &[&str] = &["irqbypass", "ccp", "kvm", "kvm_amd", "virtio_pci", "virtio_blk"];
 const APPLETS: &[&str] = &[
     "sh", "mount", "insmod", "mkdir", "mkfifo", "cat", "echo", "grep", "tail", "sleep", "kill", "poweroff", "sed",
-    "awk", "tr", "sync",
+    "awk", "tr", "sync", "wc",
 ];
 
 /// Longest run of the lab.
@@ -59,7 +59,11 @@ exec 3> /tmp/in
 wait_for() { n=0; until grep -q \"$1\" /tmp/out; do n=$((n + 1)); [ $n = 600 ] && { echo \"no '$1':\"; cat /tmp/out; kill $vmm; exit 1; }; sleep 0.2; done; }
 wait_for 'login:'; echo root >&3
 wait_for 'demo:'; echo 'echo VIREO-$((6 * 7)) > /root/proof; cat /root/proof; grep -o KVM /sys/hypervisor/type /proc/cpuinfo; uname -r' >&3
-wait_for 'VIREO-42'; echo poweroff >&3
+wait_for 'VIREO-42'
+awk '/^Size:/ { ram = $2 >= 262144 && $2 < 270336 } /^Anonymous:/ && !ram { n += $2 } END { print \"LAB-COUNT memory \" n }' /proc/$vmm/smaps
+echo LAB-COUNT threads $(echo /proc/$vmm/task/* | wc -w)
+echo LAB-COUNT descriptors $(echo /proc/$vmm/fd/* | wc -w)
+echo poweroff >&3
 wait $vmm; rc=$?
 tail -n 12 /tmp/out
 exit $rc
@@ -101,11 +105,17 @@ fn summary(said: &str) -> String {
     let guests = said.lines().find(|l| l.contains(" passed, ") && l.ends_with(" skipped")).unwrap_or("no count");
     let skipped = said.lines().filter(|l| l.contains(" skipped: "));
     let names: String = skipped.map(|l| format!("\n                   {}", l.trim())).collect();
+    let count = |what: &str| {
+        let prefix = format!("LAB-COUNT {what} ");
+        said.lines().find_map(|l| l.strip_prefix(&prefix)).map_or("?", str::trim).to_owned()
+    };
+    let (memory, threads, files) = (count("memory"), count("threads"), count("descriptors"));
     format!(
         "the lab, under real KVM:\n  \
          functional probe usable\n  \
          assembly guests  {guests}{names}\n  \
-         demo guest       booted from its disk, logged in, kept a file, powered off\n"
+         demo guest       booted from its disk, logged in, kept a file, powered off\n  \
+         it held          {memory} KiB of anonymous memory beyond the guest's, {threads} threads, {files} descriptors\n"
     )
 }
 
