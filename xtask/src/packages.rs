@@ -40,6 +40,8 @@ pub const TEST: &[Need] = &[
     need("debugfs", "e2fsprogs", "reading a guest's file system from outside"),
     need("virsh", "libvirt-clients", "driving vireod with an unmodified client"),
 ];
+/// To count system calls in long tests.
+pub const LONG: &[Need] = &[need("strace", "strace", "ending the daemon before each of its system calls")];
 /// To measure against QEMU.
 pub const QEMU: &[Need] = &[Need {
     program: "qemu-system-x86_64",

@@ -11,6 +11,9 @@ use crate::{guest, tidy};
 /// Runs everything that must hold; `long` adds the checks that take many minutes.
 pub fn run(consent: Consent, long: bool) -> Result<()> {
     packages::ensure(&[packages::BUILD, packages::TEST, packages::GUEST], consent)?;
+    if long {
+        packages::ensure(&[packages::LONG, packages::QEMU], consent)?;
+    }
     say("tidy");
     tidy::run()?;
     say("formatting");

@@ -15,13 +15,13 @@ use crate::error::VmmError;
 
 /// How to call it.
 pub const USAGE: &str = "\
-usage: vireo-vmm run --kernel FILE [options]
+usage: vireo run --kernel FILE [options]      (vireo-vmm run is the same)
   --kernel FILE          Linux kernel: bzImage, or ELF with a PVH entry
   --initrd FILE          initial ram disk
   --append TEXT          kernel command line; several are joined with a space
   --memory SIZE          MiB, or with suffix M or G (default 512)
   --cpus N               vCPUs (default 1)
-  --disk FILE[,format=raw|qcow2][,bus=virtio|nvme][,serial=TEXT][,ro]
+  --disk FILE[,format=raw|qcow2][,bus=virtio|nvme][,serial=TEXT][,readonly=on|off]
                          without a format the file is probed
   --rng                  a virtio source of random bytes
   --accel auto|soft|kvm  what executes the guest (default auto)
@@ -202,7 +202,7 @@ fn disk(value: &str) -> Result<DiskArg, ArgsError> {
             Some(("readonly", "off" | "no" | "false")) => parsed.read_only = false,
             None if part == "ro" || part == "readonly" => parsed.read_only = true,
             _ if place == 0 => parsed.path = part.into(),
-            _ => return Err(bad("FILE[,format=raw|qcow2][,bus=virtio|nvme][,serial=TEXT][,ro]")),
+            _ => return Err(bad("FILE[,format=raw|qcow2][,bus=virtio|nvme][,serial=TEXT][,readonly=on|off]")),
         }
     }
     if parsed.path.as_os_str().is_empty() { Err(bad("the path of an image")) } else { Ok(parsed) }
