@@ -52,36 +52,41 @@ pub struct Launched {
     pub backing: Vec<Vec<(String, String)>>,
 }
 
-/// Starts the process and waits for its answer. Blocks; where it fails nothing is left running.
+/// Starts the process and waits for its answer. Blocks; where it fails nothing is left: no process and no socket.
 pub fn launch(plan: &LaunchPlan) -> Result<Launched, DaemonError> {
-    let file_error = |action, path: &Path| {
-        let path = path.to_owned();
-        move |source| DaemonError::File { action, path, source }
-    };
-    remove_stale(&plan.monitor_path).map_err(file_error("replace", &plan.monitor_path))?;
-    let listener = UnixListener::bind(&plan.monitor_path).map_err(file_error("listen on", &plan.monitor_path))?;
-    let machine = vm_config::build(&plan.domain, OwnedFd::from(listener), plan.paused).inspect_err(|_| {
-        let _ = fs::remove_file(&plan.monitor_path);
-    })?;
+    let socket = &plan.monitor_path;
+    remove_stale(socket).map_err(file_error("replace", socket))?;
+    let listener = UnixListener::bind(socket).map_err(file_error("listen on", socket))?;
+    start(plan, listener).inspect_err(|_| {
+        let _ = fs::remove_file(socket);
+    })
+}
+
+fn file_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonError + use<> {
+    let path = path.to_owned();
+    move |source| DaemonError::File { action, path, source }
+}
+
+fn start(plan: &LaunchPlan, listener: UnixListener) -> Result<Launched, DaemonError> {
+    let machine = vm_config::build(&plan.domain, OwnedFd::from(listener), plan.paused)?;
     let mut log = open_log(&plan.log_path).map_err(file_error("open", &plan.log_path))?;
     let log_start = log.seek(SeekFrom::End(0)).map_err(file_error("read", &plan.log_path))?;
     let (ours, theirs) = UnixStream::pair().map_err(file_error("make the start-up socket of", &plan.program))?;
     let mut child = spawn(plan, theirs, &log)
         .map_err(|source| DaemonError::VmmProgram { program: plan.program.clone(), source })?;
-    let outcome = handshake(ours, &machine);
-    match outcome {
+    match handshake(ours, &machine) {
         Ok(StartReply::Ready { .. }) => {
             // The owner reaps through a pidfd; the handle would only warn about an unawaited child.
             let vm_config::Machine { ptys, controllers, backing, .. } = machine;
             Ok(Launched { pid: child.id() as i32, ptys, controllers, backing })
         }
         Ok(StartReply::Failed(failure)) => {
-            end(&mut child, &plan.monitor_path);
+            end(&mut child);
             Err(DaemonError::Vmm(failure))
         }
         Err(error) => {
             let silent = matches!(&error, ChannelError::Io(e) if e.kind() == io::ErrorKind::WouldBlock);
-            let status = end(&mut child, &plan.monitor_path);
+            let status = end(&mut child);
             if silent {
                 let (name, seconds) = (plan.domain.name.clone(), START_LIMIT.as_secs());
                 return Err(DaemonError::VmmSilent { name, seconds });
@@ -128,11 +133,9 @@ fn handshake(socket: UnixStream, machine: &vm_config::Machine) -> Result<StartRe
 }
 
 /// Ends a process that did not become a machine, and says how it ended by itself.
-fn end(child: &mut std::process::Child, monitor_path: &Path) -> Option<String> {
+fn end(child: &mut std::process::Child) -> Option<String> {
     let _ = child.kill();
-    let status = child.wait().ok();
-    let _ = fs::remove_file(monitor_path);
-    let status = status?;
+    let status = child.wait().ok()?;
     match (status.code(), status.signal()) {
         (Some(code), _) => Some(format!("exit status {code}")),
         // Our own kill says nothing.

@@ -1,6 +1,7 @@
 //! From a definition to the machine that vireo-vmm builds: every file opened here, passed as a descriptor.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -114,7 +115,7 @@ fn open_boot(domain: &DomainConfig, fds: &mut Fds) -> Result<Boot, DaemonError> 
         return Err(DaemonError::Unsupported { detail: detail.into() });
     };
     let mut open = |what, path: &str| {
-        let file = File::open(path).map_err(|source| DaemonError::BootFile { what, path: path.into(), source })?;
+        let file = open_regular(path).map_err(|source| DaemonError::BootFile { what, path: path.into(), source })?;
         Ok::<_, DaemonError>(fds.add(file))
     };
     Ok(Boot::Kernel {
@@ -122,6 +123,12 @@ fn open_boot(domain: &DomainConfig, fds: &mut Fds) -> Result<Boot, DaemonError> 
         initrd: domain.os.initrd.as_deref().map(|initrd| open("initrd", initrd)).transpose()?,
         cmdline: domain.os.cmdline.clone(),
     })
+}
+
+/// A pipe in a file's place is refused, and keeps nobody waiting for its other end.
+fn open_regular(path: &str) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is no regular file")) }
 }
 
 fn open_disk(disk: &xml::Disk, fds: &mut Fds) -> Result<(monitor::Disk, Vec<(String, String)>), DaemonError> {
