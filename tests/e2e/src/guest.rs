@@ -1,5 +1,5 @@
 //! A guest of two hundred bytes: says `up`, answers every letter in upper case, says `bye` and powers off when its power
-//! button is pressed. It halts between ticks of its APIC timer, so that many of them cost a host next to nothing.
+//! button is pressed or it reads an end of transmission (Ctrl+D). It halts between ticks of its APIC timer, so that many of them cost a host next to nothing.
 //!
 //! It starts as Xen's PVH entry has it: 32-bit protected mode, flat segments whose selectors are not to be relied on.
 
@@ -29,6 +29,8 @@ const PM1_CNT: u32 = 0x604;
 /// The first serial port: data and line status.
 const SERIAL: u32 = 0x3f8;
 const LINE_STATUS: u32 = 0x3fd;
+/// Ctrl+D in ASCII.
+const END_OF_TRANSMISSION: i32 = 4;
 
 /// The guest as a kernel that a `<kernel>` element may name.
 ///
@@ -45,7 +47,7 @@ fn code() -> Result<Vec<u8>, IcedError> {
     tables(&mut a)?;
     timer(&mut a)?;
     say(&mut a, "up\n")?;
-    let [mut idle, mut drain, mut answer, mut button] = [(); 4].map(|()| a.create_label());
+    let [mut idle, mut drain, mut answer, mut button, mut off] = [(); 5].map(|()| a.create_label());
     a.set_label(&mut idle)?;
     a.sti()?;
     a.hlt()?;
@@ -57,6 +59,8 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.jz(button)?;
     a.mov(edx, SERIAL)?;
     a.in_(al, dx)?;
+    a.cmp(al, END_OF_TRANSMISSION)?;
+    a.je(off)?;
     a.cmp(al, b'a' as i32)?;
     a.jb(answer)?;
     a.cmp(al, b'z' as i32)?;
@@ -70,6 +74,7 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.in_(ax, dx)?;
     a.test(ah, 1)?; // PWRBTN_STS
     a.jz(idle)?;
+    a.set_label(&mut off)?;
     say(&mut a, "bye\n")?;
     a.mov(edx, PM1_CNT)?;
     a.mov(eax, 7u32 << 10 | 1 << 13)?; // SLP_TYP 7, SLP_EN: S5

@@ -12,6 +12,7 @@ use crate::{DEADLINE, guest, process};
 /// A running daemon. Dropped, it takes its guests along.
 pub struct Host {
     directory: tempfile::TempDir,
+    options: Vec<&'static str>,
     daemon: Option<Child>,
 }
 
@@ -27,20 +28,22 @@ impl Drop for Host {
     }
 }
 
-impl Default for Host {
-    fn default() -> Host {
-        Host::start()
-    }
-}
-
 impl Host {
     /// Starts a daemon on an empty directory, in which lies the `kernel` of [`guest`].
     ///
     /// # Panics
     /// Where it does not come up.
     pub fn start() -> Host {
+        Host::start_with(&[])
+    }
+
+    /// The same, with more options for vireod.
+    ///
+    /// # Panics
+    /// Where it does not come up.
+    pub fn start_with(options: &[&'static str]) -> Host {
         let directory = tempfile::tempdir().expect("a temporary directory can be made");
-        let mut host = Host { directory, daemon: None };
+        let mut host = Host { directory, options: options.to_vec(), daemon: None };
         fs::write(host.path("kernel"), guest::kernel()).expect("the directory is ours");
         host.start_daemon();
         host
@@ -62,7 +65,8 @@ impl Host {
         socket.set_read_timeout(Some(DEADLINE)).expect("a socket takes a time limit");
         let log = OpenOptions::new().create(true).append(true).open(self.path("vireod.log"));
         let mut command = Command::new(program("vireod"));
-        command.args(["--system", "--root"]).arg(self.directory.path()).env("NOTIFY_SOCKET", &ready);
+        command.args(["--system", "--root"]).arg(self.directory.path()).args(&self.options);
+        command.env("NOTIFY_SOCKET", &ready);
         let child = command.stdin(Stdio::null()).stderr(log.expect("the directory is ours")).spawn();
         self.daemon = Some(child.expect("vireod can be run"));
         let got = socket.recv(&mut [0; 16]);

@@ -83,6 +83,14 @@ impl Screen {
         }
     }
 
+    /// Whether `text` is among what has been shown since the last wait, now.
+    pub fn shows(&mut self, text: &str) -> bool {
+        while let Ok(more) = self.printed.try_recv() {
+            self.shown.push_str(&String::from_utf8_lossy(&more));
+        }
+        self.shown.contains(text)
+    }
+
     /// Types a line until `answer` is shown: virsh throws away what was typed before it had set its terminal, and does not
     /// show when it has.
     ///

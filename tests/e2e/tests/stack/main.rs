@@ -1,3 +1,8 @@
 //! Real programs, real guests, an unmodified virsh.
 
+mod console;
+mod container;
+mod demo_guest;
+mod interfaces;
+mod refusals;
 mod survival;
