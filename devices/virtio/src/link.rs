@@ -21,6 +21,8 @@ pub(crate) enum Request {
     Start { queues: Vec<Moved>, features: u64 },
     /// Give the queues back.
     Stop,
+    /// The device is reset: forget the queues. What came back would be taken for the next driver's.
+    Forget,
 }
 
 /// Messages, and what both halves may touch.

@@ -286,7 +286,6 @@ impl VirtioPci {
                 return old; // not 0 until the reset is complete. VIRTIO 4.1.4.3.1
             }
             self.resetting = None;
-            self.link.take_returned();
         }
         self.status | if self.link.broken() { STATUS_NEEDS_RESET } else { 0 }
     }
@@ -314,8 +313,9 @@ impl VirtioPci {
     fn reset_device(&mut self) {
         let shown = self.shown_status();
         if self.status & STATUS_DRIVER_OK != 0 {
-            self.link.send(Request::Stop);
+            self.link.send(Request::Forget);
         }
+        self.link.take_returned();
         self.resetting = (shown != 0).then_some(shown);
         self.status = 0;
         self.device_feature_select = 0;

@@ -184,6 +184,15 @@ impl Rig {
         self.function().save()
     }
 
+    /// The machine is reset; its firmware maps BAR 4 again and the driver opens its vectors.
+    pub(crate) fn reset_machine(&mut self) {
+        self.function().reset();
+        self.settle();
+        self.function().config_write(0x20, 4, BAR as u32);
+        self.function().config_write(4, 2, 6);
+        self.open_vectors();
+    }
+
     fn before_access(&mut self) {
         if !self.reload {
             return;

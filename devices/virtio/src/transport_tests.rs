@@ -109,6 +109,30 @@ fn a_device_reset_forgets_the_driver() {
 }
 
 #[test]
+fn a_driver_after_a_reset_begins_at_the_start_of_its_rings() {
+    // Of the machine, or of the device by a driver that does not wait until the status reads 0.
+    for machine in [true, false] {
+        twice(|reload| {
+            let mut rig = rig(reload);
+            rig.start(1, 0);
+            for _ in 0..3 {
+                rig.offer(0, BUFFER);
+                assert_eq!(rig.used(0), Some(16));
+            }
+            match machine {
+                true => rig.reset_machine(),
+                false => rig.write(0x14, 1, 0),
+            }
+            rig.put(0x1000, &[0; 0x2000]);
+            rig.messages();
+            rig.start(1, 0);
+            rig.offer(0, BUFFER);
+            assert_eq!((rig.used(0), rig.messages()), (Some(16), vec![0x41]));
+        });
+    }
+}
+
+#[test]
 fn a_queue_is_set_up_once_and_its_numbers_are_checked() {
     twice(|reload| {
         let mut rig = rig(reload);

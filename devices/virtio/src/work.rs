@@ -75,6 +75,11 @@ impl<D: Device> Working<D> {
                     self.device.stop();
                     self.link.done(std::mem::take(&mut self.queues));
                 }
+                Request::Forget => {
+                    self.device.stop();
+                    self.queues.clear();
+                    self.link.done(Vec::new());
+                }
             }
         }
     }
