@@ -1,10 +1,18 @@
-//! A guest of two hundred bytes: says `up`, answers every letter in upper case, says `bye` and powers off when its power
-//! button is pressed or it reads an end of transmission (Ctrl+D). It halts between ticks of its APIC timer, so that many of them cost a host next to nothing.
+//! A guest of a few hundred bytes: says `up`, answers every letter in upper case, says `bye` and powers off when its power
+//! button is pressed. It also obeys [`POWER_OFF`], [`RESET`] and [`PANIC`]. It halts between ticks of its APIC timer, so
+//! that many of them cost a host next to nothing.
 //!
 //! It starts as Xen's PVH entry has it: 32-bit protected mode, flat segments whose selectors are not to be relied on.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+
+/// Typed, makes the guest power off: Ctrl+D.
+pub const POWER_OFF: u8 = 4;
+/// Typed, makes the guest reset its machine: Ctrl+R.
+pub const RESET: u8 = 0x12;
+/// Typed, makes the guest report a panic: Ctrl+C.
+pub const PANIC: u8 = 3;
 
 /// Where it is loaded; its entry.
 const CODE: u32 = 0x10_0000;
@@ -26,11 +34,12 @@ const APIC_DIVIDE: u32 = 0xfee0_03e0;
 /// Power management of the machine. ACPI 4.8.3.1, 4.8.3.2
 const PM1_STS: u32 = 0x600;
 const PM1_CNT: u32 = 0x604;
+/// The machine's reset control register and the panic event port.
+const RESET_CONTROL: u32 = 0xcf9;
+const PANIC_EVENT: u32 = 0x505;
 /// The first serial port: data and line status.
 const SERIAL: u32 = 0x3f8;
 const LINE_STATUS: u32 = 0x3fd;
-/// Ctrl+D in ASCII.
-const END_OF_TRANSMISSION: i32 = 4;
 
 /// The guest as a kernel that a `<kernel>` element may name.
 ///
@@ -47,7 +56,8 @@ fn code() -> Result<Vec<u8>, IcedError> {
     tables(&mut a)?;
     timer(&mut a)?;
     say(&mut a, "up\n")?;
-    let [mut idle, mut drain, mut answer, mut button, mut off] = [(); 5].map(|()| a.create_label());
+    let [mut idle, mut drain, mut reset, mut panic] = [(); 4].map(|()| a.create_label());
+    let [mut answer, mut button, mut off] = [(); 3].map(|()| a.create_label());
     a.set_label(&mut idle)?;
     a.sti()?;
     a.hlt()?;
@@ -59,8 +69,10 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.jz(button)?;
     a.mov(edx, SERIAL)?;
     a.in_(al, dx)?;
-    a.cmp(al, END_OF_TRANSMISSION)?;
-    a.je(off)?;
+    for (byte, label) in [(POWER_OFF, off), (RESET, reset), (PANIC, panic)] {
+        a.cmp(al, i32::from(byte))?;
+        a.je(label)?;
+    }
     a.cmp(al, b'a' as i32)?;
     a.jb(answer)?;
     a.cmp(al, b'z' as i32)?;
@@ -80,6 +92,13 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.mov(eax, 7u32 << 10 | 1 << 13)?; // SLP_TYP 7, SLP_EN: S5
     a.out(dx, ax)?;
     a.hlt()?;
+    for (label, port, value) in [(&mut reset, RESET_CONTROL, 6u32), (&mut panic, PANIC_EVENT, 1)] {
+        a.set_label(label)?;
+        a.mov(edx, port)?;
+        a.mov(eax, value)?;
+        a.out(dx, al)?;
+        a.hlt()?;
+    }
     a.assemble(CODE.into())
 }
 

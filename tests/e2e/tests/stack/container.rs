@@ -78,9 +78,7 @@ impl Container {
 
     fn virsh_command(&self, line: &str) -> Command {
         let mut command = inside(self.home(), "/usr/bin/virsh");
-        // Told where, because root's virsh would look for the host's daemon.
-        let socket = self.home().join("run/libvirt/libvirt-sock");
-        command.args(["-c", &format!("qemu+unix:///session?socket={}", socket.display()), line]);
+        command.args(["-c", "qemu:///session", line]);
         command
     }
 
@@ -139,6 +137,27 @@ fn guests_run_where_nothing_more_is_allowed_than_in_a_container() {
         assert_eq!(container.virsh(line), expected);
     }
     assert_eq!(fs::read_to_string(container.home().join("vireod.log")).unwrap(), "");
+}
+
+#[test]
+fn vireo_starts_the_daemon_of_its_session_by_itself() {
+    let mut container = Container::start();
+    container.daemon.kill().unwrap();
+    container.daemon.wait().unwrap();
+    let vireo = |line: &str| {
+        let mut command = inside(container.home(), container.home().join("vireo"));
+        shown(&command.args(["-c", "qemu:///session"]).args(line.split(' ')).output().unwrap())
+    };
+    fs::write(container.home().join("vm1.xml"), Domain::named("vm1").document(&container.home().join("kernel")))
+        .unwrap();
+    assert_eq!(vireo("define vm1.xml"), "Domain 'vm1' defined from vm1.xml\n");
+    assert_eq!(vireo("start vm1"), "Domain 'vm1' started\n");
+    assert_eq!(container.virsh("domstate vm1"), "running\n");
+    let guest = container.guest_pid("vm1");
+    let daemon = process::status(&guest, "PPid");
+    assert_eq!(process::status(&daemon, "Name"), "vireod");
+    assert_eq!(vireo("destroy vm1"), "Domain 'vm1' destroyed\n");
+    process::kill(&daemon);
 }
 
 #[test]

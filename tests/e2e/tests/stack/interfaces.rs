@@ -71,6 +71,33 @@ fn sockets_below_a_root() {
     }
 }
 
+/// Runs in namespaces of its own on empty directories: the host's own are not touched.
+const SYSTEM_DAEMON: &str = "
+    for place in /run /etc/libvirt /var/log /var/lib; do mount -t tmpfs none $place || exit 77; done
+    \"$0\" --system & daemon=$!
+    until [ -S /run/libvirt/libvirt-sock-ro ]; do kill -0 $daemon || exit 1; done
+    cd /run/libvirt && ls -d *-sock*
+    virsh -c qemu:///system uri && virsh -r -c qemu:///system list --name
+    kill $daemon && wait $daemon
+";
+
+#[test]
+fn sockets_of_the_system_are_where_virsh_looks() {
+    let mut command = Command::new("unshare");
+    let namespace = if rustix::process::geteuid().is_root() { "--mount" } else { "--map-root-user" };
+    command.args([namespace, "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", SYSTEM_DAEMON]);
+    command.arg(program("vireod")).stdin(Stdio::null()).env("LC_ALL", "C").env_remove("LIBVIRT_DEFAULT_URI");
+    let output = command.output().unwrap();
+    let may_not = output.status.code() == Some(77) || shown(&output).contains("unshare failed");
+    if may_not {
+        eprintln!("skipped: this host lets this user mount nothing, in no namespace");
+        return;
+    }
+    let sockets = "libvirt-sock\nlibvirt-sock-ro\nvirtqemud-sock\nvirtqemud-sock-ro\n";
+    assert_eq!(shown(&output), format!("{sockets}qemu:///system\n"));
+    assert!(output.status.success(), "{output:?}");
+}
+
 #[test]
 fn sockets_of_a_session_and_of_a_session_without_a_runtime_directory() {
     for runtime in [true, false] {
@@ -125,8 +152,7 @@ fn a_throw_away_machine_ends_as_its_guest_does() {
             assert_eq!(screen.read(&mut byte).unwrap(), 1, "the guest ended after {seen:?}");
             seen.push(char::from(byte[0]));
         }
-        // Ctrl+D: the guest powers off.
-        keyboard.write_all(b"\x04").unwrap();
+        keyboard.write_all(&[guest::POWER_OFF]).unwrap();
         screen.read_to_string(&mut seen).unwrap();
         let mut words = String::new();
         child.stderr.take().unwrap().read_to_string(&mut words).unwrap();

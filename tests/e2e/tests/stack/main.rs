@@ -4,5 +4,6 @@ mod console;
 mod container;
 mod demo_guest;
 mod interfaces;
+mod lifecycle;
 mod refusals;
 mod survival;
