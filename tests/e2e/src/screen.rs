@@ -6,8 +6,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::pty::OpenptFlags;
+use rustix::time::Timespec;
 
 use crate::DEADLINE;
 
@@ -112,7 +115,7 @@ impl Screen {
     /// Types Ctrl+], waits for the program to end by itself, and returns how.
     ///
     /// # Panics
-    /// Where it cannot be asked how it ended.
+    /// Where it does not in time.
     pub fn leave(mut self) -> ExitStatus {
         self.type_in("\u{1d}");
         self.end()
@@ -121,8 +124,12 @@ impl Screen {
     /// Waits for the program to end by itself, and returns how.
     ///
     /// # Panics
-    /// Where it cannot be asked how it ended.
+    /// Where it does not in time.
     pub fn end(mut self) -> ExitStatus {
+        let process = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).expect("the program is our child");
+        let limit = Timespec { tv_sec: DEADLINE.as_secs() as i64, tv_nsec: 0 };
+        let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit));
+        assert_eq!(ended, Ok(1), "the program does not end; shown since: {}", self.shown);
         self.child.wait().expect("the program is our child")
     }
 

@@ -56,6 +56,7 @@ fn the_console_log_is_begun_anew_or_continued_as_the_document_says() {
         screen.ask("seen", "SEEN");
         assert!(screen.leave().success());
         // What is typed is not output; what the guest answers is.
+        host.wait_printed(name, "SEEN\n");
         let logged = fs::read_to_string(&log).unwrap();
         assert!(logged.starts_with(&format!("{twice}SEEN\n")), "{name}: {logged:?}");
     }

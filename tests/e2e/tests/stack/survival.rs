@@ -23,7 +23,10 @@ fn guests_do_not_notice_that_their_daemon_was_killed() {
     let before = ask(&host);
     let processes = ["vm1", "vm2"].map(|name| host.guest_pid(name));
     let terminal = host.virsh("ttyconsole vm1").trim().to_owned();
+    let mut attached = Screen::run(host.virsh_command("console vm2"));
+    attached.ask("hello", "HELLO");
     host.kill_daemon();
+    drop(attached);
     // Typed and answered while there is no daemon.
     let mut keyboard = OpenOptions::new().write(true).open(terminal).unwrap();
     keyboard.write_all(b"is anybody there?\n").unwrap();
