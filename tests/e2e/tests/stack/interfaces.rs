@@ -71,11 +71,12 @@ fn sockets_below_a_root() {
     }
 }
 
-/// Runs in namespaces of its own on empty directories: the host's own are not touched.
+/// Runs in namespaces of its own on empty directories: the host's own are not touched. It waits for the socket that is
+/// opened last.
 const SYSTEM_DAEMON: &str = "
     for place in /run /etc/libvirt /var/log /var/lib; do mount -t tmpfs none $place || exit 77; done
     \"$0\" --system & daemon=$!
-    until [ -S /run/libvirt/libvirt-sock-ro ]; do kill -0 $daemon || exit 1; done
+    until [ -S /run/libvirt/virtqemud-sock-ro ]; do kill -0 $daemon || exit 1; done
     cd /run/libvirt && ls -d *-sock*
     virsh -c qemu:///system uri && virsh -r -c qemu:///system list --name
     kill $daemon && wait $daemon
