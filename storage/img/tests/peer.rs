@@ -21,6 +21,9 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Where qemu-img begins to tell of the file.
+const CHILD: &str = "Child node";
+
 /// A directory with images of every kind that is known, made by qemu-img.
 fn images() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -45,11 +48,16 @@ fn info_reads_as_qemu_img_prints_it() {
     let dir = images();
     for image in IMAGES {
         let line = format!("info {image}");
-        assert_eq!(text(&ours(dir.path(), &line)), text(&theirs(dir.path(), &line)), "{line}");
+        let (said, wanted) = (text(&ours(dir.path(), &line)), text(&theirs(dir.path(), &line)));
+        // qemu-img before 8.1 does not tell of the file below the format.
+        let said = if wanted.contains(CHILD) { said } else { said.split(CHILD).next().unwrap_or_default().to_owned() };
+        assert_eq!(said, wanted, "{line}");
         let line = format!("info --output=json -U {image}");
         let [a, b]: [Value; 2] =
             [ours(dir.path(), &line), theirs(dir.path(), &line)].map(|o| serde_json::from_slice(&o.stdout).unwrap());
-        assert_eq!(a, b, "{line}");
+        for (field, value) in b.as_object().unwrap() {
+            assert_eq!(&a[field], value, "{line}: {field}");
+        }
     }
     let line = "info --output json --backing-chain sub/far.qcow2";
     let [a, b]: [Value; 2] =
