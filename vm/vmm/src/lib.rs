@@ -16,6 +16,7 @@ pub mod disk;
 pub mod engine;
 pub mod error;
 pub mod event;
+pub mod heap;
 pub mod host_probe;
 pub mod io_thread;
 pub mod lifecycle;

@@ -17,10 +17,11 @@ use vmm::sandbox::{self, Deed};
 use vmm::setup::{self, Files, OwnTerminal};
 use vmm::start::StartSocket;
 use vmm::words::say;
-use vmm::{engine, host_probe, signals, terminal};
+use vmm::{engine, heap, host_probe, signals, terminal};
 
 fn main() -> ExitCode {
     install_last_words();
+    heap::share();
     let mut args = std::env::args_os().skip(1);
     let command = args.next().unwrap_or_default();
     let result = match command.to_str().unwrap_or_default() {
