@@ -2,8 +2,8 @@
 //!
 //! A [`Disk`] is opened from file descriptors and opens nothing by path; [`resolve_chain`] does that for the
 //! daemon and the command line, with locks that exclude QEMU. Requests carry the guest's own buffers down to
-//! `preadv` and `pwritev`. One thread at a time uses a disk; it blocks in system calls. The engine reaches
-//! files only through [`FileBackend`], which tests replace by one that records, fails or loses writes.
+//! `preadv` and `pwritev`. Any number of threads use a disk at once; they block in system calls, and an image's
+//! one lock is held only while its tables are looked at. The engine reaches files only through [`FileBackend`], which tests replace by one that records, fails or loses writes.
 //!
 //! Durability of qcow2: refcounts and data are on disk before the tables that refer to them, and a cluster
 //! is reused only after the tables that referred to it are gone from the disk. A crash at any write leaks
@@ -19,18 +19,21 @@ mod disk;
 mod error;
 mod host_file;
 mod io;
+mod node;
 mod qcow2;
 mod raw;
 mod slice_cache;
+pub mod spec;
 #[allow(unsafe_code)]
 mod sys;
 
 pub use chain::{ChainFile, Checked, ImageInfo, Qcow2Info, check_image, inspect, resolve_chain, resolve_chain_probing};
 pub use create::{CreateOptions, create_qcow2, create_raw};
-pub use disk::{CacheMode, ChainBackend, Counters, Discard, Disk, OpenOptions};
+pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};
 pub use host_file::{HostFile, use_direct_io};
 pub use image::Format;
 pub use image::qcow2::CompressionType;
 pub use io::FileBackend;
+pub use node::{Extent, ExtentKind};
 pub use sys::{ReadBufs, WriteBufs};
