@@ -180,10 +180,10 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
         }
         let have = self.file_bytes.saturating_sub(header.snapshots_offset).min(SNAPSHOT_TABLE_MAX_BYTES);
         let table = self.bytes(header.snapshots_offset, have)?;
-        let (snapshots, table_bytes) = parse_snapshots(header, &table).map_err(CheckError::Snapshots)?;
-        self.count(header.snapshots_offset, table_bytes.min(have), "the snapshot table");
-        for l1 in snapshots {
-            self.l1(l1, false)?;
+        let table = parse_snapshots(header, &table).map_err(CheckError::Snapshots)?;
+        self.count(header.snapshots_offset, table.bytes.min(have), "the snapshot table");
+        for snapshot in table.snapshots {
+            self.l1(snapshot.l1, false)?;
         }
         Ok(())
     }

@@ -11,9 +11,16 @@ pub const INCOMPAT_DIRTY: u64 = 1;
 pub const INCOMPAT_CORRUPT: u64 = 1 << 1;
 /// Compatible feature bit: refcounts may be behind.
 pub const COMPAT_LAZY_REFCOUNTS: u64 = 1;
-const INCOMPAT_DATA_FILE: u64 = 1 << 2;
-const INCOMPAT_COMPRESSION: u64 = 1 << 3;
-const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
+/// Incompatible feature bit 2: guest data lies in another file.
+pub const INCOMPAT_DATA_FILE: u64 = 1 << 2;
+/// Incompatible feature bit 3: byte 104 says how clusters are compressed.
+pub const INCOMPAT_COMPRESSION: u64 = 1 << 3;
+/// Incompatible feature bit 4: L2 entries have 128 bits.
+pub const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
+/// Autoclear feature bit 0: the bitmaps extension describes the image as it is.
+pub const AUTOCLEAR_BITMAPS: u64 = 1;
+/// Autoclear feature bit 1: the external data file is a raw image of the disk.
+pub const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
 const INCOMPAT_KNOWN: u64 = INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_COMPRESSION;
 
 /// File offset of the incompatible feature bits (u64).
@@ -26,7 +33,14 @@ pub const REFTABLE_POINTER_OFFSET: u64 = 48;
 const MAGIC: &[u8] = b"QFI\xfb";
 const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+/// Type of the extension that names feature bits.
+pub const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+/// Type of the extension that says where bitmaps are.
+pub const EXT_BITMAPS: u32 = 0x2385_2875;
+/// Smallest cluster with extended L2 entries is 16 KiB, so that a subcluster has a sector.
+const EXTENDED_L2_CLUSTER_BITS_MIN: u32 = 14;
+/// A record of the feature name table: type, bit, 46 bytes of name.
+const FEATURE_NAME_BYTES: usize = 48;
 const V2_BYTES: usize = 72;
 const V3_BYTES: usize = 104;
 
@@ -76,6 +90,10 @@ pub enum HeaderError {
         "the header extension of type {kind:#010x} at byte {at} has {bytes} bytes, past the end of the header area"
     )]
     Extension { kind: u32, at: usize, bytes: u32 },
+    #[error("extended L2 entries need clusters of at least 16 KiB, not {cluster_bytes} bytes")]
+    SmallExtendedClusters { cluster_bytes: u64 },
+    #[error("{feature} needs version 3 (compat=1.1) of the format")]
+    NeedsVersion3 { feature: &'static str },
     #[error("the virtual size {0} is larger than 2^63 bytes")]
     Size(u64),
     #[error("header and backing file name need {need} bytes, but the first cluster has {cluster_bytes}")]
@@ -154,7 +172,13 @@ impl Header {
             return Err(HeaderError::Encrypted(u32_at(32)?));
         }
         let mut header = Header {
-            geometry: Geometry { cluster_bits: u32_at(20)?, refcount_order: 4, version, size_bytes: u64_at(24)? },
+            geometry: Geometry {
+                cluster_bits: u32_at(20)?,
+                refcount_order: 4,
+                version,
+                size_bytes: u64_at(24)?,
+                extended_l2: false,
+            },
             backing_name: None,
             backing_format: None,
             l1_entries: u32_at(36)?,
@@ -191,6 +215,7 @@ impl Header {
             return Err(HeaderError::RefcountOrder(order));
         }
         self.geometry.refcount_order = order;
+        self.geometry.extended_l2 = self.incompatible & INCOMPAT_EXTENDED_L2 != 0;
         let length = be32(area, 100).ok_or_else(cut)?;
         if (length as usize) < V3_BYTES || u64::from(length) > cluster_bytes || length % 8 != 0 {
             return Err(HeaderError::HeaderLength { got: length, cluster_bytes });
@@ -267,7 +292,7 @@ impl Header {
         let table = self.extensions.iter().find(|ext| ext.kind == EXT_FEATURE_NAMES)?;
         let record = table
             .data
-            .chunks_exact(48)
+            .chunks_exact(FEATURE_NAME_BYTES)
             .find(|r| r.first() == Some(&0) && r.get(1).map(|b| u32::from(*b)) == Some(bit))?;
         let name: String = String::from_utf8_lossy(record.get(2..)?).chars().filter(|c| !c.is_control()).collect();
         Some(name)
@@ -276,6 +301,9 @@ impl Header {
     fn check_limits(&self) -> Result<(), HeaderError> {
         let geometry = &self.geometry;
         let cluster_bytes = geometry.cluster_bytes();
+        if geometry.extended_l2 && geometry.cluster_bits < EXTENDED_L2_CLUSTER_BITS_MIN {
+            return Err(HeaderError::SmallExtendedClusters { cluster_bytes });
+        }
         if geometry.size_bytes > i64::MAX as u64 {
             return Err(HeaderError::Size(geometry.size_bytes));
         }
@@ -310,6 +338,22 @@ impl Header {
     /// Whether refcounts must be rebuilt before the first write.
     pub fn is_dirty(&self) -> bool {
         self.incompatible & INCOMPAT_DIRTY != 0
+    }
+
+    /// Contents of the first extension of a type.
+    pub fn extension(&self, kind: u32) -> Option<&[u8]> {
+        self.extensions.iter().find(|ext| ext.kind == kind).map(|ext| ext.data.as_slice())
+    }
+
+    /// Replaces the extension of a type, adds it, or with `None` removes it.
+    pub fn set_extension(&mut self, kind: u32, data: Option<Vec<u8>>) {
+        let at = self.extensions.iter().position(|ext| ext.kind == kind);
+        match (at.and_then(|at| self.extensions.get_mut(at)), data) {
+            (Some(ext), Some(data)) => ext.data = data,
+            (Some(_), None) => self.extensions.retain(|ext| ext.kind != kind),
+            (None, Some(data)) => self.extensions.push(Extension { kind, data }),
+            (None, None) => {}
+        }
     }
 
     /// Whether a writer found damage.
@@ -365,6 +409,28 @@ impl Header {
     }
 }
 
+/// The extension that names the feature bits of version 3, for readers that do not know one of them. The bytes are
+/// those that QEMU writes.
+pub fn feature_names() -> Extension {
+    const NAMES: [(u8, u8, &str); 8] = [
+        (0, 0, "dirty bit"),
+        (0, 1, "corrupt bit"),
+        (0, 2, "external data file"),
+        (0, 3, "compression type"),
+        (0, 4, "extended L2 entries"),
+        (1, 0, "lazy refcounts"),
+        (2, 0, "bitmaps"),
+        (2, 1, "raw external data"),
+    ];
+    let mut data = Vec::with_capacity(NAMES.len() * FEATURE_NAME_BYTES);
+    for (kind, bit, name) in NAMES {
+        data.extend([kind, bit]);
+        data.extend_from_slice(name.as_bytes());
+        data.resize(data.len().next_multiple_of(FEATURE_NAME_BYTES), 0);
+    }
+    Extension { kind: EXT_FEATURE_NAMES, data }
+}
+
 fn push_extension(out: &mut Vec<u8>, kind: u32, data: &[u8]) {
     out.extend(kind.to_be_bytes());
     out.extend((data.len() as u32).to_be_bytes());
@@ -375,7 +441,7 @@ fn push_extension(out: &mut Vec<u8>, kind: u32, data: &[u8]) {
 #[cfg(test)]
 fn sample() -> Header {
     Header {
-        geometry: Geometry { cluster_bits: 16, refcount_order: 4, version: 3, size_bytes: 1 << 30 },
+        geometry: Geometry { cluster_bits: 16, refcount_order: 4, version: 3, size_bytes: 1 << 30, extended_l2: false },
         backing_name: Some("base.raw".to_owned()),
         backing_format: Some("raw".to_owned()),
         l1_offset: 0x3_0000,

@@ -23,6 +23,14 @@ pub enum EntryError {
         /// The cluster size.
         cluster_bytes: u64,
     },
+    /// A subcluster that is said to hold data and to read as zeroes, or data in no cluster.
+    #[error("extended L2 entry {raw:#018x} has the subcluster bitmap {bitmap:#018x}, which contradicts it or itself")]
+    Subclusters {
+        /// The descriptor.
+        raw: u64,
+        /// The bitmap.
+        bitmap: u64,
+    },
 }
 
 /// An entry of the L1 table.
@@ -97,7 +105,9 @@ impl L2Entry {
             return Err(EntryError::UnalignedData { raw, cluster_bytes: geometry.cluster_bytes() });
         }
         let copied = raw & COPIED != 0;
-        Ok(match (geometry.version >= 3 && raw & ZERO != 0, host) {
+        // With extended entries the bitmap says what reads as zeroes; see `ExtendedEntry`.
+        let zero_flag = geometry.version >= 3 && !geometry.extended_l2;
+        Ok(match (zero_flag && raw & ZERO != 0, host) {
             (true, 0) => L2Entry::Zero { host: None, copied: false },
             (true, _) => L2Entry::Zero { host: Some(host), copied },
             (false, 0) => L2Entry::Unallocated,
@@ -207,7 +217,8 @@ pub fn plan_discard(entry: L2Entry, geometry: &Geometry, has_backing: bool) -> Z
 }
 
 #[cfg(test)]
-const V3: Geometry = Geometry { cluster_bits: 16, refcount_order: 4, version: 3, size_bytes: 1 << 30 };
+const V3: Geometry =
+    Geometry { cluster_bits: 16, refcount_order: 4, version: 3, size_bytes: 1 << 30, extended_l2: false };
 #[cfg(test)]
 const V2: Geometry = Geometry { version: 2, ..V3 };
 

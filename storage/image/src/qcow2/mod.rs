@@ -2,7 +2,8 @@
 //!
 //! [`Header`] says where the tables are, [`Geometry`] does the index arithmetic, [`L2Entry`] and the plans in
 //! `mapping` say what an access means and must change, [`refcount`] reads and writes refcount blocks,
-//! [`check`] walks a whole image, [`layout`] lays out a new one.
+//! [`check`] walks a whole image, [`layout`] lays out a new one, [`parse_snapshots`] reads the internal snapshots,
+//! [`ExtendedEntry`] is an L2 entry with subclusters.
 
 pub mod check;
 mod compressed;
@@ -12,15 +13,21 @@ pub mod layout;
 mod mapping;
 pub mod refcount;
 mod snapshot;
+mod subclusters;
 
 pub use compressed::{CompressionType, DecompressError, decompress};
-pub use geometry::{Geometry, L2_SLICE_MAX_BYTES};
+pub use geometry::{Geometry, L2_SLICE_MAX_BYTES, SUBCLUSTERS};
 pub use header::{
-    AUTOCLEAR_OFFSET, COMPAT_LAZY_REFCOUNTS, Extension, Header, HeaderError, INCOMPAT_CORRUPT, INCOMPAT_DIRTY,
-    INCOMPAT_OFFSET, REFTABLE_POINTER_OFFSET, header_area_bytes,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_OFFSET, AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, EXT_BITMAPS, EXT_FEATURE_NAMES,
+    Extension, Header, HeaderError, INCOMPAT_COMPRESSION, INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY,
+    INCOMPAT_EXTENDED_L2, INCOMPAT_OFFSET, REFTABLE_POINTER_OFFSET, feature_names, header_area_bytes,
 };
 pub use mapping::{EntryError, Freed, L1Entry, L2Entry, WritePlan, ZeroPlan, plan_discard, plan_write, plan_zero};
-pub use snapshot::{SnapshotError, SnapshotL1, parse_snapshots};
+pub use snapshot::{
+    Snapshot, SnapshotError, SnapshotL1, SnapshotTable, find_by_id_or_name, find_by_name, next_snapshot_id,
+    parse_snapshots, serialise_snapshots,
+};
+pub use subclusters::{ExtendedEntry, SubclusterWrite, Subclusters, plan_subcluster_write, subcluster_mask};
 
 /// Bit 63 of an L1 or L2 entry: the refcount is exactly one, so the cluster may be changed in place.
 pub const COPIED: u64 = 1 << 63;
