@@ -8,9 +8,12 @@
 //! encryption. The qcow2 specification meant below is "qcow2 image format", `docs/interop/qcow2.txt` of QEMU.
 #![forbid(unsafe_code)]
 
+mod bytes;
 mod format;
 pub mod qcow2;
+pub mod vmdk;
 
+pub use bytes::NewFile;
 pub use format::{Format, FormatMismatch, PROBE_BYTES, check_declared, probe};
 
 /// Big-endian u16 at `at`; `None` past the end.
