@@ -273,7 +273,7 @@ fn to_qcow2(raw: &Path, image: &Path) -> Result<()> {
     }
     block::create_qcow2(&partial, DISK_BYTES, &CreateOptions::default())?;
     let chain = block::resolve_chain(&partial, Some(Format::Qcow2), false, true)?;
-    let mut disk = Disk::open(chain, &OpenOptions { format: Format::Qcow2, ..OpenOptions::default() })?;
+    let disk = Disk::open(chain, &OpenOptions { format: Format::Qcow2, ..OpenOptions::default() })?;
     let mut source = File::open(raw)?;
     let mut buffer = vec![0u8; 64 << 10];
     for offset in (0..DISK_BYTES).step_by(buffer.len()) {

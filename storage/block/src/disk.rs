@@ -1,7 +1,9 @@
 //! A guest disk: the top image takes the writes, what it does not map shows through from below.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use image::Format;
 use vm_memory::VolatileSlice;
@@ -11,6 +13,7 @@ use crate::chain::ChainFile;
 use crate::error::{Action, BlockError};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
+use crate::node::{Below, Extent, ExtentKind, Node, read_chain};
 use crate::qcow2::{Qcow2Node, Qcow2Options};
 use crate::raw::RawNode;
 use crate::sys::{ReadBufs, WriteBufs};
@@ -97,57 +100,45 @@ pub struct Counters {
     pub allocated_bytes: u64,
 }
 
-pub(crate) enum Node {
-    Raw(RawNode),
-    Qcow2(Box<Qcow2Node>),
+/// Where in a chain a run of a disk comes from, see [`Disk::extent`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChainExtent {
+    /// How many layers down the run is decided: 0 is the top image.
+    pub depth: usize,
+    /// The run. [`ExtentKind::Below`] means that no layer says anything: it reads as zeroes.
+    pub extent: Extent,
 }
 
-impl Node {
-    fn size_bytes(&self) -> u64 {
-        match self {
-            Node::Raw(node) => node.size_bytes(),
-            Node::Qcow2(node) => node.size_bytes(),
-        }
-    }
+/// Counters that any thread may add to.
+#[derive(Default)]
+struct Meters {
+    reads: AtomicU64,
+    read_bytes: AtomicU64,
+    writes: AtomicU64,
+    written_bytes: AtomicU64,
+    flushes: AtomicU64,
+    discards: AtomicU64,
+    discarded_bytes: AtomicU64,
 }
 
-/// Reads from the first of `nodes`, and through it from those below. What lies past its end is zeroes.
-pub(crate) fn read_chain(nodes: &mut [Node], offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
-    let Some((top, below)) = nodes.split_first_mut() else {
-        bufs.fill_zero();
-        return Ok(());
-    };
-    let inside = usize::try_from(top.size_bytes().saturating_sub(offset)).unwrap_or(usize::MAX).min(bufs.len());
-    if inside < bufs.len() {
-        bufs.range(inside, bufs.len() - inside).fill_zero();
-    }
-    if inside == 0 {
-        return Ok(());
-    }
-    let cut;
-    let bufs = if inside == bufs.len() {
-        bufs
-    } else {
-        cut = bufs.range(0, inside);
-        &cut
-    };
-    match top {
-        Node::Raw(node) => node.read(offset, bufs),
-        Node::Qcow2(node) => node.read(below, offset, bufs),
+impl Meters {
+    fn count(requests: &AtomicU64, bytes: &AtomicU64, more: u64) {
+        requests.fetch_add(1, Ordering::Relaxed);
+        bytes.fetch_add(more, Ordering::Relaxed);
     }
 }
 
-/// One guest disk: a chain of images opened from file descriptors. `Send`; used by one I/O thread at a time.
+/// One guest disk: a chain of images opened from file descriptors. Any number of threads use it at once;
+/// requests that overlap and are in flight together take effect in any order, as on a real disk.
 /// Dropping it writes tables back as [`Disk::flush`] does, without reporting errors: flush first.
 pub struct Disk {
-    nodes: Vec<Node>,
+    nodes: Vec<Arc<dyn Node>>,
     path: PathBuf,
     read_only: bool,
     discard: Discard,
     detect_zeroes: bool,
-    cache: CacheMode,
     size_bytes: u64,
-    counters: Counters,
+    meters: Meters,
 }
 
 impl Disk {
@@ -172,16 +163,15 @@ impl Disk {
             let next = labels.get(depth + 1);
             nodes.push(open_node(layer, depth, next, opts)?);
         }
-        let size_bytes = nodes.first().map_or(0, Node::size_bytes);
+        let size_bytes = nodes.first().map_or(0, |top| top.size_bytes());
         Ok(Disk {
             nodes,
             path,
             read_only: opts.read_only,
             discard: opts.discard,
             detect_zeroes: opts.detect_zeroes,
-            cache: opts.cache,
             size_bytes,
-            counters: Counters::default(),
+            meters: Meters::default(),
         })
     }
 
@@ -192,7 +182,7 @@ impl Disk {
 
     /// Reads guest memory full from `offset`. The slices are marked dirty in their bitmaps, also when the
     /// read fails, because any part may have been filled.
-    pub fn read_at<B: BitmapSlice>(&mut self, offset: u64, bufs: &[VolatileSlice<'_, B>]) -> Result<(), BlockError> {
+    pub fn read_at<B: BitmapSlice>(&self, offset: u64, bufs: &[VolatileSlice<'_, B>]) -> Result<(), BlockError> {
         let result = self.read_bufs(offset, &ReadBufs::from_guest(bufs));
         for slice in bufs {
             slice.bitmap().mark_dirty(0, slice.len());
@@ -202,95 +192,132 @@ impl Disk {
 
     /// Writes guest memory to `offset`. After an error any part may have been written; the same write can be
     /// repeated.
-    pub fn write_at<B: BitmapSlice>(&mut self, offset: u64, bufs: &[VolatileSlice<'_, B>]) -> Result<(), BlockError> {
+    pub fn write_at<B: BitmapSlice>(&self, offset: u64, bufs: &[VolatileSlice<'_, B>]) -> Result<(), BlockError> {
         self.write_bufs(offset, &WriteBufs::from_guest(bufs))
     }
 
     /// Reads into our own memory.
-    pub fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         self.read_bufs(offset, &ReadBufs::from_slice(buf))
     }
 
     /// Writes our own memory.
-    pub fn write(&mut self, offset: u64, buf: &[u8]) -> Result<(), BlockError> {
+    pub fn write(&self, offset: u64, buf: &[u8]) -> Result<(), BlockError> {
         self.write_bufs(offset, &WriteBufs::from_slice(buf))
     }
 
-    fn read_bufs(&mut self, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
+    /// What the disk is made of from `offset` on: the longest run, at most `bytes`, that one answer describes, or
+    /// a part of it. `bytes` is at least 1.
+    pub fn extent(&self, offset: u64, bytes: u64) -> Result<ChainExtent, BlockError> {
+        self.check_range(offset, bytes)?;
+        let mut bytes = bytes;
+        for (depth, node) in self.nodes.iter().enumerate() {
+            let inside = node.size_bytes().saturating_sub(offset);
+            if inside == 0 {
+                let extent = Extent { bytes, kind: ExtentKind::Below, host: None, compressed: false };
+                return Ok(ChainExtent { depth, extent });
+            }
+            let extent = node.extent(offset, bytes.min(inside))?;
+            if extent.kind != ExtentKind::Below {
+                return Ok(ChainExtent { depth, extent });
+            }
+            bytes = extent.bytes;
+        }
+        let extent = Extent { bytes, kind: ExtentKind::Below, host: None, compressed: false };
+        Ok(ChainExtent { depth: self.nodes.len(), extent })
+    }
+
+    fn top(&self) -> Result<(&dyn Node, Below<'_>), BlockError> {
+        let (top, below) = self.nodes.split_first().ok_or(BlockError::EmptyChain)?;
+        Ok((&**top, below))
+    }
+
+    fn read_bufs(&self, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
         self.check_range(offset, bufs.len() as u64)?;
-        read_chain(&mut self.nodes, offset, bufs)?;
-        self.counters.reads += 1;
-        self.counters.read_bytes += bufs.len() as u64;
+        read_chain(&self.nodes, offset, bufs)?;
+        Meters::count(&self.meters.reads, &self.meters.read_bytes, bufs.len() as u64);
         Ok(())
     }
 
-    fn write_bufs(&mut self, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
+    fn write_bufs(&self, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
         let bytes = bufs.len() as u64;
         self.check_write(offset, bytes)?;
         if self.detect_zeroes && bufs.is_zero() {
             return self.write_zeroes(offset, bytes, self.discard == Discard::Unmap);
         }
-        match self.nodes.split_first_mut() {
-            Some((Node::Raw(node), _)) => node.write(offset, bufs)?,
-            Some((Node::Qcow2(node), below)) => node.write(below, offset, bufs)?,
-            None => return Err(BlockError::EmptyChain),
-        }
-        self.counters.writes += 1;
-        self.counters.written_bytes += bytes;
+        let (top, below) = self.top()?;
+        top.write(below, offset, bufs)?;
+        Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
+        Ok(())
+    }
+
+    /// Stores whole clusters compressed, where the top image's format can. `offset` is at a cluster; the last
+    /// cluster of the disk may be short. A cluster that does not shrink is stored as it is.
+    pub fn write_compressed(&self, offset: u64, bytes: &[u8]) -> Result<(), BlockError> {
+        self.check_write(offset, bytes.len() as u64)?;
+        self.top()?.0.write_compressed(offset, bytes)?;
+        Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes.len() as u64);
         Ok(())
     }
 
     /// Makes a range read as zeroes. `may_unmap` allows its space to go back to the host.
-    pub fn write_zeroes(&mut self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
+    pub fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
         self.check_write(offset, bytes)?;
-        match self.nodes.split_first_mut() {
-            Some((Node::Raw(node), _)) => node.write_zeroes(offset, bytes, may_unmap)?,
-            Some((Node::Qcow2(node), below)) => node.write_zeroes(below, offset, bytes, may_unmap)?,
-            None => return Err(BlockError::EmptyChain),
-        }
-        self.counters.writes += 1;
-        self.counters.written_bytes += bytes;
+        let (top, below) = self.top()?;
+        top.write_zeroes(below, offset, bytes, may_unmap)?;
+        Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
         Ok(())
     }
 
     /// Tells that the guest does not need a range any more. Whole clusters read as zeroes afterwards or are
     /// unchanged; parts of clusters are unchanged.
-    pub fn discard(&mut self, offset: u64, bytes: u64) -> Result<(), BlockError> {
+    pub fn discard(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
         self.check_write(offset, bytes)?;
         if self.discard == Discard::Unmap {
-            match self.nodes.first_mut() {
-                Some(Node::Raw(node)) => node.discard(offset, bytes)?,
-                Some(Node::Qcow2(node)) => node.discard(offset, bytes)?,
-                None => return Err(BlockError::EmptyChain),
-            }
+            self.top()?.0.discard(offset, bytes)?;
         }
-        self.counters.discards += 1;
-        self.counters.discarded_bytes += bytes;
+        Meters::count(&self.meters.discards, &self.meters.discarded_bytes, bytes);
         Ok(())
     }
 
     /// Returns when everything written before is on stable storage: data, then tables, in an order that a
     /// crash cannot turn into damage. After a failure other than lack of space the disk refuses to go on.
-    pub fn flush(&mut self) -> Result<(), BlockError> {
+    pub fn flush(&self) -> Result<(), BlockError> {
         if !self.read_only {
-            match self.nodes.first_mut() {
-                Some(Node::Raw(node)) if self.cache != CacheMode::Unsafe => node.flush()?,
-                Some(Node::Qcow2(node)) => node.flush()?,
-                _ => {}
-            }
+            self.top()?.0.flush()?;
         }
-        self.counters.flushes += 1;
+        self.meters.flushes.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// The unit in which the top image takes space; 0 where there is none.
+    pub fn cluster_bytes(&self) -> u64 {
+        self.nodes.first().map_or(0, |top| top.cluster_bytes())
+    }
+
+    /// How many images the disk is made of.
+    pub fn layers(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Name of the top image in messages.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// What the disk has done since it was opened.
     pub fn counters(&self) -> Counters {
-        let allocated = match self.nodes.first() {
-            Some(Node::Raw(node)) => node.allocated_bytes(),
-            Some(Node::Qcow2(node)) => node.allocated_bytes(),
-            None => Ok(0),
-        };
-        Counters { allocated_bytes: allocated.unwrap_or(0), ..self.counters }
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters {
+            reads: of(&self.meters.reads),
+            read_bytes: of(&self.meters.read_bytes),
+            writes: of(&self.meters.writes),
+            written_bytes: of(&self.meters.written_bytes),
+            flushes: of(&self.meters.flushes),
+            discards: of(&self.meters.discards),
+            discarded_bytes: of(&self.meters.discarded_bytes),
+            allocated_bytes: self.nodes.first().map_or(0, |top| top.allocated_bytes().unwrap_or(0)),
+        }
     }
 
     fn check_range(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
@@ -322,33 +349,31 @@ fn open_node(
     depth: usize,
     next: Option<&PathBuf>,
     opts: &OpenOptions,
-) -> Result<Node, BlockError> {
+) -> Result<Arc<dyn Node>, BlockError> {
     let ChainBackend { file, path_label: path, format } = layer;
-    if format == Format::Raw {
-        if let Some(next) = next {
-            return Err(BlockError::UnexpectedBacking { path, next: next.clone() });
+    let file: Arc<dyn FileBackend> = file.into();
+    let node: Arc<dyn Node> = match format {
+        Format::Raw => Arc::new(RawNode::open(file, path, opts.cache == CacheMode::Unsafe)?),
+        Format::Qcow2 => {
+            let options = Qcow2Options {
+                read_only: opts.read_only || depth > 0,
+                has_backing: next.is_some(),
+                punch_freed: opts.discard == Discard::Unmap,
+                no_sync: opts.cache == CacheMode::Unsafe,
+                l2_cache_bytes: opts.l2_cache_bytes,
+            };
+            Arc::new(Qcow2Node::open(file, path, &options)?)
         }
-        return Ok(Node::Raw(RawNode::open(file, path)?));
-    }
-    let options = Qcow2Options {
-        read_only: opts.read_only || depth > 0,
-        has_backing: next.is_some(),
-        punch_freed: opts.discard == Discard::Unmap,
-        no_sync: opts.cache == CacheMode::Unsafe,
-        l2_cache_bytes: opts.l2_cache_bytes,
     };
-    let node = Qcow2Node::open(file, path, &options)?;
     match (node.backing_name(), next) {
-        (Some(backing), None) => {
-            Err(BlockError::BackingNotGiven { path: node.path().clone(), backing: backing.to_owned() })
-        }
-        (None, Some(next)) => Err(BlockError::UnexpectedBacking { path: node.path().clone(), next: next.clone() }),
-        _ => Ok(Node::Qcow2(Box::new(node))),
+        (Some(backing), None) => Err(BlockError::BackingNotGiven { path: node.path().to_owned(), backing }),
+        (None, Some(next)) => Err(BlockError::UnexpectedBacking { path: node.path().to_owned(), next: next.clone() }),
+        _ => Ok(node),
     }
 }
 
 #[test]
-fn a_disk_can_move_to_its_io_thread() {
-    fn is_send<T: Send>() {}
-    is_send::<Disk>();
+fn several_threads_can_use_a_disk() {
+    fn is_shared<T: Send + Sync>() {}
+    is_shared::<Disk>();
 }

@@ -104,6 +104,8 @@ pub enum BlockError {
     FlushFailed { path: PathBuf },
     #[error("{path}: the refcount table has reached its limit of 8 MiB; use a larger cluster size or refcount width", path = path.display())]
     RefcountTableFull { path: PathBuf },
+    #[error("{path}: the format has no compressed writes", path = path.display())]
+    NoCompression { path: PathBuf },
     #[error("a disk needs at least one file")]
     EmptyChain,
     #[error("{path}: opened as {opened}, but the options say {option}", path = path.display())]
@@ -177,6 +179,7 @@ impl BlockError {
             E::BackingMissing { .. } | E::Locked { .. } => ErrorKind::Io,
             E::Mismatch { .. }
             | E::RefcountTableFull { .. }
+            | E::NoCompression { .. }
             | E::EmptyChain
             | E::FormatDisagrees { .. }
             | E::BackingNotGiven { .. }

@@ -146,6 +146,24 @@ impl FileBackend for HostFile {
         Ok(())
     }
 
+    fn extent(&self, offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
+        let end = offset.saturating_add(bytes);
+        let seek = |to: SeekFrom| match rustix::fs::seek(&self.file, to) {
+            Ok(at) => Ok(at),
+            // Nothing but a hole follows, up to the end of the file and past it.
+            Err(rustix::io::Errno::NXIO) => Ok(end),
+            // A file system that keeps no such knowledge.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(offset),
+            Err(errno) => Err(io::Error::from(errno)),
+        };
+        let data = seek(SeekFrom::Data(offset))?.min(end);
+        if data > offset {
+            return Ok((data - offset, false));
+        }
+        let hole = seek(SeekFrom::Hole(offset))?.min(end);
+        Ok((if hole > offset { hole - offset } else { bytes }, true))
+    }
+
     fn len_bytes(&self) -> io::Result<u64> {
         // Seeking serves block devices too, whose metadata says 0. Positioned I/O does not use the position.
         Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?)

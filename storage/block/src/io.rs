@@ -4,8 +4,8 @@ use std::io;
 
 use crate::sys::{ReadBufs, WriteBufs};
 
-/// A file, as the engine needs it. Calls may block. Two overlapping calls keep their order.
-pub trait FileBackend: Send {
+/// A file, as the engine needs it. Calls may block, and come from several threads.
+pub trait FileBackend: Send + Sync {
     /// Fills all of `bufs`; bytes past the end of the file are zeroes.
     fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()>;
     /// Writes all of `bufs`, growing the file as needed. After an error any part may have been written.
@@ -16,6 +16,11 @@ pub trait FileBackend: Send {
     fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()>;
     /// Makes a range read as zeroes, inside the file or past its end. `may_unmap` allows it to become a hole.
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()>;
+    /// How far from `offset` on, at most `bytes`, the file is all data (`true`) or all hole: at least 1 byte.
+    /// A file that cannot tell is all data.
+    fn extent(&self, _offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
+        Ok((bytes, true))
+    }
     /// Length in bytes.
     fn len_bytes(&self) -> io::Result<u64>;
     /// Sets the length.

@@ -1,49 +1,73 @@
 //! A raw image: the file is the disk. A file whose length is no multiple of 512 is rounded up, as QEMU does.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
+use crate::node::{Below, Extent, ExtentKind, Node};
 use crate::sys::{ReadBufs, WriteBufs};
 
 pub(crate) struct RawNode {
-    file: Box<dyn FileBackend>,
+    file: Arc<dyn FileBackend>,
     path: PathBuf,
     size_bytes: u64,
+    /// Never wait for stable storage.
+    no_sync: bool,
 }
 
 impl RawNode {
-    pub(crate) fn open(file: Box<dyn FileBackend>, path: PathBuf) -> Result<RawNode, BlockError> {
+    pub(crate) fn open(file: Arc<dyn FileBackend>, path: PathBuf, no_sync: bool) -> Result<RawNode, BlockError> {
         let bytes = file.len_bytes().map_err(|e| BlockError::io(&path, Action::Stat, e))?;
         let size_bytes = bytes.min(i64::MAX as u64 - 511).next_multiple_of(512);
-        Ok(RawNode { file, path, size_bytes })
+        Ok(RawNode { file, path, size_bytes, no_sync })
     }
 
-    pub(crate) fn size_bytes(&self) -> u64 {
+    fn done<T>(&self, action: Action, result: std::io::Result<T>) -> Result<T, BlockError> {
+        result.map_err(|e| BlockError::io(&self.path, action, e))
+    }
+}
+
+impl Node for RawNode {
+    fn size_bytes(&self) -> u64 {
         self.size_bytes
     }
 
-    pub(crate) fn read(&self, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
-        self.file.read_at(offset, bufs).map_err(|e| BlockError::io(&self.path, Action::Read, e))
+    fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
+        let (bytes, data) = self.done(Action::Stat, self.file.extent(offset, bytes))?;
+        let kind = if data { ExtentKind::Data } else { ExtentKind::Zero };
+        Ok(Extent { bytes, kind, host: Some(offset), compressed: false })
     }
 
-    pub(crate) fn write(&self, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
-        self.file.write_at(offset, bufs).map_err(|e| BlockError::io(&self.path, Action::Write, e))
+    fn read(&self, _below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
+        self.done(Action::Read, self.file.read_at(offset, bufs))
     }
 
-    pub(crate) fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
-        self.file.write_zeroes(offset, bytes, may_unmap).map_err(|e| BlockError::io(&self.path, Action::Write, e))
+    fn write(&self, _below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
+        self.done(Action::Write, self.file.write_at(offset, bufs))
     }
 
-    pub(crate) fn discard(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
-        self.file.punch_hole(offset, bytes).map_err(|e| BlockError::io(&self.path, Action::Discard, e))
+    fn write_zeroes(&self, _below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
+        self.done(Action::Write, self.file.write_zeroes(offset, bytes, may_unmap))
     }
 
-    pub(crate) fn flush(&self) -> Result<(), BlockError> {
-        self.file.sync_data().map_err(|e| BlockError::io(&self.path, Action::Sync, e))
+    fn discard(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
+        self.done(Action::Discard, self.file.punch_hole(offset, bytes))
     }
 
-    pub(crate) fn allocated_bytes(&self) -> Result<u64, BlockError> {
-        self.file.allocated_bytes().map_err(|e| BlockError::io(&self.path, Action::Stat, e))
+    fn flush(&self) -> Result<(), BlockError> {
+        if self.no_sync { Ok(()) } else { self.done(Action::Sync, self.file.sync_data()) }
+    }
+
+    fn cluster_bytes(&self) -> u64 {
+        0
+    }
+
+    fn allocated_bytes(&self) -> Result<u64, BlockError> {
+        self.done(Action::Stat, self.file.allocated_bytes())
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
     }
 }

@@ -27,9 +27,9 @@ fn a_chain_is_opened_top_first_and_reads_through() {
     overlay(&at("top.qcow2"), "sub/middle.qcow2", Format::Qcow2);
     let chain = resolve_chain(&at("top.qcow2"), Some(Format::Qcow2), false, true).unwrap();
     assert_eq!(chain.iter().map(|f| f.format).collect::<Vec<_>>(), [Format::Qcow2, Format::Qcow2, Format::Raw]);
-    let mut disk = Disk::open(chain, &OpenOptions::default()).unwrap();
+    let disk = Disk::open(chain, &OpenOptions::default()).unwrap();
     disk.write(512, &[2; 512]).unwrap();
-    let all = contents(&mut disk);
+    let all = contents(&disk);
     let runs = [(0..512, 1), (512..1024, 2), (1024..1 << 20, 0)];
     for (range, byte) in runs {
         assert!(all[range.clone()].iter().all(|b| *b == byte), "{range:?}");
@@ -115,7 +115,7 @@ fn a_chain_of_201_files_is_too_deep() {
     let open = |top: &str| resolve_chain(&dir.path().join(top), Some(Format::Qcow2), true, false);
     assert!(matches!(open("200"), Err(BlockError::TooDeep { max: 200, .. })));
     let chain = open("199").unwrap();
-    let mut disk = Disk::open(chain, &OpenOptions { read_only: true, ..OpenOptions::default() }).unwrap();
+    let disk = Disk::open(chain, &OpenOptions { read_only: true, ..OpenOptions::default() }).unwrap();
     disk.read(0, &mut [0; 4096]).unwrap();
 }
 
@@ -214,7 +214,7 @@ fn a_disk_of_no_bytes_is_a_disk() {
     for image in [ours, theirs] {
         assert!(qemu_img(&["check", "-f", "qcow2", image.to_str().unwrap()]).contains("No errors"));
         let chain = resolve_chain(&image, Some(Format::Qcow2), false, true).unwrap();
-        let mut disk = Disk::open(chain, &OpenOptions::default()).unwrap();
+        let disk = Disk::open(chain, &OpenOptions::default()).unwrap();
         assert_eq!(disk.size_bytes(), 0);
         disk.write(0, &[]).unwrap();
         assert!(disk.write(0, &[0; 512]).is_err());

@@ -76,7 +76,7 @@ fn run(case: &Case, seed: u64) {
     args.extend([name.as_str(), &size]);
     qemu_img(&args);
     if case.snapshot {
-        let mut disk = support::open_chain(&[(&path, Format::Qcow2)], &OpenOptions::default());
+        let disk = support::open_chain(&[(&path, Format::Qcow2)], &OpenOptions::default());
         for sector in (0..SECTORS).step_by(3) {
             disk.write(sector * 512, &version_bytes(next_version)).unwrap();
             history.versions[sector as usize] = vec![(0, next_version)];
@@ -92,10 +92,10 @@ fn run(case: &Case, seed: u64) {
     if case.backing {
         layers.push(base.layer(Format::Raw));
     }
-    let mut disk = Disk::open_backends(layers, &opts).unwrap();
+    let disk = Disk::open_backends(layers, &opts).unwrap();
     let mut rng = Rng(seed);
     for step in 0..120 {
-        request(&mut disk, &file, &mut history, &mut next_version, &mut rng);
+        request(&disk, &file, &mut history, &mut next_version, &mut rng);
         if step % 17 == 16 {
             disk.flush().unwrap();
             history.flushed.push(file.0.lock().unwrap().log.len());
@@ -106,7 +106,7 @@ fn run(case: &Case, seed: u64) {
     replay(case, &start, &log, &history, &base, seed, &path);
 }
 
-fn request(disk: &mut Disk, file: &MemFile, history: &mut History, next_version: &mut u64, rng: &mut Rng) {
+fn request(disk: &Disk, file: &MemFile, history: &mut History, next_version: &mut u64, rng: &mut Rng) {
     let began = file.0.lock().unwrap().log.len();
     let start = rng.below(SECTORS);
     let longest = if rng.below(6) == 0 { 300 } else { 20 };
@@ -206,8 +206,8 @@ fn judge(case: &Case, pages: &Pages, history: &History, base: &MemFile, cut: usi
     if case.backing {
         layers.push(base.layer(Format::Raw));
     }
-    let mut disk = Disk::open_backends(layers, &OpenOptions::default()).unwrap();
-    let all = support::contents(&mut disk);
+    let disk = Disk::open_backends(layers, &OpenOptions::default()).unwrap();
+    let all = support::contents(&disk);
     for (sector, bytes) in (0..).zip(all.chunks(512)) {
         let version = u64::from_le_bytes(bytes[..8].try_into().unwrap());
         assert!(bytes.chunks(8).all(|chunk| chunk == version.to_le_bytes()), "{what}: sector {sector} is torn");
@@ -219,7 +219,7 @@ fn judge(case: &Case, pages: &Pages, history: &History, base: &MemFile, cut: usi
             disk.write(sector * 512, &[0xee; 512]).unwrap();
         }
         disk.flush().unwrap();
-        let all = support::contents(&mut disk);
+        let all = support::contents(&disk);
         for (sector, bytes) in (0..).zip(all.chunks(512)) {
             let version = u64::from_le_bytes(bytes[..8].try_into().unwrap());
             if sector % 5 == 0 {
@@ -240,7 +240,7 @@ fn a_cut_while_refcounts_are_rebuilt_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("top.qcow2");
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), "1M"]);
-        let mut disk = support::open_chain(&[(&path, Format::Qcow2)], &OpenOptions::default());
+        let disk = support::open_chain(&[(&path, Format::Qcow2)], &OpenOptions::default());
         let data: Vec<u8> = (0..SECTORS / 2).flat_map(|sector| version_bytes(sector + 1)).collect();
         disk.write(0, &data).unwrap();
         drop(disk);
@@ -261,9 +261,9 @@ fn a_cut_while_refcounts_are_rebuilt_loses_nothing() {
                 apply_torn(&mut torn, op, &mut rng);
             }
             let file = MemFile::of(torn);
-            let mut disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
+            let disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
             disk.write(SIZE_BYTES - 4096, &[7; 4096]).unwrap();
-            assert!(support::contents(&mut disk)[..data.len()] == data, "{options} cut {cut}");
+            assert!(support::contents(&disk)[..data.len()] == data, "{options} cut {cut}");
             drop(disk);
             let report = file.0.lock().unwrap().pages.check();
             assert_eq!(report.corruptions, 0, "{options} cut {cut}: {:?}", report.findings);

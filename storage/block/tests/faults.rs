@@ -23,7 +23,7 @@ fn without_space_the_guest_can_wait_and_repeat() {
             .zip(77u64..)
     {
         let file = MemFile::of(new_image(create));
-        let mut disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
+        let disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
         let mut shadow = vec![0u8; SIZE_BYTES as usize];
         let mut rng = Rng(seed);
         let mut refusals = 0;
@@ -49,7 +49,7 @@ fn without_space_the_guest_can_wait_and_repeat() {
         }
         assert!(refusals > 10, "{create}: only {refusals} requests met a full disk");
         file.0.lock().unwrap().room = None;
-        assert!(support::contents(&mut disk) == shadow, "{create}");
+        assert!(support::contents(&disk) == shadow, "{create}");
         drop(disk);
         let pages = &file.0.lock().unwrap().pages;
         let report = pages.check();
@@ -62,7 +62,7 @@ fn failed_writes_can_be_repeated() {
     for (create, seed) in ["cluster_size=512,refcount_bits=64", "cluster_size=4k,compat=0.10"].into_iter().zip(5u64..) {
         let file = MemFile::of(new_image(create));
         let opts = OpenOptions { l2_cache_bytes: 0, ..OpenOptions::default() };
-        let mut disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &opts).unwrap();
+        let disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &opts).unwrap();
         let mut shadow = vec![0u8; SIZE_BYTES as usize];
         let mut rng = Rng(seed);
         file.0.lock().unwrap().fail_one_in = Some((12, seed));
@@ -88,7 +88,7 @@ fn failed_writes_can_be_repeated() {
             }
         }
         assert!(failures > 20, "{create}: only {failures} failures");
-        assert!(support::contents(&mut disk) == shadow, "{create}");
+        assert!(support::contents(&disk) == shadow, "{create}");
         file.0.lock().unwrap().fail_one_in = None;
         drop(disk);
         let report = file.0.lock().unwrap().pages.check();
@@ -99,7 +99,7 @@ fn failed_writes_can_be_repeated() {
 #[test]
 fn after_a_failed_flush_nothing_is_promised_any_more() {
     let file = MemFile::of(new_image("cluster_size=4k"));
-    let mut disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
+    let disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
     disk.write(0, &[1; 4096]).unwrap();
     file.0.lock().unwrap().sync_fails = true;
     assert_eq!(disk.flush().unwrap_err().kind(), ErrorKind::Io);
@@ -115,7 +115,7 @@ fn after_a_failed_flush_nothing_is_promised_any_more() {
 #[test]
 fn a_hot_read_is_one_read_of_the_file() {
     let file = MemFile::of(new_image("cluster_size=64k"));
-    let mut disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
+    let disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
     disk.write(0, &[1; 1 << 20]).unwrap();
     for (offset, bytes) in [(0, 4096), (61440, 8192), (0, 1 << 20)] {
         let before = file.0.lock().unwrap().reads;

@@ -61,13 +61,13 @@ fn check(kind: &str, dir: &Path, raw: &Path, want: &[u8]) {
     args.extend(["-o", options, raw, name]);
     qemu_img(&args);
     let opts = OpenOptions::default();
-    let mut disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions { read_only: true, ..opts.clone() });
-    assert!(contents(&mut disk) == want, "{kind}: contents differ");
+    let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions { read_only: true, ..opts.clone() });
+    assert!(contents(&disk) == want, "{kind}: contents differ");
     assert_eq!(disk.write(0, &[0; 512]).unwrap_err().kind(), ErrorKind::ReadOnly);
     drop(disk);
 
     let mut shadow = want.to_vec();
-    let mut disk = open_chain(&[(&image, Format::Qcow2)], &opts);
+    let disk = open_chain(&[(&image, Format::Qcow2)], &opts);
     let mut rng = Rng(kind.len() as u64 + 1);
     for _ in 0..60 {
         let start = rng.below(shadow.len() as u64 / 512 - 9) as usize * 512;
@@ -133,11 +133,10 @@ fn a_dirty_image_gets_its_refcounts_rebuilt() {
         assert_eq!(qemu_img_status(&["check", "-f", "qcow2", name]).0, 2, "the damage is real");
         set_incompatible(&image, 1);
         // Read only, a dirty image needs no repair.
-        let mut disk =
-            open_chain(&[(&image, Format::Qcow2)], &OpenOptions { read_only: true, ..OpenOptions::default() });
-        assert!(contents(&mut disk) == want);
+        let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions { read_only: true, ..OpenOptions::default() });
+        assert!(contents(&disk) == want);
         drop(disk);
-        let mut disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
+        let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
         disk.write(0, &[1; 512]).unwrap();
         drop(disk);
         let text = qemu_img(&["check", "-f", "qcow2", name]);
@@ -170,7 +169,7 @@ fn unknown_autoclear_bits_go_and_corrupt_images_stay_read_only() {
     };
     let error = Disk::open(chain(true), &OpenOptions::default()).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Corrupt);
-    let mut disk = Disk::open(chain(false), &OpenOptions { read_only: true, ..OpenOptions::default() }).unwrap();
+    let disk = Disk::open(chain(false), &OpenOptions { read_only: true, ..OpenOptions::default() }).unwrap();
     disk.read(0, &mut [0; 512]).unwrap();
 }
 
@@ -180,12 +179,12 @@ fn damage_found_while_writing_marks_the_image() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image.qcow2");
     block::create_qcow2(&image, 1 << 20, &block::CreateOptions::default()).unwrap();
-    let mut disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
+    let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
     disk.write(0, &[1; 512]).unwrap();
     drop(disk);
     // The L1 entry (table at cluster 3) now points between clusters.
     open_file(&image, true).write_all_at(&0x8000_0000_0004_0200u64.to_be_bytes(), 3 << 16).unwrap();
-    let mut disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
+    let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
     assert_eq!(disk.write(0, &[2; 512]).unwrap_err().kind(), ErrorKind::Corrupt);
     assert!(disk.write(0, &[2; 512]).unwrap_err().to_string().contains("marked corrupt"));
     drop(disk);
@@ -200,7 +199,7 @@ fn an_entry_that_claims_a_table_as_data_is_not_written_through() {
     // Cluster 1 is the refcount table, 2 the first refcount block, 3 the L1 table, 4 the L2 table made here.
     for table in 1..=4u64 {
         block::create_qcow2(&image, 1 << 20, &block::CreateOptions::default()).unwrap();
-        let mut disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
+        let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
         disk.write(0, &[1; 512]).unwrap();
         drop(disk);
         for flags in [1u64 << 63, 1 << 63 | 1] {
@@ -209,7 +208,7 @@ fn an_entry_that_claims_a_table_as_data_is_not_written_through() {
             file.write_all_at(&[0; 8], 72).unwrap(); // not marked corrupt by the round before
             let mut before = [0; 512];
             file.read_exact_at(&mut before, table << 16).unwrap();
-            let mut disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
+            let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
             assert_eq!(disk.write(0, &[0x66; 512]).unwrap_err().kind(), ErrorKind::Corrupt, "table in cluster {table}");
             drop(disk);
             let mut after = [0; 512];

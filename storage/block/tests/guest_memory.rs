@@ -20,7 +20,7 @@ fn scattered_guest_memory_goes_both_ways_and_reads_mark_it_dirty() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("a.qcow2");
     create_qcow2(&image, 4 << 20, &CreateOptions::default()).unwrap();
-    let mut disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
+    let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
     let ram = guest(1 << 20);
     ram.write_slice(&[0x5a; 4096], GuestAddress(0x1000)).unwrap();
     ram.write_slice(&[0x7b; 512], GuestAddress(0x8200)).unwrap();
@@ -48,7 +48,7 @@ fn more_pieces_than_one_system_call_takes() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("a.raw");
     create_raw(&image, 4 << 20).unwrap();
-    let mut disk = open_chain(&[(&image, Format::Raw)], &OpenOptions { format: Format::Raw, ..OpenOptions::default() });
+    let disk = open_chain(&[(&image, Format::Raw)], &OpenOptions { format: Format::Raw, ..OpenOptions::default() });
     let mut memory: Vec<u8> = (0..2000 * 512).map(|i| (i / 512) as u8).collect();
     let want = memory.clone();
     let pieces: Vec<VolatileSlice<'_>> = memory.chunks_mut(512).map(VolatileSlice::from).collect();
@@ -82,7 +82,7 @@ fn direct_files_take_requests_of_any_alignment() {
         }
         let Some(file) = open_direct(&image) else { return };
         let opts = OpenOptions { format, cache: CacheMode::None, ..OpenOptions::default() };
-        let mut disk = Disk::open(vec![ChainFile { file, path_label: image.clone(), format }], &opts).unwrap();
+        let disk = Disk::open(vec![ChainFile { file, path_label: image.clone(), format }], &opts).unwrap();
         let mut shadow = vec![0; size as usize];
         let mut rng = Rng(11);
         for _ in 0..150 {
@@ -93,7 +93,7 @@ fn direct_files_take_requests_of_any_alignment() {
         }
         disk.write(size - 512, &[9; 512]).unwrap();
         shadow[size as usize - 512..].fill(9);
-        assert!(contents(&mut disk) == shadow, "{format}");
+        assert!(contents(&disk) == shadow, "{format}");
         drop(disk);
         if format == Format::Raw {
             assert_eq!(std::fs::metadata(&image).unwrap().len(), size, "padding must not lengthen the disk");
@@ -110,7 +110,7 @@ fn raw_files_are_sparse_where_nothing_or_zeroes_were_written() {
     let image = dir.path().join("a.raw");
     create_raw(&image, 16 << 20).unwrap();
     let opts = OpenOptions { format: Format::Raw, detect_zeroes: true, ..OpenOptions::default() };
-    let mut disk = open_chain(&[(&image, Format::Raw)], &opts);
+    let disk = open_chain(&[(&image, Format::Raw)], &opts);
     disk.write(1 << 20, &vec![1; 8 << 20]).unwrap();
     disk.flush().unwrap();
     let full = disk.counters().allocated_bytes;
@@ -118,6 +118,6 @@ fn raw_files_are_sparse_where_nothing_or_zeroes_were_written() {
     disk.discard(1 << 20, 4 << 20).unwrap();
     disk.write(5 << 20, &vec![0; 2 << 20]).unwrap();
     assert!(disk.counters().allocated_bytes <= full - (6 << 20));
-    let all = contents(&mut disk);
+    let all = contents(&disk);
     assert!(all[..7 << 20].iter().all(|b| *b == 0) && all[7 << 20..9 << 20].iter().all(|b| *b == 1));
 }

@@ -64,7 +64,7 @@ fn mutate(pages: &mut Pages, rng: &mut Rng) {
 fn exercise(pages: Pages, read_only: bool, rng: &mut Rng) -> bool {
     let file = MemFile::of(pages);
     let opts = OpenOptions { read_only, l2_cache_bytes: 64 << 10, ..OpenOptions::default() };
-    let Ok(mut disk) = Disk::open_backends(vec![file.layer(Format::Qcow2)], &opts) else { return false };
+    let Ok(disk) = Disk::open_backends(vec![file.layer(Format::Qcow2)], &opts) else { return false };
     let size = disk.size_bytes();
     let mut buf = vec![0; 64 << 10];
     for _ in 0..24 {

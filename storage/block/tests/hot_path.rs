@@ -35,7 +35,7 @@ fn reads_and_overwrites_of_allocated_clusters_allocate_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("a.qcow2");
     create_qcow2(&image, 64 << 20, &CreateOptions::default()).unwrap();
-    let mut disk = support::open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
+    let disk = support::open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
     disk.write(0, &vec![1; 8 << 20]).unwrap();
     disk.flush().unwrap();
     let mut memory = vec![0u8; 64 << 10];

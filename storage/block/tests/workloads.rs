@@ -88,15 +88,15 @@ fn run(case: &Case, seed: u64) {
             discard: if round == 3 { Discard::Ignore } else { Discard::Unmap },
             ..OpenOptions::default()
         };
-        let mut disk = open_chain(&files, &opts);
+        let disk = open_chain(&files, &opts);
         assert_eq!(disk.size_bytes(), case.size_bytes);
         for step in 0..250 {
-            request(&mut disk, &mut shadow, &mut rng, opts.discard);
+            request(&disk, &mut shadow, &mut rng, opts.discard);
             if step % 50 == 0 {
                 disk.flush().unwrap();
             }
         }
-        assert!(contents(&mut disk) == shadow, "{} (seed {seed:#x}, round {round}): contents differ", case.name);
+        assert!(contents(&disk) == shadow, "{} (seed {seed:#x}, round {round}): contents differ", case.name);
         drop(disk);
         judge(case, &top, &shadow, seed);
         if case.snapshot && round == 0 {
@@ -125,7 +125,7 @@ fn make(case: &Case, top: &Path) {
     }
 }
 
-fn request(disk: &mut Disk, shadow: &mut [u8], rng: &mut Rng, discard: Discard) {
+fn request(disk: &Disk, shadow: &mut [u8], rng: &mut Rng, discard: Discard) {
     let sectors = shadow.len() as u64 / 512;
     let start = rng.below(sectors);
     let longest = if rng.below(8) == 0 { 1500 } else { 24 };
@@ -188,17 +188,17 @@ fn a_snapshot_keeps_what_it_saw() {
     let name = top.to_str().unwrap();
     create_qcow2(&top, 4 << 20, &CreateOptions { cluster_bits: 12, ..CreateOptions::default() }).unwrap();
     let files = [(top.as_path(), Format::Qcow2)];
-    let mut disk = open_chain(&files, &OpenOptions::default());
+    let disk = open_chain(&files, &OpenOptions::default());
     disk.write(0, &[1; 1 << 20]).unwrap();
     drop(disk);
     qemu_img(&["snapshot", "-c", "before", name]);
-    let mut disk = open_chain(&files, &OpenOptions::default());
+    let disk = open_chain(&files, &OpenOptions::default());
     disk.write(512, &[2; 100 * 512]).unwrap();
     disk.discard(512 << 10, 256 << 10).unwrap();
     drop(disk);
     assert!(qemu_img(&["check", "-f", "qcow2", name]).contains("No errors"));
     qemu_img(&["snapshot", "-a", "before", name]);
-    let mut disk = open_chain(&files, &OpenOptions::default());
-    let all = contents(&mut disk);
+    let disk = open_chain(&files, &OpenOptions::default());
+    let all = contents(&disk);
     assert!(all[..1 << 20].iter().all(|b| *b == 1) && all[1 << 20..].iter().all(|b| *b == 0));
 }

@@ -20,7 +20,7 @@ pub struct SharedDisk {
     target: String,
     size_bytes: u64,
     read_only: bool,
-    disk: Mutex<Disk>,
+    disk: Disk,
     /// The top image, to ask the host about it.
     top: File,
     reads: Meter,
@@ -85,7 +85,7 @@ impl SharedDisk {
             target: config.target.clone(),
             size_bytes: disk.size_bytes(),
             read_only: config.read_only,
-            disk: Mutex::new(disk),
+            disk,
             top: top.into(),
             reads: Meter::default(),
             writes: Meter::default(),
@@ -101,7 +101,7 @@ impl SharedDisk {
 
     /// Puts everything on stable storage; before the process ends.
     pub fn flush(&self) -> Result<(), BlockError> {
-        self.disk.lock().flush()
+        self.disk.flush()
     }
 
     /// Counters.
@@ -176,7 +176,7 @@ impl DiskBackend for DiskEnd {
     }
     fn read(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
         let start = Instant::now();
-        let result = self.shared.disk.lock().read_at(offset, buffers);
+        let result = self.shared.disk.read_at(offset, buffers);
         if result.is_ok() {
             self.shared.reads.add(length(buffers), start);
         }
@@ -184,7 +184,7 @@ impl DiskBackend for DiskEnd {
     }
     fn write(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
         let start = Instant::now();
-        let result = self.shared.disk.lock().write_at(offset, buffers);
+        let result = self.shared.disk.write_at(offset, buffers);
         if result.is_ok() {
             self.shared.writes.add(length(buffers), start);
         }
@@ -192,19 +192,19 @@ impl DiskBackend for DiskEnd {
     }
     fn flush(&mut self) -> Result<(), DiskFault> {
         let start = Instant::now();
-        let result = self.shared.disk.lock().flush();
+        let result = self.shared.disk.flush();
         if result.is_ok() {
             self.shared.flushes.add(0, start);
         }
         self.answer(result, self.on_write_error, "flush")
     }
     fn discard(&mut self, offset: u64, bytes: u64) -> Result<(), DiskFault> {
-        let result = self.shared.disk.lock().discard(offset, bytes);
+        let result = self.shared.disk.discard(offset, bytes);
         self.answer(result, self.on_write_error, "discard")
     }
     fn write_zeroes(&mut self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), DiskFault> {
         let start = Instant::now();
-        let result = self.shared.disk.lock().write_zeroes(offset, bytes, may_unmap);
+        let result = self.shared.disk.write_zeroes(offset, bytes, may_unmap);
         if result.is_ok() {
             self.shared.writes.add(bytes, start);
         }

@@ -2,7 +2,7 @@
 
 use image::qcow2::refcount;
 
-use super::Qcow2Node;
+use super::Tables;
 use crate::error::BlockError;
 
 /// Frees kept back before a commit is forced.
@@ -10,7 +10,7 @@ const PENDING_FREES_MAX: usize = 1 << 16;
 /// Table entries hold host offsets below 2^56.
 const HOST_OFFSET_BITS: u32 = 56;
 
-impl Qcow2Node {
+impl Tables {
     /// Cached slice, index in it, for a cluster's refcount; `None` where no refcount block covers it.
     fn refcount_slot(&self, cluster: u64) -> Option<(u64, usize)> {
         let bits = self.geometry.refblock_bits();

@@ -6,7 +6,7 @@
 //! 1. refcounts that went up (and, behind a barrier of their own when there are any, the refcount table entries
 //!    and the header field that make new refcount blocks count);
 //! 2. L2 and L1 entries: what they refer to, data, tables and refcounts, is on disk already;
-//! 3. after that, references that entries gave up are dropped in memory: the clusters may be punched and handed out
+//! 3. after that, and after the requests in flight that looked them up, references that entries gave up are dropped in memory: the clusters may be punched and handed out
 //!    again, because no table on disk refers to them. Their refcounts reach the disk with the next commit.
 //!
 //! So a refcount on disk is never lower than the references on disk. QEMU reaches the same with two caches that
@@ -15,21 +15,20 @@
 
 use image::qcow2::REFTABLE_POINTER_OFFSET;
 
-use super::Qcow2Node;
+use super::Tables;
 use crate::error::{Action, BlockError};
 
-impl Qcow2Node {
-    /// Everything the guest wrote before is on stable storage when this returns.
-    pub(crate) fn flush(&mut self) -> Result<(), BlockError> {
-        if self.options.read_only {
-            return Ok(());
-        }
-        self.check_writable()?;
-        let result = self.commit();
-        self.noticing(result)
+impl Tables {
+    /// All three steps, in the middle of other work.
+    pub(super) fn commit(&mut self) -> Result<(), BlockError> {
+        self.commit_tables()?;
+        self.barrier()?;
+        let frees = std::mem::take(&mut self.pending_frees);
+        self.retire(frees)
     }
 
-    pub(super) fn commit(&mut self) -> Result<(), BlockError> {
+    /// Steps 1 and 2. What entries gave up may be retired after one more barrier.
+    pub(super) fn commit_tables(&mut self) -> Result<(), BlockError> {
         self.write_refcounts()?;
         if !self.reftable_dirty.is_empty() || self.reftable_moved {
             self.barrier()?;
@@ -39,8 +38,7 @@ impl Qcow2Node {
             self.barrier()?;
             self.write_mappings()?;
         }
-        self.barrier()?;
-        self.release()
+        Ok(())
     }
 
     /// Writes dirty refcounts. Harmless at any time: nothing on disk refers to what they newly count, and
@@ -87,14 +85,41 @@ impl Qcow2Node {
         Ok(())
     }
 
-    /// Drops the references that no table on disk holds any more. A cluster is punched before it can be
-    /// handed out, so that a late punch cannot hit its next owner.
-    fn release(&mut self) -> Result<(), BlockError> {
-        self.pending_frees.sort_unstable_by(|a, b| b.cmp(a));
+    /// Step 3 for clusters that no table on disk refers to any more, except those that a request in flight may
+    /// still read or write: they wait for a later commit.
+    pub(super) fn retire(&mut self, mut frees: Vec<u64>) -> Result<(), BlockError> {
+        if !frees.is_empty() {
+            frees.sort_unstable_by(|a, b| b.cmp(a));
+            self.leaving.push_back((self.generation, frees));
+        }
+        // A generation opens when the one before the last has landed: two counters tell them apart.
+        if self.flights.landed(self.generation + 1) {
+            self.generation += 1;
+        }
+        while let Some((generation, mut frees)) = self.leaving.pop_front() {
+            let landed = match self.generation - generation {
+                0 => false,
+                1 => self.flights.landed(generation),
+                _ => true,
+            };
+            let released = if landed { self.release(&mut frees) } else { Ok(()) };
+            if !frees.is_empty() {
+                self.leaving.push_front((generation, frees));
+                return released;
+            }
+            released?;
+        }
+        Ok(())
+    }
+
+    /// Drops references, the last element's first. A cluster is punched before it can be handed out, so that a
+    /// late punch cannot hit its next owner.
+    fn release(&mut self, frees: &mut Vec<u64>) -> Result<(), BlockError> {
+        self.releases += 1;
         let mut hole = 0..0;
-        while let Some(cluster) = self.pending_frees.last().copied() {
+        while let Some(cluster) = frees.last().copied() {
             let last = self.drop_reference(cluster)?;
-            self.pending_frees.pop();
+            frees.pop();
             if !last {
                 continue;
             }

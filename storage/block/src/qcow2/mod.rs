@@ -1,25 +1,39 @@
 //! A qcow2 image in use: its tables in memory, and the operations on it.
 //!
-//! `tables` finds and changes L1 and L2 entries, `alloc` hands out host clusters, `commit` writes tables back
-//! in a safe order, `read`, `write` and `zero` serve requests, `rebuild` mends refcounts after an unclean end.
+//! [`Qcow2Node`] serves requests of several threads (`read`, `write`, `zero`). [`Tables`], behind its one lock, is
+//! the image's metadata: `tables` finds and changes L1 and L2 entries, `alloc` hands out host clusters, `commit`
+//! writes tables back in a safe order, `rebuild` mends refcounts after an unclean end.
+//!
+//! Data moves outside the lock. A request looks its clusters up, counts itself as in flight ([`Flights`]) and then
+//! reads or writes the file; a cluster that a table gave up is punched and handed out again only after every
+//! request that may have seen the old entry has landed. A write that needs new clusters registers the guest
+//! range that it fills, and others that would change the same clusters wait for it.
 
 mod alloc;
 mod commit;
+mod flights;
 mod read;
 mod rebuild;
 mod tables;
 mod write;
 mod zero;
 
-use std::collections::{BTreeSet, HashSet};
-use std::path::PathBuf;
+use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use image::qcow2::{
-    AUTOCLEAR_OFFSET, Geometry, Header, INCOMPAT_CORRUPT, INCOMPAT_OFFSET, OFFSET_MASK, header_area_bytes,
+    AUTOCLEAR_OFFSET, CompressionType, Geometry, Header, INCOMPAT_CORRUPT, INCOMPAT_OFFSET, L2Entry, OFFSET_MASK,
+    header_area_bytes,
 };
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use self::flights::{Flight, Flights};
 use crate::error::{Action, BlockError, ErrorKind};
 use crate::io::FileBackend;
+use crate::node::{Below, Extent, ExtentKind, Node};
 use crate::slice_cache::SliceCache;
 use crate::sys::{ReadBufs, WriteBufs};
 
@@ -45,16 +59,22 @@ enum Health {
     FlushFailed,
 }
 
-/// The cluster that was unpacked last, by its L2 entry.
-#[derive(Default)]
-struct Unpacked {
-    host: u64,
-    bytes: u64,
-    plain: Vec<u8>,
+/// A qcow2 image as a layer of a disk.
+pub(crate) struct Qcow2Node {
+    file: Arc<dyn FileBackend>,
+    path: PathBuf,
+    geometry: Geometry,
+    compression: CompressionType,
+    tables: Mutex<Tables>,
+    /// Told when a range of [`Tables::filling`] is done.
+    filled: Condvar,
+    flights: Arc<Flights>,
+    unpacked: Mutex<read::Unpacked>,
 }
 
-pub(crate) struct Qcow2Node {
-    file: Box<dyn FileBackend>,
+/// The metadata of an image, in memory.
+pub(crate) struct Tables {
+    file: Arc<dyn FileBackend>,
     path: PathBuf,
     header: Header,
     geometry: Geometry,
@@ -74,26 +94,31 @@ pub(crate) struct Qcow2Node {
     free_hint: u64,
     /// Clusters that lose a reference once the tables on disk do not refer to them any more.
     pending_frees: Vec<u64>,
+    /// Clusters that no table refers to any more, not even on disk, by the generation of the requests that may
+    /// still use them.
+    leaving: VecDeque<(u64, Vec<u64>)>,
+    flights: Arc<Flights>,
+    /// The generation that requests join now.
+    generation: u64,
+    /// How often clusters were given back.
+    releases: u64,
+    /// Guest ranges, whole clusters, that writes are filling new clusters for.
+    filling: Vec<Range<u64>>,
     /// Clusters that hold the header and tables: never to be handed out.
     table_clusters: HashSet<u64>,
     /// One past the last cluster that exists in the file.
     file_clusters: u64,
-    unpacked: Unpacked,
 }
 
-impl Qcow2Node {
-    pub(crate) fn open(
-        file: Box<dyn FileBackend>,
-        path: PathBuf,
-        options: &Qcow2Options,
-    ) -> Result<Qcow2Node, BlockError> {
+impl Tables {
+    fn open(file: Arc<dyn FileBackend>, path: PathBuf, options: &Qcow2Options) -> Result<Tables, BlockError> {
         let header = read_header(&*file, &path)?;
         let geometry = header.geometry;
         if !options.read_only && header.is_corrupt() {
             return Err(BlockError::MarkedCorrupt { path });
         }
         let file_bytes = file.len_bytes().map_err(|e| BlockError::io(&path, Action::Stat, e))?;
-        let mut node = Qcow2Node {
+        let mut node = Tables {
             l2_cache: SliceCache::new(geometry.slice_bytes(), options.l2_cache_bytes),
             refcount_cache: SliceCache::new(geometry.slice_bytes(), REFCOUNT_CACHE_BYTES),
             options: Qcow2Options { ..*options },
@@ -108,9 +133,13 @@ impl Qcow2Node {
             reftable_moved: false,
             free_hint: 0,
             pending_frees: Vec::new(),
+            leaving: VecDeque::new(),
+            flights: Arc::default(),
+            generation: 0,
+            releases: 0,
+            filling: Vec::new(),
             table_clusters: HashSet::new(),
             file_clusters: file_bytes.div_ceil(geometry.cluster_bytes()),
-            unpacked: Unpacked::default(),
             header,
         };
         let l1_entries = u64::from(node.header.l1_entries);
@@ -171,20 +200,8 @@ impl Qcow2Node {
     }
 
     /// Size of the guest disk in whole sectors.
-    pub(crate) fn size_bytes(&self) -> u64 {
+    fn size_bytes(&self) -> u64 {
         self.geometry.size_bytes & !511
-    }
-
-    pub(crate) fn path(&self) -> &PathBuf {
-        &self.path
-    }
-
-    pub(crate) fn backing_name(&self) -> Option<&str> {
-        self.header.backing_name.as_deref()
-    }
-
-    pub(crate) fn allocated_bytes(&self) -> Result<u64, BlockError> {
-        self.file.allocated_bytes().map_err(|e| self.io(Action::Stat, e))
     }
 
     fn io(&self, action: Action, source: std::io::Error) -> BlockError {
@@ -241,11 +258,128 @@ impl Qcow2Node {
     }
 }
 
+impl Qcow2Node {
+    pub(crate) fn open(
+        file: Arc<dyn FileBackend>,
+        path: PathBuf,
+        options: &Qcow2Options,
+    ) -> Result<Qcow2Node, BlockError> {
+        let tables = Tables::open(file.clone(), path.clone(), options)?;
+        Ok(Qcow2Node {
+            file,
+            path,
+            geometry: tables.geometry,
+            compression: tables.header.compression,
+            filled: Condvar::new(),
+            flights: tables.flights.clone(),
+            unpacked: Mutex::default(),
+            tables: Mutex::new(tables),
+        })
+    }
+
+    /// Counts a request as in flight, so that no cluster it looked up goes to another owner.
+    fn enter(&self, tables: &Tables) -> Flight<'_> {
+        self.flights.enter(tables.generation)
+    }
+
+    /// The tables, with no write filling clusters of the range: they may be changed by the caller.
+    fn lock_settled(&self, offset: u64, bytes: u64) -> MutexGuard<'_, Tables> {
+        let mut tables = self.tables.lock();
+        let end = offset.saturating_add(bytes);
+        while tables.filling.iter().any(|range| range.start < end && offset < range.end) {
+            self.filled.wait(&mut tables);
+        }
+        tables
+    }
+
+    fn failed(&self, action: Action, source: std::io::Error) -> BlockError {
+        BlockError::io(&self.path, action, source)
+    }
+
+    /// Everything written before is on stable storage when this returns. The last barrier, which takes longest,
+    /// keeps no other request waiting.
+    fn flush_tables(&self) -> Result<(), BlockError> {
+        let mut tables = self.tables.lock();
+        if tables.options.read_only {
+            return Ok(());
+        }
+        tables.check_writable()?;
+        let written = tables.commit_tables();
+        tables.noticing(written)?;
+        let frees = std::mem::take(&mut tables.pending_frees);
+        let synced =
+            if tables.options.no_sync { Ok(()) } else { MutexGuard::unlocked(&mut tables, || self.file.sync_data()) };
+        if let Err(error) = synced {
+            tables.pending_frees.extend(frees);
+            tables.health = Health::FlushFailed;
+            return Err(self.failed(Action::Sync, error));
+        }
+        let retired = tables.retire(frees);
+        tables.noticing(retired)
+    }
+}
+
+impl Node for Qcow2Node {
+    fn size_bytes(&self) -> u64 {
+        self.geometry.size_bytes & !511
+    }
+
+    fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
+        let mut tables = self.tables.lock();
+        let found = tables.run(offset, bytes);
+        let (entry, bytes) = tables.noticing(found)?;
+        let within = self.geometry.in_cluster(offset);
+        let (kind, host, compressed) = match entry {
+            L2Entry::Unallocated => (ExtentKind::Below, None, false),
+            L2Entry::Zero { host, .. } => (ExtentKind::Zero, host.map(|host| host + within), false),
+            L2Entry::Data { host, .. } => (ExtentKind::Data, Some(host + within), false),
+            L2Entry::Compressed { .. } => (ExtentKind::Data, None, true),
+        };
+        Ok(Extent { bytes, kind, host, compressed })
+    }
+
+    fn read(&self, below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
+        self.read_all(below, offset, bufs)
+    }
+
+    fn write(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
+        self.write_all(below, offset, bufs)
+    }
+
+    fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
+        self.zero_all(below, offset, bytes, may_unmap)
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
+        self.discard_all(offset, bytes)
+    }
+
+    fn flush(&self) -> Result<(), BlockError> {
+        self.flush_tables()
+    }
+
+    fn cluster_bytes(&self) -> u64 {
+        self.geometry.cluster_bytes()
+    }
+
+    fn allocated_bytes(&self) -> Result<u64, BlockError> {
+        self.file.allocated_bytes().map_err(|e| self.failed(Action::Stat, e))
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn backing_name(&self) -> Option<String> {
+        self.tables.lock().header.backing_name.clone()
+    }
+}
+
 impl Drop for Qcow2Node {
     fn drop(&mut self) {
         // Twice: the first writes the tables, the second the refcounts of what they gave up.
-        if self.flush().is_ok() && self.refcount_cache.has_dirty() {
-            let _ = self.flush();
+        if self.flush_tables().is_ok() && self.tables.get_mut().refcount_cache.has_dirty() {
+            let _ = self.flush_tables();
         }
     }
 }

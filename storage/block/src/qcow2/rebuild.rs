@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use image::qcow2::check::{Counts, count_references};
 use image::qcow2::{Geometry, INCOMPAT_DIRTY, INCOMPAT_OFFSET, REFTABLE_MAX_BYTES, REFTABLE_POINTER_OFFSET, refcount};
 
-use super::Qcow2Node;
+use super::Tables;
 use crate::error::{Action, BlockError};
 use crate::sys::ReadBufs;
 
-impl Qcow2Node {
+impl Tables {
     /// Counts all references and writes new refcount structures behind everything in use; the header then
     /// changes to them, and last the dirty bit goes. A crash before that leaves the image as dirty as it was.
     pub(super) fn rebuild_refcounts(&mut self) -> Result<(), BlockError> {

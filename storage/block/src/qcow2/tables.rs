@@ -2,10 +2,10 @@
 
 use image::qcow2::{COPIED, EntryError, L1Entry, L2Entry};
 
-use super::Qcow2Node;
+use super::Tables;
 use crate::error::BlockError;
 
-impl Qcow2Node {
+impl Tables {
     fn damaged(&self, guest_offset: u64, source: EntryError) -> BlockError {
         BlockError::Entry { path: self.path.clone(), guest_offset, source }
     }
@@ -61,7 +61,7 @@ impl Qcow2Node {
     }
 
     /// Makes the L2 table for a guest offset exist and belong to this image alone, and loads the slice, so
-    /// that [`Qcow2Node::set_entries`] can follow.
+    /// that [`Tables::set_entries`] can follow.
     pub(super) fn own_l2(&mut self, offset: u64) -> Result<(), BlockError> {
         let entry = self.l1_entry(offset)?;
         let table = match entry {
@@ -101,7 +101,7 @@ impl Qcow2Node {
         Ok(table)
     }
 
-    /// Stores entries for consecutive clusters from `offset` on, all in one slice that [`Qcow2Node::own_l2`]
+    /// Stores entries for consecutive clusters from `offset` on, all in one slice that [`Tables::own_l2`]
     /// was called for before. On an error nothing has changed.
     pub(super) fn set_entries(&mut self, offset: u64, entries: impl Iterator<Item = u64>) -> Result<(), BlockError> {
         self.own_l2(offset)?;

@@ -1,51 +1,171 @@
 //! Writes. Where the image owns the cluster, data goes in place and no table changes. Elsewhere new clusters
 //! are filled first, with what the guest sees around its data, and then the tables change in memory.
 
-use image::qcow2::{Freed, L2Entry, WritePlan, plan_write};
+use std::ops::Range;
 
-use super::Qcow2Node;
-use crate::disk::Node;
+use image::qcow2::{Freed, L2Entry, WritePlan, plan_write};
+use parking_lot::MutexGuard;
+
+use super::{Qcow2Node, Tables};
 use crate::error::{Action, BlockError};
+use crate::node::Below;
 use crate::sys::{ReadBufs, WriteBufs};
 
 /// Clusters that one allocation fills; bounds the work between two looks at the tables.
 const RUN_CLUSTERS_MAX: u64 = 1024;
 
+/// How the first bytes of a write go.
+struct Plan {
+    /// How many of them.
+    bytes: usize,
+    target: Target,
+}
+
+enum Target {
+    /// To this offset of the file; no table changes.
+    InPlace(u64),
+    /// Into clusters that a table entry will refer to afterwards.
+    Fill(Fill),
+}
+
+/// Clusters that are being filled. Their guest range is in [`Tables::filling`] meanwhile.
+struct Fill {
+    /// First guest offset, at a cluster.
+    first: u64,
+    /// First host offset.
+    host: u64,
+    /// Clusters in a row.
+    count: u64,
+    /// The clusters are past the end of the file and nothing but zeroes is around the data: they are zeroes
+    /// by themselves.
+    data_alone: bool,
+    /// What the entries refer to now; `None` when the clusters are reserved behind them already.
+    frees: Option<Vec<Option<Freed>>>,
+}
+
+impl Fill {
+    fn guest_range(&self, cluster_bits: u32) -> Range<u64> {
+        self.first..self.first + (self.count << cluster_bits)
+    }
+}
+
 impl Qcow2Node {
     /// Writes `bufs` at a guest offset inside the disk.
-    pub(crate) fn write(&mut self, below: &mut [Node], offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
-        self.check_writable()?;
+    pub(super) fn write_all(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
         let mut done = 0;
         while done < bufs.len() {
-            let result = self
-                .relieve()
-                .and_then(|()| self.write_run(below, offset + done as u64, &bufs.range(done, bufs.len() - done)));
-            done += self.noticing(result)?;
+            done += match done {
+                0 => self.write_run(below, offset, bufs)?,
+                _ => self.write_run(below, offset + done as u64, &bufs.range(done, bufs.len() - done))?,
+            };
         }
         Ok(())
     }
 
     /// Writes as much as one plan covers; returns how much that was.
-    fn write_run(&mut self, below: &mut [Node], offset: u64, bufs: &WriteBufs<'_>) -> Result<usize, BlockError> {
+    fn write_run(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<usize, BlockError> {
+        let mut tables = self.lock_settled(offset, bufs.len() as u64);
+        tables.check_writable()?;
+        let planned = tables.relieve().and_then(|()| tables.plan(offset, bufs.len() as u64));
+        let Plan { bytes, target } = tables.noticing(planned)?;
+        let part;
+        let bufs = if bytes == bufs.len() {
+            bufs
+        } else {
+            part = bufs.range(0, bytes);
+            &part
+        };
+        match target {
+            Target::InPlace(host) => {
+                let _flight = self.enter(&tables);
+                drop(tables);
+                self.file.write_at(host, bufs).map_err(|e| self.failed(Action::Write, e))?;
+            }
+            Target::Fill(fill) => self.fill(tables, below, offset, bufs, fill)?,
+        }
+        Ok(bytes)
+    }
+
+    /// Fills clusters without the lock, and then lets the entries refer to them.
+    fn fill(
+        &self,
+        mut tables: MutexGuard<'_, Tables>,
+        below: Below<'_>,
+        offset: u64,
+        bufs: &WriteBufs<'_>,
+        fill: Fill,
+    ) -> Result<(), BlockError> {
+        let range = fill.guest_range(self.geometry.cluster_bits);
+        tables.filling.push(range.clone());
+        let filled = {
+            let _flight = self.enter(&tables);
+            MutexGuard::unlocked(&mut tables, || self.write_filled(below, offset, bufs, &fill))
+        };
+        let stored = filled.and_then(|()| tables.refer_to(&fill));
+        let result = match stored {
+            Ok(()) => Ok(()),
+            Err(error) => tables.abandon(&fill).and(Err(error)),
+        };
+        if let Some(at) = tables.filling.iter().position(|filling| *filling == range) {
+            tables.filling.swap_remove(at);
+        }
+        self.filled.notify_all();
+        tables.noticing(result)
+    }
+
+    /// Writes `bufs` and, around them, what the guest sees now.
+    fn write_filled(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>, fill: &Fill) -> Result<(), BlockError> {
+        let within = self.geometry.in_cluster(offset);
+        if fill.data_alone {
+            return self.file.write_at(fill.host + within, bufs).map_err(|e| self.failed(Action::Write, e));
+        }
+        let end = within + bufs.len() as u64;
+        let tail_bytes = (fill.count << self.geometry.cluster_bits) - end;
+        let mut head = vec![0; within as usize];
+        let mut tail = vec![0; tail_bytes as usize];
+        self.read_around(below, offset - within, &mut head)?;
+        self.read_around(below, offset + bufs.len() as u64, &mut tail)?;
+        let (head, tail) = (WriteBufs::from_slice(&head), WriteBufs::from_slice(&tail));
+        let whole = WriteBufs::concat(&[&head, bufs, &tail]);
+        self.file.write_at(fill.host, &whole).map_err(|e| self.failed(Action::Write, e))
+    }
+
+    /// What the guest sees; past the end of the disk, zeroes.
+    fn read_around(&self, below: Below<'_>, offset: u64, out: &mut [u8]) -> Result<(), BlockError> {
+        let size_bytes = self.geometry.size_bytes & !511;
+        let inside = size_bytes.saturating_sub(offset).min(out.len() as u64) as usize;
+        match out.get_mut(..inside) {
+            Some(out) if !out.is_empty() => self.read_all(below, offset, &ReadBufs::from_slice(out)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes zeroes as data inside one cluster.
+    pub(super) fn write_zero_data(&self, below: Below<'_>, offset: u64, bytes: u64) -> Result<(), BlockError> {
+        debug_assert!(bytes <= self.geometry.cluster_bytes());
+        let zeroes = vec![0; bytes as usize];
+        self.write_all(below, offset, &WriteBufs::from_slice(&zeroes))
+    }
+}
+
+impl Tables {
+    /// Decides how the first of `max` bytes at a guest offset are written, and takes clusters for them.
+    fn plan(&mut self, offset: u64, max: u64) -> Result<Plan, BlockError> {
         let cluster_bytes = self.geometry.cluster_bytes();
         let within = self.geometry.in_cluster(offset);
         let entry = self.entry(offset)?;
         match plan_write(entry, &self.geometry) {
             WritePlan::InPlace { host } if self.l1_entry(offset)?.copied => {
-                let bytes = self.in_place_bytes(host, offset, bufs.len() as u64)? as usize;
-                self.refuse_tables(offset, host, within + bytes as u64)?;
-                let write = self.file.write_at(host + within, &bufs.range(0, bytes));
-                write.map_err(|e| self.io(Action::Write, e))?;
-                Ok(bytes)
+                let bytes = self.in_place_bytes(host, offset, max)?;
+                self.refuse_tables(offset, host, within + bytes)?;
+                Ok(Plan { bytes: bytes as usize, target: Target::InPlace(host + within) })
             }
             WritePlan::Reserved { host } if self.l1_entry(offset)?.copied => {
-                let bytes = (cluster_bytes - within).min(bufs.len() as u64) as usize;
                 self.refuse_tables(offset, host, cluster_bytes)?;
-                self.fill(below, offset, &bufs.range(0, bytes), host, 1)?;
-                self.set_entries(offset, std::iter::once(L2Entry::fresh_data(host)))?;
-                Ok(bytes)
+                let fill = Fill { first: offset - within, host, count: 1, data_alone: false, frees: None };
+                Ok(Plan { bytes: (cluster_bytes - within).min(max) as usize, target: Target::Fill(fill) })
             }
-            _ => self.write_new(below, offset, bufs),
+            _ => self.plan_new(offset, max),
         }
     }
 
@@ -79,14 +199,14 @@ impl Qcow2Node {
         }
     }
 
-    /// Writes into new clusters: as many as need one, lie in one slice and are free in a row.
-    fn write_new(&mut self, below: &mut [Node], offset: u64, bufs: &WriteBufs<'_>) -> Result<usize, BlockError> {
+    /// Takes new clusters: as many as need one, lie in one slice and are free in a row.
+    fn plan_new(&mut self, offset: u64, max: u64) -> Result<Plan, BlockError> {
         let geometry = self.geometry;
         let cluster_bytes = geometry.cluster_bytes();
         let within = geometry.in_cluster(offset);
         let first = offset - within;
         self.own_l2(offset)?;
-        let end = offset + (bufs.len() as u64).min(self.slice_reach(offset));
+        let end = offset + max.min(self.slice_reach(offset));
         let mut frees: Vec<Option<Freed>> = Vec::new();
         while first + frees.len() as u64 * cluster_bytes < end && (frees.len() as u64) < RUN_CLUSTERS_MAX {
             let entry = self.entry(first + frees.len() as u64 * cluster_bytes)?;
@@ -99,50 +219,34 @@ impl Qcow2Node {
         }
         let never_used = self.file_clusters;
         let (cluster, count) = self.alloc_run(frees.len() as u64)?;
-        let host = cluster << geometry.cluster_bits;
-        let bytes = (count * cluster_bytes - within).min(end - offset) as usize;
-        let bufs = bufs.range(0, bytes);
-        // Clusters past the end of the file are zeroes by themselves: no need to write any around the data.
-        let filled = match self.zero_around(offset, bytes as u64) {
-            Ok(true) if cluster >= never_used => {
-                self.file.write_at(host + within, &bufs).map_err(|e| self.io(Action::Write, e))
-            }
-            Ok(_) => self.fill(below, offset, &bufs, host, count),
-            Err(error) => Err(error),
+        frees.truncate(count as usize);
+        let bytes = (count * cluster_bytes - within).min(end - offset);
+        let data_alone = match self.zero_around(offset, bytes) {
+            Ok(zero) => zero && cluster >= never_used,
+            Err(error) => return self.give_back(cluster, count).and(Err(error)),
         };
-        let stored = filled.and_then(|()| {
-            let entries = (0..count).map(|i| L2Entry::fresh_data(host + i * cluster_bytes));
-            self.set_entries(first, entries)
-        });
-        if let Err(error) = stored {
-            self.give_back(cluster, count)?;
-            return Err(error);
-        }
-        for Freed { offset, bytes } in frees.into_iter().take(count as usize).flatten() {
-            self.free_later(offset, bytes);
-        }
-        Ok(bytes)
+        let host = cluster << geometry.cluster_bits;
+        let fill = Fill { first, host, count, data_alone, frees: Some(frees) };
+        Ok(Plan { bytes: bytes as usize, target: Target::Fill(fill) })
     }
 
-    /// Fills `count` host clusters at `host` with `bufs` and, around them, what the guest sees now.
-    fn fill(
-        &mut self,
-        below: &mut [Node],
-        offset: u64,
-        bufs: &WriteBufs<'_>,
-        host: u64,
-        count: u64,
-    ) -> Result<(), BlockError> {
-        let within = self.geometry.in_cluster(offset);
-        let end = within + bufs.len() as u64;
-        let tail_bytes = (count << self.geometry.cluster_bits) - end;
-        let mut head = vec![0; within as usize];
-        let mut tail = vec![0; tail_bytes as usize];
-        self.read_around(below, offset - within, &mut head)?;
-        self.read_around(below, offset + bufs.len() as u64, &mut tail)?;
-        let (head, tail) = (WriteBufs::from_slice(&head), WriteBufs::from_slice(&tail));
-        let whole = WriteBufs::concat(&[&head, bufs, &tail]);
-        self.file.write_at(host, &whole).map_err(|e| self.io(Action::Write, e))
+    /// The clusters are filled: entries refer to them, what they referred to before goes.
+    fn refer_to(&mut self, fill: &Fill) -> Result<(), BlockError> {
+        let cluster_bytes = self.geometry.cluster_bytes();
+        let entries = (0..fill.count).map(|i| L2Entry::fresh_data(fill.host + i * cluster_bytes));
+        self.set_entries(fill.first, entries)?;
+        for Freed { offset, bytes } in fill.frees.iter().flatten().flatten().copied() {
+            self.free_later(offset, bytes);
+        }
+        Ok(())
+    }
+
+    /// The clusters could not be filled: they go back, unless an entry reserves them.
+    fn abandon(&mut self, fill: &Fill) -> Result<(), BlockError> {
+        match fill.frees {
+            Some(_) => self.give_back(fill.host >> self.geometry.cluster_bits, fill.count),
+            None => Ok(()),
+        }
     }
 
     /// Whether the guest sees only zeroes before and after a range in the clusters it begins and ends in.
@@ -152,30 +256,9 @@ impl Qcow2Node {
         Ok(head_is_zero && (self.geometry.is_aligned(end) || self.reads_zero(end - 1)?))
     }
 
-    /// What the guest sees; past the end of the disk, zeroes.
-    fn read_around(&mut self, below: &mut [Node], offset: u64, out: &mut [u8]) -> Result<(), BlockError> {
-        let inside = self.size_bytes().saturating_sub(offset).min(out.len() as u64) as usize;
-        match out.get_mut(..inside) {
-            Some(out) if !out.is_empty() => self.read(below, offset, &ReadBufs::from_slice(out)),
-            _ => Ok(()),
-        }
-    }
-
     /// Whether the guest sees only zeroes in the cluster of `offset`, without reading data.
     pub(super) fn reads_zero(&mut self, offset: u64) -> Result<bool, BlockError> {
         let entry = self.entry(offset)?;
         Ok(entry.reads_zero(self.options.has_backing))
-    }
-
-    /// Writes zeroes as data inside one cluster.
-    pub(super) fn write_zero_data(&mut self, below: &mut [Node], offset: u64, bytes: u64) -> Result<(), BlockError> {
-        debug_assert!(bytes <= self.geometry.cluster_bytes());
-        let zeroes = vec![0; bytes as usize];
-        let bufs = WriteBufs::from_slice(&zeroes);
-        let mut done = 0;
-        while done < zeroes.len() {
-            done += self.write_run(below, offset + done as u64, &bufs.range(done, zeroes.len() - done))?;
-        }
-        Ok(())
     }
 }

@@ -2,53 +2,100 @@
 
 use image::qcow2::{Freed, ZeroPlan, plan_discard, plan_zero};
 
-use super::Qcow2Node;
-use crate::disk::Node;
+use super::{Qcow2Node, Tables};
 use crate::error::BlockError;
+use crate::node::Below;
+
+/// Entries that change before others get their turn at the lock.
+const STEPS_MAX: usize = 1024;
+
+/// Where a pass over the tables stopped.
+enum Stop {
+    /// Everything before this offset is done.
+    At(u64),
+    /// From `at` to `end`, inside one cluster, zeroes must be written as data.
+    Data { at: u64, end: u64 },
+}
 
 impl Qcow2Node {
     /// Makes a range inside the disk read as zeroes.
-    pub(crate) fn write_zeroes(
-        &mut self,
-        below: &mut [Node],
+    pub(super) fn zero_all(
+        &self,
+        below: Below<'_>,
         offset: u64,
         bytes: u64,
         may_unmap: bool,
     ) -> Result<(), BlockError> {
-        self.check_writable()?;
         let end = offset + bytes;
         let mut at = offset;
         while at < end {
-            let result = self.relieve().and_then(|()| self.zero_step(below, at, end, may_unmap));
-            at = self.noticing(result)?;
+            let mut tables = self.lock_settled(at, end - at);
+            tables.check_writable()?;
+            let result = tables.relieve().and_then(|()| tables.zero_pass(at, end, may_unmap));
+            let stop = tables.noticing(result)?;
+            drop(tables);
+            at = match stop {
+                Stop::At(at) => at,
+                Stop::Data { at, end } => {
+                    self.write_zero_data(below, at, end - at)?;
+                    end
+                }
+            };
         }
         Ok(())
     }
 
-    /// Handles what lies in one cluster, or skips what no table maps; returns where to go on.
-    fn zero_step(&mut self, below: &mut [Node], at: u64, end: u64, may_unmap: bool) -> Result<u64, BlockError> {
+    /// Discards the whole clusters of a range inside the disk.
+    pub(super) fn discard_all(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
+        let cluster_bytes = self.geometry.cluster_bytes();
+        let end = offset + bytes;
+        let mut at = offset.next_multiple_of(cluster_bytes);
+        let to_disk_end = end >= self.geometry.size_bytes & !511;
+        while at < end && (end - at >= cluster_bytes || to_disk_end) {
+            let mut tables = self.lock_settled(at, end - at);
+            tables.check_writable()?;
+            let result = tables.relieve().and_then(|()| tables.discard_pass(at, end));
+            at = tables.noticing(result)?;
+        }
+        Ok(())
+    }
+}
+
+impl Tables {
+    fn zero_pass(&mut self, mut at: u64, end: u64, may_unmap: bool) -> Result<Stop, BlockError> {
+        for _ in 0..STEPS_MAX {
+            if at >= end {
+                break;
+            }
+            match self.zero_step(at, end, may_unmap)? {
+                Stop::At(next) => at = next,
+                data => return Ok(data),
+            }
+        }
+        Ok(Stop::At(at))
+    }
+
+    /// Handles what lies in one cluster, or skips what no table maps.
+    fn zero_step(&mut self, at: u64, end: u64, may_unmap: bool) -> Result<Stop, BlockError> {
         let has_backing = self.options.has_backing;
         if !has_backing && self.l1_entry(at)?.table.is_none() {
             let reach = self.geometry.l2_reach_bytes();
-            return Ok((at - at % reach).saturating_add(reach).min(end));
+            return Ok(Stop::At((at - at % reach).saturating_add(reach).min(end)));
         }
         let cluster_bytes = self.geometry.cluster_bytes();
         let next = (at - self.geometry.in_cluster(at)).saturating_add(cluster_bytes);
         let whole = self.geometry.is_aligned(at) && (end >= next || end >= self.size_bytes());
         let next = next.min(end);
         if !whole {
-            if !self.reads_zero(at)? {
-                self.write_zero_data(below, at, next - at)?;
-            }
-            return Ok(next);
+            return Ok(if self.reads_zero(at)? { Stop::At(next) } else { Stop::Data { at, end: next } });
         }
         let entry = self.entry(at)?;
         match plan_zero(entry, &self.geometry, has_backing, may_unmap) {
             ZeroPlan::Keep => {}
             ZeroPlan::Set { raw, free } => self.replace(at, raw, free)?,
-            ZeroPlan::WriteData => self.write_zero_data(below, at, next - at)?,
+            ZeroPlan::WriteData => return Ok(Stop::Data { at, end: next }),
         }
-        Ok(next)
+        Ok(Stop::At(next))
     }
 
     fn replace(&mut self, offset: u64, raw: u64, free: Option<Freed>) -> Result<(), BlockError> {
@@ -59,17 +106,16 @@ impl Qcow2Node {
         Ok(())
     }
 
-    /// Discards the whole clusters of a range inside the disk.
-    pub(crate) fn discard(&mut self, offset: u64, bytes: u64) -> Result<(), BlockError> {
-        self.check_writable()?;
+    fn discard_pass(&mut self, mut at: u64, end: u64) -> Result<u64, BlockError> {
         let cluster_bytes = self.geometry.cluster_bytes();
-        let end = offset + bytes;
-        let mut at = offset.next_multiple_of(cluster_bytes);
-        while at < end && (end - at >= cluster_bytes || end >= self.size_bytes()) {
-            let result = self.relieve().and_then(|()| self.discard_step(at, end));
-            at = self.noticing(result)?;
+        let to_disk_end = end >= self.size_bytes();
+        for _ in 0..STEPS_MAX {
+            if at >= end || (end - at < cluster_bytes && !to_disk_end) {
+                break;
+            }
+            at = self.discard_step(at, end)?;
         }
-        Ok(())
+        Ok(at)
     }
 
     fn discard_step(&mut self, at: u64, end: u64) -> Result<u64, BlockError> {

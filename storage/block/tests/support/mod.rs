@@ -264,7 +264,7 @@ pub fn open_chain(files: &[(&Path, Format)], opts: &OpenOptions) -> Disk {
 }
 
 /// All bytes of a disk.
-pub fn contents(disk: &mut Disk) -> Vec<u8> {
+pub fn contents(disk: &Disk) -> Vec<u8> {
     let mut out = vec![0; disk.size_bytes() as usize];
     let chunk = 1 << 20;
     for (i, part) in out.chunks_mut(chunk).enumerate() {

@@ -1,0 +1,85 @@
+//! The layers of a disk: what every image format can do, and how one shows through another.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::BlockError;
+use crate::sys::{ReadBufs, WriteBufs};
+
+/// What a run of a layer is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// The layer holds its bytes.
+    Data,
+    /// The layer says that it reads as zeroes.
+    Zero,
+    /// The layer says nothing: what is below shows through, or zeroes where nothing is.
+    Below,
+}
+
+/// A run that one answer describes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length; at least 1.
+    pub bytes: u64,
+    /// What it is made of.
+    pub kind: ExtentKind,
+    /// Where in the image's file it lies, when its bytes are there as they are (for zeroes: reserved there).
+    pub host: Option<u64>,
+    /// Whether it is stored compressed.
+    pub compressed: bool,
+}
+
+/// The layers below one, the next one first.
+pub(crate) type Below<'a> = &'a [Arc<dyn Node>];
+
+/// One layer of a disk. Several threads use it at once; requests that overlap may take effect in any order.
+/// Ranges are inside [`Node::size_bytes`].
+pub(crate) trait Node: Send + Sync {
+    /// Size of the disk that this layer shows; a multiple of 512.
+    fn size_bytes(&self) -> u64;
+    /// The longest run from `offset` on, at most `bytes`, that one answer describes, or a part of it.
+    fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError>;
+    /// Fills `bufs` with what a guest sees.
+    fn read(&self, below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError>;
+    /// Writes `bufs`.
+    fn write(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError>;
+    /// Makes a range read as zeroes. `may_unmap` allows its space to go back.
+    fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError>;
+    /// The range is not needed any more. It reads as zeroes or unchanged afterwards.
+    fn discard(&self, offset: u64, bytes: u64) -> Result<(), BlockError>;
+    /// Returns when everything written before is on stable storage.
+    fn flush(&self) -> Result<(), BlockError>;
+    /// Stores whole clusters ([`Node::cluster_bytes`]) compressed. `offset` is at a cluster; the last one of
+    /// the disk may be short.
+    fn write_compressed(&self, _offset: u64, _bytes: &[u8]) -> Result<(), BlockError> {
+        Err(BlockError::NoCompression { path: self.path().to_owned() })
+    }
+    /// The unit in which space is taken; 0 where there is none.
+    fn cluster_bytes(&self) -> u64;
+    /// Storage the image takes on the host.
+    fn allocated_bytes(&self) -> Result<u64, BlockError>;
+    /// Its name in errors.
+    fn path(&self) -> &Path;
+    /// Name of its backing file as stored.
+    fn backing_name(&self) -> Option<String> {
+        None
+    }
+}
+
+/// Reads from the first of `nodes`, and through it from those below. What lies past its end is zeroes.
+pub(crate) fn read_chain(nodes: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
+    let Some((top, below)) = nodes.split_first() else {
+        bufs.fill_zero();
+        return Ok(());
+    };
+    let inside = usize::try_from(top.size_bytes().saturating_sub(offset)).unwrap_or(usize::MAX).min(bufs.len());
+    if inside < bufs.len() {
+        bufs.range(inside, bufs.len() - inside).fill_zero();
+    }
+    match inside {
+        0 => Ok(()),
+        all if all == bufs.len() => top.read(below, offset, bufs),
+        part => top.read(below, offset, &bufs.range(0, part)),
+    }
+}
