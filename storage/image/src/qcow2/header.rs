@@ -363,11 +363,34 @@ impl Header {
 
     /// The header area up to the end of the backing file name. Fields, extensions, then the name.
     pub fn serialise(&self) -> Result<Vec<u8>, HeaderError> {
+        self.serialise_with_name_at(self.fields_and_extensions().len())
+    }
+
+    /// As [`Header::serialise`], with the backing file name at a byte of the caller's choice behind the extensions.
+    pub(super) fn serialise_with_name_at(&self, name_at: usize) -> Result<Vec<u8>, HeaderError> {
+        let mut out = self.fields_and_extensions();
+        if let Some(name) = &self.backing_name {
+            if name.len() > BACKING_NAME_MAX {
+                return Err(HeaderError::BackingName { offset: name_at as u64, bytes: name.len() as u32 });
+            }
+            out[8..16].copy_from_slice(&(name_at as u64).to_be_bytes());
+            out[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
+            out.resize(name_at.max(out.len()), 0);
+            out.extend_from_slice(name.as_bytes());
+        }
+        if out.len() as u64 > self.geometry.cluster_bytes() {
+            return Err(HeaderError::DoesNotFit { need: out.len(), cluster_bytes: self.geometry.cluster_bytes() });
+        }
+        Ok(out)
+    }
+
+    /// The header area up to and with the end marker of the extensions, without a backing file name.
+    pub(super) fn fields_and_extensions(&self) -> Vec<u8> {
         let geometry = &self.geometry;
         let mut out = Vec::with_capacity(512);
         out.extend_from_slice(MAGIC);
         out.extend(geometry.version.to_be_bytes());
-        out.extend([0; 12]); // backing file offset and size, filled in below
+        out.extend([0; 12]); // backing file offset and size
         out.extend(geometry.cluster_bits.to_be_bytes());
         out.extend(geometry.size_bytes.to_be_bytes());
         out.extend(0u32.to_be_bytes()); // crypt_method
@@ -393,19 +416,7 @@ impl Header {
             push_extension(&mut out, ext.kind, &ext.data);
         }
         push_extension(&mut out, EXT_END, &[]);
-        if let Some(name) = &self.backing_name {
-            let offset = out.len() as u64;
-            if name.len() > BACKING_NAME_MAX {
-                return Err(HeaderError::BackingName { offset, bytes: name.len() as u32 });
-            }
-            out[8..16].copy_from_slice(&offset.to_be_bytes());
-            out[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
-            out.extend_from_slice(name.as_bytes());
-        }
-        if out.len() as u64 > geometry.cluster_bytes() {
-            return Err(HeaderError::DoesNotFit { need: out.len(), cluster_bytes: geometry.cluster_bytes() });
-        }
-        Ok(out)
+        out
     }
 }
 

@@ -3,12 +3,14 @@
 //! [`Header`] says where the tables are, [`Geometry`] does the index arithmetic, [`L2Entry`] and the plans in
 //! `mapping` say what an access means and must change, [`refcount`] reads and writes refcount blocks,
 //! [`check`] walks a whole image, [`layout`] lays out a new one, [`parse_snapshots`] reads the internal snapshots,
-//! [`ExtendedEntry`] is an L2 entry with subclusters.
+//! [`ExtendedEntry`] is an L2 entry with subclusters, [`header_steps`] replaces a header.
 
+pub mod bitmaps;
 pub mod check;
 mod compressed;
 mod geometry;
 mod header;
+mod header_update;
 pub mod layout;
 mod mapping;
 pub mod refcount;
@@ -22,6 +24,7 @@ pub use header::{
     Extension, Header, HeaderError, INCOMPAT_COMPRESSION, INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY,
     INCOMPAT_EXTENDED_L2, INCOMPAT_OFFSET, REFTABLE_POINTER_OFFSET, feature_names, header_area_bytes,
 };
+pub use header_update::{HeaderSteps, header_steps};
 pub use mapping::{EntryError, Freed, L1Entry, L2Entry, WritePlan, ZeroPlan, plan_discard, plan_write, plan_zero};
 pub use snapshot::{
     Snapshot, SnapshotError, SnapshotL1, SnapshotTable, find_by_id_or_name, find_by_name, next_snapshot_id,
