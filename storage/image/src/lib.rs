@@ -11,7 +11,9 @@
 mod bytes;
 mod format;
 pub mod qcow2;
+pub mod vdi;
 pub mod vmdk;
+pub mod vpc;
 
 pub use bytes::NewFile;
 pub use format::{Format, FormatMismatch, PROBE_BYTES, check_declared, probe};
