@@ -251,12 +251,25 @@ impl Disk {
         Ok(())
     }
 
-    /// Stores whole clusters compressed, where the top image's format can. `offset` is at a cluster; the last
-    /// cluster of the disk may be short. A cluster that does not shrink is stored as it is.
-    pub fn write_compressed(&self, offset: u64, bytes: &[u8]) -> Result<(), BlockError> {
-        self.check_write(offset, bytes.len() as u64)?;
-        self.top()?.0.write_compressed(offset, bytes)?;
-        Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes.len() as u64);
+    /// Compresses one cluster of the top image into `packed`; `false` when it does not shrink. A cluster that the
+    /// end of the disk cuts short is filled up with zeroes.
+    pub fn pack(&self, cluster: &[u8], packed: &mut Vec<u8>) -> Result<bool, BlockError> {
+        let top = self.top()?.0;
+        let whole = usize::try_from(top.cluster_bytes()).unwrap_or(usize::MAX);
+        if cluster.len() >= whole {
+            return top.pack(cluster, packed);
+        }
+        let mut filled = cluster.to_vec();
+        filled.resize(whole, 0);
+        top.pack(&filled, packed)
+    }
+
+    /// Stores one cluster from what [`Disk::pack`] made of it. `offset` is at a cluster; `bytes` is what the
+    /// cluster covers of the disk.
+    pub fn write_packed(&self, offset: u64, packed: &[u8], bytes: u64) -> Result<(), BlockError> {
+        self.check_write(offset, bytes)?;
+        self.top()?.0.write_packed(offset, packed)?;
+        Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
         Ok(())
     }
 

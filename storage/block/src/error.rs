@@ -106,6 +106,8 @@ pub enum BlockError {
     RefcountTableFull { path: PathBuf },
     #[error("{path}: the format has no compressed writes", path = path.display())]
     NoCompression { path: PathBuf },
+    #[error("stopped on request")]
+    Stopped,
     #[error("a disk needs at least one file")]
     EmptyChain,
     #[error("{path}: opened as {opened}, but the options say {option}", path = path.display())]
@@ -180,6 +182,7 @@ impl BlockError {
             E::Mismatch { .. }
             | E::RefcountTableFull { .. }
             | E::NoCompression { .. }
+            | E::Stopped
             | E::EmptyChain
             | E::FormatDisagrees { .. }
             | E::BackingNotGiven { .. }

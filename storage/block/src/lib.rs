@@ -14,6 +14,7 @@
 #![deny(unsafe_code)]
 
 mod chain;
+mod copy;
 mod create;
 mod disk;
 mod error;
@@ -26,8 +27,10 @@ mod slice_cache;
 pub mod spec;
 #[allow(unsafe_code)]
 mod sys;
+mod zeroes;
 
 pub use chain::{ChainFile, Checked, ImageInfo, Qcow2Info, check_image, inspect, resolve_chain, resolve_chain_probing};
+pub use copy::{CopyOptions, copy};
 pub use create::{CreateOptions, create_qcow2, create_raw};
 pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};

@@ -50,9 +50,14 @@ pub(crate) trait Node: Send + Sync {
     fn discard(&self, offset: u64, bytes: u64) -> Result<(), BlockError>;
     /// Returns when everything written before is on stable storage.
     fn flush(&self) -> Result<(), BlockError>;
-    /// Stores whole clusters ([`Node::cluster_bytes`]) compressed. `offset` is at a cluster; the last one of
-    /// the disk may be short.
-    fn write_compressed(&self, _offset: u64, _bytes: &[u8]) -> Result<(), BlockError> {
+    /// Compresses one whole cluster ([`Node::cluster_bytes`]) into `packed`, replacing what it holds; `false` when
+    /// the cluster does not shrink and must be written as it is. Changes nothing in the image, so several threads
+    /// pack at once.
+    fn pack(&self, _cluster: &[u8], _packed: &mut Vec<u8>) -> Result<bool, BlockError> {
+        Err(BlockError::NoCompression { path: self.path().to_owned() })
+    }
+    /// Stores one cluster from what [`Node::pack`] made of it. `offset` is at a cluster.
+    fn write_packed(&self, _offset: u64, _packed: &[u8]) -> Result<(), BlockError> {
         Err(BlockError::NoCompression { path: self.path().to_owned() })
     }
     /// The unit in which space is taken; 0 where there is none.

@@ -10,7 +10,6 @@ use std::time::Instant;
 use block::{BlockError, ChainFile, Disk, ErrorKind, Format, OpenOptions};
 use hv_core::{DiskBackend, DiskFault, GuestBuffer};
 use monitor::{CacheMode, Discard, DiskErrorPolicy, DiskFormat, DiskStats};
-use parking_lot::Mutex;
 
 use crate::error::{VmmError, causes};
 use crate::notes::{DiskNote, Note, Notes};
