@@ -14,7 +14,7 @@ use crate::error::{Action, BlockError};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
 use crate::node::{Below, Extent, ExtentKind, Node, read_chain};
-use crate::qcow2::{Qcow2Node, Qcow2Options};
+use crate::qcow2::{Qcow2Image, Qcow2Node, Qcow2Options};
 use crate::raw::RawNode;
 use crate::sys::{ReadBufs, WriteBufs};
 
@@ -137,7 +137,6 @@ pub struct Disk {
     read_only: bool,
     discard: Discard,
     detect_zeroes: bool,
-    size_bytes: u64,
     meters: Meters,
 }
 
@@ -163,21 +162,19 @@ impl Disk {
             let next = labels.get(depth + 1);
             nodes.push(open_node(layer, depth, next, opts)?);
         }
-        let size_bytes = nodes.first().map_or(0, |top| top.size_bytes());
         Ok(Disk {
             nodes,
             path,
             read_only: opts.read_only,
             discard: opts.discard,
             detect_zeroes: opts.detect_zeroes,
-            size_bytes,
             meters: Meters::default(),
         })
     }
 
-    /// Size the guest sees; a multiple of 512.
+    /// Size the guest sees; a multiple of 512. It changes when the top image is resized or a snapshot applied.
     pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.nodes.first().map_or(0, |top| top.size_bytes())
     }
 
     /// Reads guest memory full from `offset`. The slices are marked dirty in their bitmaps, also when the
@@ -303,6 +300,12 @@ impl Disk {
         Ok(())
     }
 
+    /// The top image, for operations on it as a whole; `None` when it is no qcow2 image.
+    pub fn qcow2(&self) -> Option<Qcow2Image> {
+        let top = self.nodes.first()?.clone();
+        top.as_qcow2().map(Qcow2Image::of)
+    }
+
     /// The unit in which the top image takes space; 0 where there is none.
     pub fn cluster_bytes(&self) -> u64 {
         self.nodes.first().map_or(0, |top| top.cluster_bytes())
@@ -334,9 +337,10 @@ impl Disk {
     }
 
     fn check_range(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
+        let size_bytes = self.size_bytes();
         match offset.checked_add(bytes) {
-            Some(end) if end <= self.size_bytes => Ok(()),
-            _ => Err(BlockError::OutOfRange { offset, bytes, size_bytes: self.size_bytes }),
+            Some(end) if end <= size_bytes => Ok(()),
+            _ => Err(BlockError::OutOfRange { offset, bytes, size_bytes }),
         }
     }
 
@@ -349,7 +353,7 @@ impl Disk {
 }
 
 impl ChainBackend {
-    fn from_file(chain_file: ChainFile) -> Result<ChainBackend, BlockError> {
+    pub(crate) fn from_file(chain_file: ChainFile) -> Result<ChainBackend, BlockError> {
         let ChainFile { file, path_label, format } = chain_file;
         let file: File = file;
         let file = HostFile::new(file).map_err(|e| BlockError::io(&path_label, Action::Stat, e))?;

@@ -9,6 +9,8 @@ use image::{Format, FormatMismatch};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::qcow2::MaintenanceError;
+
 /// What the engine was doing when the host refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -106,6 +108,8 @@ pub enum BlockError {
     RefcountTableFull { path: PathBuf },
     #[error("{path}: the format has no compressed writes", path = path.display())]
     NoCompression { path: PathBuf },
+    #[error("{path}: the image cannot be changed as asked", path = path.display())]
+    Maintenance { path: PathBuf, source: MaintenanceError },
     #[error("stopped on request")]
     Stopped,
     #[error("a disk needs at least one file")]
@@ -169,6 +173,7 @@ impl BlockError {
                 | HeaderError::Compression(_) => ErrorKind::Unsupported,
                 _ => ErrorKind::Corrupt,
             },
+            E::Maintenance { source, .. } if source.is_damage() => ErrorKind::Corrupt,
             E::CheckFailed { source: CheckError::Snapshots(_), .. }
             | E::Rebuild { source: CheckError::Snapshots(_), .. } => ErrorKind::Corrupt,
             E::CheckFailed { source: CheckError::TooLarge, .. } | E::Rebuild { source: CheckError::TooLarge, .. } => {
@@ -182,6 +187,7 @@ impl BlockError {
             E::Mismatch { .. }
             | E::RefcountTableFull { .. }
             | E::NoCompression { .. }
+            | E::Maintenance { .. }
             | E::Stopped
             | E::EmptyChain
             | E::FormatDisagrees { .. }

@@ -37,6 +37,8 @@ pub use error::{Action, BlockError, ErrorKind};
 pub use host_file::{HostFile, use_direct_io};
 pub use image::Format;
 pub use image::qcow2::CompressionType;
+pub use image::qcow2::Snapshot;
 pub use io::FileBackend;
 pub use node::{Extent, ExtentKind};
+pub use qcow2::{MaintenanceError, Qcow2Image, SnapshotTime};
 pub use sys::{ReadBufs, WriteBufs};

@@ -70,6 +70,10 @@ pub(crate) trait Node: Send + Sync {
     fn backing_name(&self) -> Option<String> {
         None
     }
+    /// The image behind it, when it is a qcow2 one.
+    fn as_qcow2(self: Arc<Self>) -> Option<Arc<crate::qcow2::Qcow2Node>> {
+        None
+    }
 }
 
 /// Reads from the first of `nodes`, and through it from those below. What lies past its end is zeroes.

@@ -6,7 +6,7 @@ mod support;
 use std::path::Path;
 
 use block::{Disk, Format, OpenOptions};
-use support::{MemFile, Op, Pages, Rng, qemu_img, qemu_img_status};
+use support::{MemFile, Op, Pages, Rng, apply_torn, qemu_img, qemu_img_status};
 
 const SIZE_BYTES: u64 = 1 << 20;
 const SECTORS: u64 = SIZE_BYTES / 512;
@@ -170,31 +170,6 @@ fn replay(case: &Case, start: &Pages, log: &[Op], history: &History, base: &MemF
                 since = cut + 1;
             }
         }
-    }
-}
-
-/// Each sector of a write reaches the disk or does not; writes to the same place keep their order.
-fn apply_torn(pages: &mut Pages, op: &Op, rng: &mut Rng) {
-    match op {
-        Op::Write(offset, bytes) => {
-            if rng.below(4) == 0 {
-                return;
-            }
-            let whole = rng.below(2) == 0;
-            let mut at = 0;
-            while at < bytes.len() {
-                let to_boundary = 512 - ((offset + at as u64) % 512) as usize;
-                let end = (at + to_boundary).min(bytes.len());
-                if whole || rng.below(2) == 0 {
-                    pages.write(offset + at as u64, &bytes[at..end]);
-                }
-                at = end;
-            }
-            // The length of a file may be on disk before its data.
-            pages.len = pages.len.max(offset + bytes.len() as u64);
-        }
-        Op::Zero(offset, bytes) if rng.below(2) == 0 => pages.zero(*offset, *bytes),
-        _ => {}
     }
 }
 

@@ -4,6 +4,9 @@
 //! the image's metadata: `tables` finds and changes L1 and L2 entries, `alloc` hands out host clusters, `commit`
 //! writes tables back in a safe order, `rebuild` mends refcounts after an unclean end.
 //!
+//! Operations on the image as a whole ([`Qcow2Image`]) wait for a moment without requests, write everything that
+//! changes beside what is in use and switch the header (`rewrite`, `recount`).
+//!
 //! Data moves outside the lock. A request looks its clusters up, counts itself as in flight ([`Flights`]) and then
 //! reads or writes the file; a cluster that a table gave up is punched and handed out again only after every
 //! request that may have seen the old entry has landed. A write that needs new clusters registers the guest
@@ -12,8 +15,13 @@
 mod alloc;
 mod commit;
 mod flights;
+mod maintenance;
+mod maintenance_error;
 mod read;
 mod rebuild;
+mod recount;
+mod rewrite;
+mod snapshots;
 mod tables;
 mod write;
 mod zero;
@@ -22,6 +30,7 @@ use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use image::qcow2::{
     AUTOCLEAR_OFFSET, CompressionType, Geometry, Header, INCOMPAT_CORRUPT, INCOMPAT_OFFSET, L2Entry, OFFSET_MASK,
@@ -31,6 +40,9 @@ use image::qcow2::{
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use self::flights::{Flight, Flights};
+pub use self::maintenance::Qcow2Image;
+pub use self::maintenance_error::MaintenanceError;
+pub use self::snapshots::SnapshotTime;
 use crate::error::{Action, BlockError, ErrorKind};
 use crate::io::FileBackend;
 use crate::node::{Below, Extent, ExtentKind, Node};
@@ -63,7 +75,10 @@ enum Health {
 pub(crate) struct Qcow2Node {
     file: Arc<dyn FileBackend>,
     path: PathBuf,
+    /// Its size is the one at opening; see `disk_bytes`.
     geometry: Geometry,
+    /// Size of the guest disk, which maintenance changes.
+    disk_bytes: AtomicU64,
     compression: CompressionType,
     tables: Mutex<Tables>,
     /// Told when a range of [`Tables::filling`] is done.
@@ -269,12 +284,22 @@ impl Qcow2Node {
             file,
             path,
             geometry: tables.geometry,
+            disk_bytes: AtomicU64::new(tables.geometry.size_bytes),
             compression: tables.header.compression,
             filled: Condvar::new(),
             flights: tables.flights.clone(),
             unpacked: Mutex::default(),
             tables: Mutex::new(tables),
         })
+    }
+
+    /// Size of the guest disk in whole sectors.
+    fn size_bytes(&self) -> u64 {
+        self.disk_bytes.load(Ordering::Relaxed) & !511
+    }
+
+    fn set_size(&self, bytes: u64) {
+        self.disk_bytes.store(bytes, Ordering::Relaxed);
     }
 
     /// Counts a request as in flight, so that no cluster it looked up goes to another owner.
@@ -321,7 +346,7 @@ impl Qcow2Node {
 
 impl Node for Qcow2Node {
     fn size_bytes(&self) -> u64 {
-        self.geometry.size_bytes & !511
+        Qcow2Node::size_bytes(self)
     }
 
     fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
@@ -372,6 +397,10 @@ impl Node for Qcow2Node {
 
     fn backing_name(&self) -> Option<String> {
         self.tables.lock().header.backing_name.clone()
+    }
+
+    fn as_qcow2(self: Arc<Self>) -> Option<Arc<Qcow2Node>> {
+        Some(self)
     }
 }
 

@@ -132,8 +132,7 @@ impl Qcow2Node {
 
     /// What the guest sees; past the end of the disk, zeroes.
     fn read_around(&self, below: Below<'_>, offset: u64, out: &mut [u8]) -> Result<(), BlockError> {
-        let size_bytes = self.geometry.size_bytes & !511;
-        let inside = size_bytes.saturating_sub(offset).min(out.len() as u64) as usize;
+        let inside = self.size_bytes().saturating_sub(offset).min(out.len() as u64) as usize;
         match out.get_mut(..inside) {
             Some(out) if !out.is_empty() => self.read_all(below, offset, &ReadBufs::from_slice(out)),
             _ => Ok(()),

@@ -50,7 +50,7 @@ impl Qcow2Node {
         let cluster_bytes = self.geometry.cluster_bytes();
         let end = offset + bytes;
         let mut at = offset.next_multiple_of(cluster_bytes);
-        let to_disk_end = end >= self.geometry.size_bytes & !511;
+        let to_disk_end = end >= self.size_bytes();
         while at < end && (end - at >= cluster_bytes || to_disk_end) {
             let mut tables = self.lock_settled(at, end - at);
             tables.check_writable()?;

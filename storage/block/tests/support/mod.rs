@@ -234,6 +234,31 @@ impl FileBackend for MemFile {
     }
 }
 
+/// Each sector of a write reaches the disk or does not; writes to the same place keep their order.
+pub fn apply_torn(pages: &mut Pages, op: &Op, rng: &mut Rng) {
+    match op {
+        Op::Write(offset, bytes) => {
+            if rng.below(4) == 0 {
+                return;
+            }
+            let whole = rng.below(2) == 0;
+            let mut at = 0;
+            while at < bytes.len() {
+                let to_boundary = 512 - ((offset + at as u64) % 512) as usize;
+                let end = (at + to_boundary).min(bytes.len());
+                if whole || rng.below(2) == 0 {
+                    pages.write(offset + at as u64, &bytes[at..end]);
+                }
+                at = end;
+            }
+            // The length of a file may be on disk before its data.
+            pages.len = pages.len.max(offset + bytes.len() as u64);
+        }
+        Op::Zero(offset, bytes) if rng.below(2) == 0 => pages.zero(*offset, *bytes),
+        _ => {}
+    }
+}
+
 /// Runs qemu-img and returns its exit code and output.
 pub fn qemu_img_status(args: &[&str]) -> (i32, String) {
     let run = Command::new("qemu-img").args(args).output();

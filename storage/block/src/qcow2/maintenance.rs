@@ -1,0 +1,146 @@
+//! Operations on a qcow2 image as a whole, on an image of a running disk or on its own.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use image::Format;
+use image::qcow2::Header;
+use parking_lot::MutexGuard;
+
+use super::maintenance_error::MaintenanceError;
+use super::rewrite::Rewrite;
+use super::{Health, Qcow2Node, Qcow2Options, Tables};
+use crate::chain::ChainFile;
+use crate::disk::ChainBackend;
+use crate::error::{Action, BlockError};
+
+/// Memory for L2 tables of an image that is opened for maintenance.
+const L2_CACHE_BYTES: u64 = 256 << 10;
+
+/// A qcow2 image, for what concerns it as a whole: snapshots, size, backing file name, features. From
+/// [`crate::Disk::qcow2`] while guests use it, or opened on its own; backing files are not needed.
+///
+/// Every operation that changes the image takes effect at once: a power cut leaves the image as it was or as it
+/// will be, and so does an error that comes before the change. Requests of guests wait meanwhile.
+#[derive(Clone)]
+pub struct Qcow2Image {
+    pub(super) node: Arc<Qcow2Node>,
+}
+
+impl Qcow2Image {
+    /// Opens an image on its own. Opening for writing rebuilds the refcounts of an image that was not closed cleanly.
+    pub fn open(file: ChainFile, read_only: bool) -> Result<Qcow2Image, BlockError> {
+        Qcow2Image::open_backend(ChainBackend::from_file(file)?, read_only)
+    }
+
+    /// As [`Qcow2Image::open`], over a backend other than a host file.
+    pub fn open_backend(layer: ChainBackend, read_only: bool) -> Result<Qcow2Image, BlockError> {
+        let ChainBackend { file, path_label: path, format } = layer;
+        if format != Format::Qcow2 {
+            return Err(BlockError::FormatDisagrees { path, opened: format, option: Format::Qcow2 });
+        }
+        let options = Qcow2Options {
+            read_only,
+            has_backing: true,
+            punch_freed: true,
+            no_sync: false,
+            l2_cache_bytes: L2_CACHE_BYTES,
+        };
+        let node = Qcow2Node::open(file.into(), path, &options)?;
+        Ok(Qcow2Image { node: Arc::new(node) })
+    }
+
+    pub(crate) fn of(node: Arc<Qcow2Node>) -> Qcow2Image {
+        Qcow2Image { node }
+    }
+
+    /// Its name in errors.
+    pub fn path(&self) -> &Path {
+        &self.node.path
+    }
+
+    /// The header as it is now.
+    pub fn header(&self) -> Header {
+        self.node.tables.lock().header.clone()
+    }
+
+    /// Changes the name of the backing file and of its format as stored in the header, and nothing else: what the guest
+    /// sees changes unless the new file holds the same. `None` for both removes it. An open disk keeps its chain.
+    pub fn set_backing(&self, name: Option<&str>, format: Option<&str>) -> Result<(), BlockError> {
+        self.node.rewrite(|rewrite| {
+            rewrite.header.backing_name = name.filter(|name| !name.is_empty()).map(str::to_owned);
+            let format = format.filter(|format| !format.is_empty() && rewrite.header.backing_name.is_some());
+            rewrite.header.backing_format = format.map(str::to_owned);
+            Ok(())
+        })
+    }
+
+    pub(super) fn refuse(&self, source: MaintenanceError) -> BlockError {
+        BlockError::Maintenance { path: PathBuf::from(self.path()), source }
+    }
+}
+
+impl Qcow2Node {
+    /// Changes the image as a whole while no request is under way.
+    pub(super) fn rewrite<T>(
+        &self,
+        change: impl FnOnce(&mut Rewrite<'_>) -> Result<T, BlockError>,
+    ) -> Result<T, BlockError> {
+        let mut tables = self.quiet()?;
+        let changed = tables.rewrite(change);
+        let changed = tables.noticing(changed);
+        self.set_size(tables.geometry.size_bytes);
+        changed
+    }
+
+    /// The tables while no request is under way, with everything on disk as it is in memory.
+    pub(super) fn quiet(&self) -> Result<MutexGuard<'_, Tables>, BlockError> {
+        let mut tables = self.tables.lock();
+        while !tables.filling.is_empty() {
+            self.filled.wait(&mut tables);
+        }
+        tables.check_writable()?;
+        // New requests need the lock that is held here; those in flight only have a system call to finish.
+        while !(self.flights.landed(0) && self.flights.landed(1)) {
+            std::thread::yield_now();
+        }
+        // The first commit writes tables and drops what they gave up, the second writes the refcounts of that.
+        for _ in 0..2 {
+            let committed = tables.commit();
+            tables.noticing(committed)?;
+        }
+        Ok(tables)
+    }
+}
+
+impl Tables {
+    fn rewrite<T>(&mut self, change: impl FnOnce(&mut Rewrite<'_>) -> Result<T, BlockError>) -> Result<T, BlockError> {
+        let outcome = Rewrite::begin(self).and_then(|mut rewrite| {
+            let value = change(&mut rewrite)?;
+            rewrite.finish()?;
+            Ok(value)
+        });
+        if let Err(BlockError::Io { action: Action::Sync, .. }) = &outcome {
+            self.health = Health::FlushFailed;
+            return outcome;
+        }
+        // Also after an error: what was written for nothing is in the file, and may no longer count as zeroes.
+        match (self.reload(), outcome) {
+            (Ok(()), outcome) => outcome,
+            (Err(error), outcome) => {
+                self.health = Health::FlushFailed;
+                outcome.and(Err(error))
+            }
+        }
+    }
+
+    /// Reads everything anew from the file.
+    fn reload(&mut self) -> Result<(), BlockError> {
+        let mut fresh = Tables::open(self.file.clone(), self.path.clone(), &self.options)?;
+        fresh.flights = self.flights.clone();
+        fresh.generation = self.generation;
+        fresh.releases = self.releases + 1;
+        *self = fresh;
+        Ok(())
+    }
+}

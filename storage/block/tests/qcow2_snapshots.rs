@@ -1,0 +1,240 @@
+//! Internal snapshots against qemu-img in both directions, and power cuts in the middle of each operation.
+
+mod support;
+
+use std::path::Path;
+
+use block::{ChainFile, Disk, Format, OpenOptions, Qcow2Image, SnapshotTime};
+use support::{MemFile, Op, Pages, Rng, open_chain, qemu_img, qemu_img_status};
+
+const SIZE_BYTES: u64 = 3 << 20;
+const TIME: SnapshotTime = SnapshotTime { date_sec: 1_700_000_000, date_nsec: 5, vm_clock_nsec: 0 };
+
+/// What qemu-img is asked to create: kinds of tables that differ.
+const OPTIONS: [&str; 6] = [
+    "cluster_size=64k",
+    "cluster_size=512",
+    "cluster_size=4k,refcount_bits=8",
+    "cluster_size=4k,compat=0.10",
+    "cluster_size=1k,refcount_bits=64,lazy_refcounts=on",
+    "cluster_size=2M,refcount_bits=2",
+];
+
+fn create(path: &Path, options: &str) {
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &SIZE_BYTES.to_string()]);
+}
+
+fn open_image(path: &Path) -> Qcow2Image {
+    let file = ChainFile { file: support::open_file(path, true), path_label: path.to_owned(), format: Format::Qcow2 };
+    Qcow2Image::open(file, false).unwrap()
+}
+
+fn check(path: &Path, what: &str) {
+    let (status, text) = qemu_img_status(&["check", "-f", "qcow2", path.to_str().unwrap()]);
+    assert_eq!(status, 0, "{what}: {text}");
+}
+
+fn disk(path: &Path) -> Disk {
+    open_chain(&[(path, Format::Qcow2)], &OpenOptions::default())
+}
+
+/// Writes a few runs that depend on the seed.
+fn scribble(disk: &Disk, model: &mut [u8], seed: u64) {
+    let mut rng = Rng(seed);
+    for _ in 0..12 {
+        let bytes = ((1 + rng.below(300)) * 512).min(SIZE_BYTES);
+        let offset = rng.below((SIZE_BYTES - bytes) / 512 + 1) * 512;
+        let range = offset as usize..(offset + bytes) as usize;
+        match rng.below(5) {
+            0 => {
+                disk.write_zeroes(offset, bytes, rng.below(2) == 0).unwrap();
+                model[range].fill(0);
+            }
+            _ => {
+                let data: Vec<u8> = (0..bytes).map(|i| (i / 97 + seed) as u8).collect();
+                disk.write(offset, &data).unwrap();
+                model[range].copy_from_slice(&data);
+            }
+        }
+    }
+}
+
+fn raw_of(path: &Path, snapshot: Option<&str>) -> Vec<u8> {
+    let out = path.with_extension("raw");
+    let mut args = vec!["convert", "-f", "qcow2", "-O", "raw"];
+    let option = snapshot.map(|name| format!("snapshot.name={name}"));
+    if let Some(option) = &option {
+        args.extend(["-l", option]);
+    }
+    args.extend([path.to_str().unwrap(), out.to_str().unwrap()]);
+    qemu_img(&args);
+    std::fs::read(&out).unwrap()
+}
+
+#[test]
+fn snapshots_made_here_are_what_qemu_sees() {
+    for (options, seed) in OPTIONS.iter().zip(0x1111u64..) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.qcow2");
+        create(&path, options);
+        let mut model = vec![0; SIZE_BYTES as usize];
+        let mut states = Vec::new();
+        // Three references to a cluster fill a refcount of two bits.
+        for round in 0..2 {
+            let disk = disk(&path);
+            scribble(&disk, &mut model, seed * 10 + round);
+            disk.qcow2().unwrap().create_snapshot(&format!("s{round}"), &TIME).unwrap();
+            states.push(model.clone());
+            scribble(&disk, &mut model, seed * 100 + round);
+            drop(disk);
+            check(&path, &format!("{options} round {round}"));
+        }
+        let list = qemu_img(&["snapshot", "-l", path.to_str().unwrap()]);
+        assert!(list.contains("s0") && list.contains("s1") && list.contains("2023-11-14"), "{list}");
+        assert!(raw_of(&path, None) == model, "{options}");
+        for (round, state) in states.iter().enumerate() {
+            assert!(raw_of(&path, Some(&format!("s{round}"))) == *state, "{options} s{round}");
+        }
+        // Applying, by identifier and by name; then what is written must not reach the snapshot.
+        open_image(&path).apply_snapshot("1").unwrap();
+        check(&path, options);
+        assert!(raw_of(&path, None) == states[0], "{options} applied");
+        let mut now = states[0].clone();
+        scribble(&disk(&path), &mut now, seed);
+        assert!(raw_of(&path, Some("s0")) == states[0] && raw_of(&path, None) == now, "{options} written after");
+        open_image(&path).delete_snapshot("s0").unwrap();
+        check(&path, options);
+        assert!(raw_of(&path, Some("s1")) == states[1] && raw_of(&path, None) == now, "{options} deleted");
+        open_image(&path).delete_snapshot("s1").unwrap();
+        check(&path, options);
+        assert!(raw_of(&path, None) == now, "{options} all deleted");
+        assert!(open_image(&path).snapshots().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn snapshots_of_qemu_are_used_here() {
+    for (options, seed) in OPTIONS.iter().zip(0x2222u64..) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.qcow2");
+        let name = path.to_str().unwrap();
+        create(&path, options);
+        let mut model = vec![0; SIZE_BYTES as usize];
+        scribble(&disk(&path), &mut model, seed);
+        qemu_img(&["snapshot", "-c", "from qemu", name]);
+        let first = model.clone();
+        scribble(&disk(&path), &mut model, seed + 1);
+        let image = open_image(&path);
+        let list = image.snapshots().unwrap();
+        assert_eq!((list.len(), list[0].name.as_slice(), list[0].disk_bytes), (1, &b"from qemu"[..], SIZE_BYTES));
+        image.create_snapshot("ours", &TIME).unwrap();
+        image.apply_snapshot("from qemu").unwrap();
+        drop(image);
+        check(&path, options);
+        assert!(raw_of(&path, None) == first, "{options}");
+        qemu_img(&["snapshot", "-a", "ours", name]);
+        assert!(support::contents(&mut disk(&path)) == model, "{options}");
+        qemu_img(&["snapshot", "-d", "ours", name]);
+        open_image(&path).delete_snapshot("from qemu").unwrap();
+        check(&path, options);
+        assert!(raw_of(&path, None) == model, "{options}");
+    }
+}
+
+#[test]
+fn what_cannot_be_done_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create(&path, "refcount_bits=1");
+    let mut model = vec![0; SIZE_BYTES as usize];
+    scribble(&disk(&path), &mut model, 5);
+    let before = std::fs::read(&path).unwrap();
+    let image = open_image(&path);
+    for (result, want) in [
+        (image.create_snapshot("s", &TIME).map(|_| ()), "refcounts of this width"),
+        (image.apply_snapshot("nothing"), "no snapshot has the name or number 'nothing'"),
+        (image.delete_snapshot("nothing"), "no snapshot has the name or number 'nothing'"),
+    ] {
+        let error = result.unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains(want), "{cause}");
+    }
+    drop(image);
+    // An attempt may leave unused bytes behind the end, nothing else.
+    assert_eq!(std::fs::read(&path).unwrap()[..before.len()], before);
+    check(&path, "after refusals");
+    assert!(raw_of(&path, None) == model);
+    let long = "n".repeat(65536);
+    create(&path, "cluster_size=64k");
+    assert!(open_image(&path).create_snapshot(&long, &TIME).is_err());
+    open_image(&path).create_snapshot(&long[..65535], &TIME).unwrap();
+    check(&path, "a name of 65535 bytes");
+}
+
+/// One operation on an image in memory, cut at every write: the disk and the list of snapshots are those from before
+/// or those from after, and no refcount or flag is wrong, not even by a leak.
+fn cut_everywhere(options: &str, prepare: &dyn Fn(&Qcow2Image), operate: &dyn Fn(&Qcow2Image)) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create(&path, options);
+    let mut model = vec![0; SIZE_BYTES as usize];
+    scribble(&disk(&path), &mut model, 77);
+    let image = open_image(&path);
+    prepare(&image);
+    drop(image);
+    scribble(&disk(&path), &mut model, 78);
+    let start = Pages::load(&path);
+    let file = MemFile::of(start.clone());
+    let image = Qcow2Image::open_backend(file.layer(Format::Qcow2), false).unwrap();
+    operate(&image);
+    drop(image);
+    let log = file.0.lock().unwrap().log.clone();
+    let (before, after) = (state(&start), state(&file.0.lock().unwrap().pages));
+    assert!(before != after, "{options}: nothing happened");
+    let (mut synced, mut since, mut rng) = (start, 0, Rng(9));
+    for cut in 0..=log.len() {
+        for variant in 0..3 {
+            let mut torn = synced.clone();
+            log[since..cut].iter().for_each(|op| support::apply_torn(&mut torn, op, &mut rng));
+            let report = torn.check();
+            let what = format!("{options} cut {cut} of {} variant {variant}", log.len());
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{what}: {:?}", report.findings);
+            let now = state(&torn);
+            assert!(now == before || now == after, "{what}");
+            if variant == 0 && cut % 3 == 1 {
+                torn.store(&path);
+                check(&path, &what);
+            }
+        }
+        if matches!(log.get(cut), Some(Op::Sync)) {
+            log[since..cut].iter().for_each(|op| synced.apply(op));
+            since = cut + 1;
+        }
+    }
+}
+
+/// Disk and snapshots.
+fn state(pages: &Pages) -> (Vec<u8>, Vec<Vec<u8>>) {
+    let file = MemFile::of(pages.clone());
+    let opts = OpenOptions { read_only: true, ..OpenOptions::default() };
+    let mut disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &opts).unwrap();
+    let names = disk.qcow2().unwrap().snapshots().unwrap().into_iter().map(|snapshot| snapshot.name).collect();
+    (support::contents(&mut disk), names)
+}
+
+#[test]
+fn any_cut_leaves_the_state_before_or_after() {
+    for options in
+        ["cluster_size=64k", "cluster_size=512", "cluster_size=4k,compat=0.10", "cluster_size=1k,refcount_bits=64"]
+    {
+        let snapshot = |image: &Qcow2Image| {
+            image.create_snapshot("first", &TIME).unwrap();
+        };
+        cut_everywhere(options, &|_| {}, &snapshot);
+        cut_everywhere(options, &snapshot, &|image| {
+            image.create_snapshot("second", &TIME).unwrap();
+        });
+        cut_everywhere(options, &snapshot, &|image| image.apply_snapshot("first").unwrap());
+        cut_everywhere(options, &snapshot, &|image| image.delete_snapshot("first").unwrap());
+    }
+}
