@@ -1,36 +1,62 @@
-//! `vireo-img check`.
+//! `check`: compares what is referenced in an image with what is counted.
 
 use std::io::{Write, stdout};
-use std::path::Path;
 
 use block::{Checked, Format, check_image, inspect};
 use serde_json::json;
 
-use crate::error::ImgError;
-use crate::options::{Known, parse};
+use crate::Command;
+use crate::error::{ImgError, Rule};
+use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, QUIET, opt};
+use crate::json::write_json;
+use crate::open::{self, Named};
 
-const KNOWN: Known = &[
-    (&["-f", "--format"], true),
-    (&["--output"], true),
-    (&["-q", "--quiet"], false),
-    (&["-U", "--force-share"], false),
+/// `check`.
+pub const COMMAND: Command =
+    Command { name: "check", about: "Check basic image integrity", operands: "FILENAME", options: OPTIONS, run };
+
+const OPTIONS: &[Opt] = &[
+    QUIET,
+    FORMAT,
+    IMAGE_OPTS,
+    opt('T', &["cache"], "CACHE", "cache mode of the image (writeback)"),
+    opt('r', &["repair"], "leaks|all", "mend leaked clusters, or everything"),
+    FORCE_SHARE,
+    OBJECT,
+    OUTPUT,
+    JSON,
 ];
 
-pub fn run(args: Vec<String>) -> Result<u8, ImgError> {
-    let parsed = parse("check", KNOWN, args)?;
+fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
-    let path = Path::new(file);
-    let open = |source| ImgError::Open { path: path.to_owned(), source };
-    let info = inspect(path, parsed.format(file)?).map_err(open)?;
+    let json = parsed.json()?;
+    open::cache_named("source", parsed.value("cache")?, block::CacheMode::Writeback)?;
+    let named = Named::of(parsed, file, "format")?;
+    match parsed.value("repair")? {
+        None => {}
+        Some("leaks" | "all") if parsed.has("force-share") => {
+            return Err(ImgError::OpenRule { name: named.label, reason: Rule::ShareWrite });
+        }
+        Some("leaks" | "all") => return Err(ImgError::NotSupported("check -r")),
+        Some(other) => {
+            return Err(ImgError::Value {
+                name: "--repair (-r)",
+                possible: "'leaks' or 'all'",
+                found: other.to_owned(),
+            });
+        }
+    }
+    let path = named.plain_path()?;
+    let open = |source| ImgError::Open { name: named.label.clone(), source };
+    let info = inspect(path, named.spec.driver).map_err(open)?;
     if info.format == Format::Raw {
         return Err(ImgError::NoChecks);
     }
-    let checked = check_image(path).map_err(ImgError::Block)?;
-    let json = parsed.json()?;
+    let checked = check_image(path).map_err(|source| ImgError::Failed { doing: "Check failed".to_owned(), source })?;
     let mut out = stdout().lock();
     if json {
-        writeln!(out, "{:#}", as_json(file, &checked))?;
-    } else if !parsed.has("-q") {
+        write_json(&mut out, &as_json(&named.label, &checked))?;
+    } else if !parsed.has("quiet") {
         out.write_all(as_text(&checked).as_bytes())?;
     }
     Ok(match &checked {

@@ -1,153 +1,235 @@
-//! `vireo-img create`.
+//! `create`: an empty image.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+use block::spec::{FileSpec, ImageSpec};
 use block::{BlockError, CreateOptions, Format, create_qcow2, create_raw, inspect};
 
-use crate::error::ImgError;
-use crate::options::{Known, Parsed, format_named, parse};
+use crate::Command;
+use crate::error::{ImgError, Rule};
+use crate::getopt::{OBJECT, Opt, Parsed, QUIET, flag, opt};
+use crate::optlist::{self, Def, OptList, Value};
+use crate::qcow2_options::{Preallocation, Qcow2Options};
 use crate::size;
 
-const KNOWN: Known = &[
-    (&["-f", "--format"], true),
-    (&["-b", "--backing"], true),
-    (&["-F", "--backing-format"], true),
-    (&["-o", "--options"], true),
-    (&["-q", "--quiet"], false),
-    (&["-u", "--backing-unsafe"], false),
+/// `create`.
+pub const COMMAND: Command = Command {
+    name: "create",
+    about: "Create and format a new image file",
+    operands: "FILENAME [SIZE]",
+    options: OPTIONS,
+    run,
+};
+
+const OPTIONS: &[Opt] = &[
+    QUIET,
+    opt('f', &["format"], "FMT", "format of the new image; raw if not given"),
+    opt('o', &["options"], "NAME=VALUE,...", "options of the format; '-o help' lists them"),
+    opt('b', &["backing"], "FILE", "the new image shows FILE where nothing is written to it"),
+    opt('F', &["backing-format"], "FMT", "format of the backing file"),
+    flag('u', &["backing-unsafe"], "do not look at the backing file"),
+    OBJECT,
 ];
 
-/// What is to be created.
-struct Plan {
-    format: Format,
-    size: Option<u64>,
-    options: CreateOptions,
-    backing: Option<(String, Option<String>)>,
-    /// `compat` as it was given.
-    compat: Option<String>,
-}
-
-pub fn run(args: Vec<String>) -> Result<u8, ImgError> {
-    let parsed = parse("create", KNOWN, args)?;
+fn run(parsed: &Parsed) -> Result<u8, ImgError> {
+    let format = parsed.value("format")?.unwrap_or("raw");
+    let lists = parsed.values("options")?;
+    if optlist::wants_help(&lists) {
+        return print_help(format, parsed.words.first().is_some());
+    }
     let (file, size_word) = match parsed.words.as_slice() {
-        [] => return Err(ImgError::OneFile),
+        [] => return Err(ImgError::Expecting { command: "create", expected: "image file name" }),
         [file] => (file, None),
         [file, size] => (file, Some(size)),
-        [_, _, extra, ..] => return Err(ImgError::Extra(extra.clone())),
+        [_, _, extra, ..] => {
+            return Err(ImgError::Extra { command: "create", found: extra.to_string_lossy().into_owned() });
+        }
     };
-    let path = Path::new(file);
-    let mut plan = plan(&parsed, file)?;
-    if let Some(word) = size_word {
-        plan.size = Some(size::parse(word)?);
+    let size_word = size_word.map(|word| image_size(&word.to_string_lossy())).transpose()?;
+    let mut request = Request::new(file, format, &lists)?;
+    request.add_backing(parsed.value("backing")?, parsed.value("backing-format")?)?;
+    request.settle_size(size_word, parsed.has("backing-unsafe"))?;
+    if !parsed.has("quiet") {
+        println!("{}", request.announcement());
     }
-    let unchecked = parsed.has("-u");
-    let bytes = settle(&mut plan, path, unchecked)?;
-    if !parsed.has("-q") {
-        announce(&plan, file, bytes);
-    }
-    put(path, |new| match plan.format {
-        Format::Raw => create_raw(new, bytes),
-        Format::Qcow2 => create_qcow2(new, bytes, &plan.options),
-    })?;
+    request.make()?;
     Ok(0)
 }
 
-fn plan(parsed: &Parsed, file: &str) -> Result<Plan, ImgError> {
-    let format = parsed.format(file)?.unwrap_or(Format::Raw);
-    let mut plan = Plan { format, size: None, options: CreateOptions::default(), backing: None, compat: None };
-    let mut backing = parsed.value("-b").map(str::to_owned);
-    let mut backing_format = parsed.value("-F").map(str::to_owned);
-    for pair in parsed.values("-o").flat_map(|o| o.split(',')) {
-        let (name, value) = pair.split_once('=').unwrap_or((pair, "on"));
-        let unknown = || ImgError::Parameter { path: file.into(), name: name.to_owned() };
-        match (name, format) {
-            ("size", _) => plan.size = Some(size::parse(value)?),
-            ("cluster_size", Format::Qcow2) => plan.options.cluster_bits = cluster_bits(value)?,
-            ("compat", Format::Qcow2) => {
-                plan.options.version = version(value)?;
-                plan.compat = Some(value.to_owned());
+/// The positional size of `create`.
+fn image_size(word: &str) -> Result<u64, ImgError> {
+    size::disk_bytes(word).map_err(|error| ImgError::size(error, "image size", word))
+}
+
+fn print_help(format: &str, with_file: bool) -> Result<u8, ImgError> {
+    let defs = optlist::names_of(format).ok_or_else(|| ImgError::Plain(Rule::UnknownFormat(format.to_owned())))?;
+    if with_file {
+        print!("{}", optlist::help("Supported options", &defs));
+        return Ok(0);
+    }
+    let own: Vec<&Def> = defs.into_iter().filter(|def| !optlist::is_of_file(format, def)).collect();
+    print!("{}", optlist::help(&format!("Supported {format} options"), &own));
+    println!(
+        "\nThe protocol level may support further options.\nSpecify the target filename to include those options."
+    );
+    Ok(0)
+}
+
+/// An image that is to be created: what `create` and `convert` share.
+pub struct Request {
+    label: String,
+    path: PathBuf,
+    format: Format,
+    defs: Vec<&'static Def>,
+    /// Options of the format as given.
+    pub list: OptList,
+}
+
+impl Request {
+    /// Reads the name, the format and the lists of options.
+    pub fn new(file: &OsStr, format: &str, lists: &[&str]) -> Result<Request, ImgError> {
+        let label = file.to_string_lossy().into_owned();
+        let rule = |rule| ImgError::Rule { subject: label.clone(), rule };
+        let known = optlist::names_of(format).zip(format.parse().ok());
+        let (defs, format) = known.ok_or_else(|| rule(Rule::UnknownFormat(format.to_owned())))?;
+        let spec =
+            ImageSpec::parse(file).map_err(|e| ImgError::Rule { subject: label.clone(), rule: Rule::Name(e) })?;
+        let FileSpec::Path(path) = spec.file else {
+            return Err(rule(Rule::CreateThere(label.clone())));
+        };
+        let list = OptList::parse(&label, &defs, lists)?;
+        Ok(Request { label, path, format, defs, list })
+    }
+
+    fn rule(&self, rule: Rule) -> ImgError {
+        ImgError::Rule { subject: self.label.clone(), rule }
+    }
+
+    /// Adds what `-b` and `-F` say; they win over the lists.
+    pub fn add_backing(&mut self, file: Option<&str>, format: Option<&str>) -> Result<(), ImgError> {
+        for (name, value) in [("backing_file", file), ("backing_fmt", format)] {
+            let Some(value) = value else { continue };
+            if !self.list.put(&self.defs, name, Value::Text(value.to_owned())) {
+                return Err(self.rule(match name {
+                    "backing_file" => Rule::NoBacking(self.format.name().to_owned()),
+                    _ => Rule::NoBackingFormatOption(self.format.name().to_owned()),
+                }));
             }
-            ("backing_file", Format::Qcow2) => backing = Some(value.to_owned()),
-            ("backing_fmt", Format::Qcow2) => backing_format = Some(value.to_owned()),
-            _ => return Err(unknown()),
+        }
+        let Some(backing) = self.list.text("backing_file") else { return Ok(()) };
+        if backing.is_empty() {
+            return Err(self.rule(Rule::EmptyBacking));
+        }
+        if Path::new(backing) == self.path {
+            return Err(self.rule(Rule::OwnBacking));
+        }
+        Ok(())
+    }
+
+    /// Finds the size: the word behind the file name, the option, or the backing file's.
+    pub fn settle_size(&mut self, word: Option<u64>, unchecked: bool) -> Result<(), ImgError> {
+        if word.is_some() && self.list.has("size") {
+            return Err(self.rule(Rule::SizeTwice));
+        }
+        let mut size = word.or(self.list.number("size"));
+        if let Some(backing) = self.list.text("backing_file") {
+            let format = self.backing_format()?;
+            let at = beside(&self.path, backing);
+            if !unchecked {
+                let info = inspect(&at, format).map_err(|source| self.rule(Rule::BackingOpen(source)))?;
+                if self.list.text("backing_fmt").is_none() {
+                    return Err(self.rule(Rule::NoBackingFormat(info.format.name().to_owned())));
+                }
+                size = size.or(Some(info.virtual_size_bytes));
+            } else if self.list.text("backing_fmt").is_none() {
+                return Err(self.rule(Rule::NoBackingFormat("an unknown format".to_owned())));
+            }
+        }
+        let size = size.ok_or_else(|| self.rule(Rule::NoSize))?;
+        self.list.put(&self.defs, "size", Value::Number(size));
+        Ok(())
+    }
+
+    fn backing_format(&self) -> Result<Option<Format>, ImgError> {
+        let Some(name) = self.list.text("backing_fmt") else { return Ok(None) };
+        name.parse().map(Some).map_err(|_| self.rule(Rule::BackingDriver(name.to_owned())))
+    }
+
+    /// The line that tells what is about to be created.
+    pub fn announcement(&self) -> String {
+        format!("Formatting '{}', fmt={} {}", self.label, self.format, self.list.echo(&self.defs))
+    }
+
+    /// Creates the image. An existing one is gone only when the new one is complete.
+    pub fn make(&self) -> Result<(), ImgError> {
+        let size = self.list.number("size").unwrap_or(0);
+        if i64::try_from(size).is_err() || size > i64::MAX as u64 - 511 {
+            return Err(self.rule(Rule::Negative));
+        }
+        if self.path.is_dir() {
+            return Err(self.rule(Rule::Directory(self.label.clone())));
+        }
+        match self.format {
+            Format::Raw => {
+                let mode = self.list.text("preallocation").unwrap_or("off");
+                if mode != "off" {
+                    return Err(self.rule(Rule::Preallocation(mode.to_owned())));
+                }
+                self.put(|path| create_raw(path, size))
+            }
+            Format::Qcow2 => {
+                let options = self.qcow2_options(size)?;
+                self.put(|path| create_qcow2(path, size, &options))
+            }
+            other => Err(self.rule(Rule::NotCreated(other.name().to_owned()))),
         }
     }
-    plan.backing = backing.map(|name| (name, backing_format));
-    Ok(plan)
-}
 
-fn cluster_bits(value: &str) -> Result<u32, ImgError> {
-    let bytes = size::parse(value)?;
-    if bytes.is_power_of_two() && (512..=2 << 20).contains(&bytes) {
-        return Ok(bytes.trailing_zeros());
-    }
-    Err(ImgError::Value { option: "cluster_size", found: value.to_owned(), possible: "a power of two from 512 to 2M" })
-}
-
-fn version(value: &str) -> Result<u32, ImgError> {
-    match value {
-        "0.10" | "v2" => Ok(2),
-        "1.1" | "v3" => Ok(3),
-        _ => Err(ImgError::Value { option: "compat", found: value.to_owned(), possible: "0.10 or 1.1" }),
-    }
-}
-
-/// Looks at the backing file and finds the size; the result is in bytes.
-fn settle(plan: &mut Plan, path: &Path, unchecked: bool) -> Result<u64, ImgError> {
-    if let Some((name, format)) = &plan.backing {
-        if plan.format == Format::Raw {
-            return Err(ImgError::RawBacking(path.to_owned()));
+    fn qcow2_options(&self, size: u64) -> Result<CreateOptions, ImgError> {
+        let options = Qcow2Options::read(&self.list).map_err(|rule| self.rule(rule))?;
+        if !options.can_map(size) {
+            return Err(self.rule(Rule::TooLarge(self.format.name().to_owned())));
         }
-        let format = format.as_ref().ok_or_else(|| ImgError::NoBackingFormat(path.to_owned()))?;
-        let format = format_named(&path.display().to_string(), format)?;
-        if !(unchecked && plan.size.is_some()) {
-            let at = beside(path, name);
-            let info = inspect(&at, Some(format)).map_err(|source| ImgError::Open { path: at.clone(), source })?;
-            plan.size = plan.size.or(Some(info.virtual_size_bytes));
+        for (name, given) in [
+            ("extended_l2", options.extended_l2),
+            ("preallocation", options.preallocation != Preallocation::Off),
+            ("lazy_refcounts", options.lazy_refcounts),
+            ("refcount_bits", options.refcount_bits != 16),
+            ("compression_type", options.zstd),
+            ("data_file", self.list.has("data_file")),
+            ("encrypt.format", options.luks || self.list.switch("encryption") == Some(true)),
+        ] {
+            if given {
+                return Err(self.rule(Rule::Option(name.to_owned())));
+            }
         }
-        plan.options.backing = Some((PathBuf::from(name), format));
+        let backing = match (self.list.text("backing_file"), self.backing_format()?) {
+            (Some(name), Some(format)) => Some((PathBuf::from(name), format)),
+            _ => None,
+        };
+        Ok(CreateOptions { cluster_bits: options.cluster_bytes.trailing_zeros(), version: options.version, backing })
     }
-    plan.size.ok_or_else(|| ImgError::NoSize(path.to_owned()))
+
+    fn put(&self, make: impl FnOnce(&Path) -> Result<(), BlockError>) -> Result<(), ImgError> {
+        let failed = |source| ImgError::Create { name: self.label.clone(), source };
+        let place = |source| ImgError::Place { name: self.label.clone(), source };
+        let Some(real) = self.path.canonicalize().ok().filter(|real| real.is_file()) else {
+            return make(&self.path).map_err(failed);
+        };
+        let mut name = real.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".new-{}", std::process::id()));
+        let new = real.with_file_name(name);
+        make(&new).map_err(failed)?;
+        std::fs::rename(&new, &real).map_err(|source| {
+            // What matters is that the old image stands as it was.
+            let _ = std::fs::remove_file(&new);
+            place(source)
+        })
+    }
 }
 
 /// A stored name counts from the directory of the image that stores it.
 pub fn beside(image: &Path, name: &str) -> PathBuf {
     image.parent().unwrap_or(Path::new("")).join(name)
-}
-
-fn announce(plan: &Plan, file: &str, bytes: u64) {
-    if plan.format == Format::Raw {
-        return println!("Formatting '{file}', fmt=raw size={bytes}");
-    }
-    let options = &plan.options;
-    let backing = match &options.backing {
-        Some((name, format)) => format!(" backing_file={} backing_fmt={}", name.display(), format.name()),
-        None => String::new(),
-    };
-    let compat = plan.compat.as_ref().map(|value| format!(" compat={value}")).unwrap_or_default();
-    println!(
-        "Formatting '{file}', fmt=qcow2 cluster_size={} extended_l2=off compression_type=zlib size={bytes}{backing}{compat} \
-         lazy_refcounts=off refcount_bits=16",
-        1u64 << options.cluster_bits,
-    );
-}
-
-/// An existing image is replaced, as qemu-img does, but only by a complete one: it is made beside and renamed.
-fn put(path: &Path, make: impl FnOnce(&Path) -> Result<(), BlockError>) -> Result<(), ImgError> {
-    let place = |source| ImgError::Place { path: path.to_owned(), source };
-    let Ok(real) = path.canonicalize() else {
-        return make(path).map_err(ImgError::Block);
-    };
-    if !real.is_file() {
-        return make(path).map_err(ImgError::Block);
-    }
-    let mut name = real.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".new-{}", std::process::id()));
-    let new = real.with_file_name(name);
-    make(&new).map_err(ImgError::Block)?;
-    std::fs::rename(&new, &real).map_err(|source| {
-        // What matters is that the old image stands as it was.
-        let _ = std::fs::remove_file(&new);
-        place(source)
-    })
 }

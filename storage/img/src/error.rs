@@ -1,109 +1,313 @@
-//! What goes wrong, in words, and the exit code of each.
+//! What goes wrong, in words, and the exit code of each. Where qemu-img has a text that callers match, it is that text.
 
-use std::path::PathBuf;
+use std::io;
 
-use block::BlockError;
+use block::spec::SpecError;
+use block::{Action, BlockError};
+
+use crate::size::SizeError;
 
 /// Why a command did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the fields are named in the messages right above them")]
 pub enum ImgError {
-    /// Nothing was asked.
-    #[error("Not enough arguments\nTry 'vireo-img --help' for more info")]
+    // --- the command line
+    #[error("Not enough arguments")]
     NoCommand,
-    /// Not a subcommand.
-    #[error("Command not found: {0}\nTry 'vireo-img --help' for more info")]
+    #[error("Command not found: {0}")]
     NoSuchCommand(String),
-    /// A subcommand of qemu-img that is not built.
-    #[error("'{0}' is not supported yet; qemu-img can do it on the same image")]
-    NotBuilt(String),
-    /// An option the subcommand does not have.
-    #[error("'{command}' has no option {option}; 'vireo-img --help' lists them")]
-    NoSuchOption {
-        /// Subcommand.
-        command: &'static str,
-        /// What was given.
-        option: String,
-    },
-    /// An option without its value.
-    #[error("option {0} needs a value")]
-    NoValue(String),
-    /// No file name.
+    #[error("'{0}' is not supported here; qemu-img can do it on the same image")]
+    NotSupported(&'static str),
+    #[error("{command}: unrecognized option '{option}'")]
+    NoSuchOption { command: &'static str, option: String },
+    #[error("{command}: option '{option}' requires an argument")]
+    NoValue { command: &'static str, option: String },
+    #[error("{command}: option '{option}' doesn't allow an argument")]
+    ValueUnwanted { command: &'static str, option: String },
     #[error("Expecting one image file name")]
-    OneFile,
-    /// A word too many.
-    #[error("unexpected argument '{0}'")]
-    Extra(String),
-    /// A value that is none of those possible.
-    #[error("{option} cannot be '{found}': it is {possible}")]
-    Value {
-        /// Option.
-        option: &'static str,
-        /// What was given.
-        found: String,
-        /// What it can be.
-        possible: &'static str,
-    },
-    /// Not a size.
-    #[error("Invalid image size specified: '{0}'. Give bytes, or a number with k, M, G, T, P or E")]
-    Size(String),
-    /// No size and no backing file to take it from.
-    #[error("{path}: Image creation needs a size parameter", path = .0.display())]
-    NoSize(PathBuf),
-    /// A backing file without its format.
-    #[error("{path}: Backing file specified without backing format: add -F FORMAT", path = .0.display())]
-    NoBackingFormat(PathBuf),
-    /// raw with a backing file.
-    #[error("{path}: a raw image cannot have a backing file; use -f qcow2", path = .0.display())]
-    RawBacking(PathBuf),
-    /// A format this tool does not write.
-    #[error("{path}: Unknown file format '{format}': raw and qcow2 are known", path = path.display())]
-    Format {
-        /// Image.
-        path: PathBuf,
-        /// What was asked for.
-        format: String,
-    },
-    /// An option of the image format that is not known.
-    #[error("{path}: Invalid parameter '{name}'", path = path.display())]
-    Parameter {
-        /// Image.
-        path: PathBuf,
-        /// Name.
-        name: String,
-    },
-    /// The finished image could not take its place.
-    #[error("{path}: the new image cannot be put in its place", path = path.display())]
-    Place {
-        /// Image.
-        path: PathBuf,
-        /// What the host said.
-        source: std::io::Error,
-    },
-    /// The format has no checks.
+    OneFile { command: &'static str },
+    #[error("Expecting {expected}")]
+    Expecting { command: &'static str, expected: &'static str },
+    #[error("Unexpected argument: {found}")]
+    Extra { command: &'static str, found: String },
+    #[error("--output expects 'human' or 'json' not '{found}'")]
+    OutputFormat { command: &'static str, found: String },
+    #[error("--{one} and --{other} are mutually exclusive")]
+    Exclusive { command: &'static str, one: &'static str, other: &'static str },
+    #[error("{option} needs {other}")]
+    Needs { command: &'static str, option: &'static str, other: &'static str },
+    #[error("the value of --{option} is not UTF-8 text")]
+    NotText { option: &'static str },
+    #[error("{name} expects {possible}, not '{found}'")]
+    Value { name: &'static str, possible: &'static str, found: String },
+    #[error("Invalid {cache} cache option: {found}")]
+    Cache { cache: &'static str, found: String },
+    #[error("Invalid {what} specified: '{found}'.")]
+    Number { what: &'static str, found: String },
+    #[error("Invalid {what} specified. Must be between {min} and {max}.")]
+    NumberRange { what: &'static str, min: u64, max: u64 },
+    // --- names and values of -o
+    #[error("{subject}: Invalid parameter '{name}'")]
+    Parameter { subject: String, name: String },
+    #[error("{subject}: Parameter '{name}' expects 'on' or 'off'")]
+    ParameterSwitch { subject: String, name: &'static str },
+    #[error("{subject}: Parameter '{name}' expects a number")]
+    ParameterNumber { subject: String, name: &'static str },
+    #[error(
+        "{subject}: Parameter '{name}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E \
+         means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
+    )]
+    ParameterSize { subject: String, name: &'static str },
+    #[error("{subject}: Value '{found}' is out of range for parameter '{name}'")]
+    ParameterRange { subject: String, name: &'static str, found: String },
+    #[error("{subject}: {rule}")]
+    Rule { subject: String, rule: Rule },
+    // --- secrets
+    #[error("object type '{0}' is not supported; 'secret' is")]
+    ObjectType(String),
+    #[error("Parameter 'id' is missing")]
+    SecretId,
+    #[error("'file' and 'data' are mutually exclusive")]
+    SecretBoth,
+    #[error("Must provide 'file' or 'data'")]
+    SecretNothing,
+    #[error("Invalid parameter '{0}'")]
+    SecretParameter(String),
+    #[error("Parameter 'format' does not accept value '{0}'")]
+    SecretFormat(String),
+    #[error("secret '{0}' is not valid base64")]
+    SecretBase64(String),
+    #[error("secret '{id}' has more than {max} bytes")]
+    SecretSize { id: String, max: usize },
+    #[error("Unable to read {path}: {}", host(source))]
+    SecretFile { path: String, source: io::Error },
+    #[error("No secret with id '{0}'")]
+    NoSecret(String),
+    // --- images
+    #[error("Could not open '{name}': {}", spec(source))]
+    Spec { name: String, source: SpecError },
+    #[error("Could not open '{name}': {}", why(source))]
+    Open { name: String, source: BlockError },
+    #[error("Could not open '{name}': {reason}")]
+    OpenRule { name: String, reason: Rule },
+    #[error("{name}: {}", why(source))]
+    Create { name: String, source: BlockError },
+    #[error("{name}: the new image cannot be put in its place: {}", host(source))]
+    Place { name: String, source: io::Error },
+    #[error("Failed to read block status: {}", why(source))]
+    BlockStatus { source: BlockError },
+    #[error("{}\n{}: Invalid options for file format '{format}'", source.to_string().trim_start_matches(": "), crate::program())]
+    OptionsOf { format: String, source: Box<ImgError> },
+    #[error("{doing}: {}", why(source))]
+    Failed { doing: String, source: BlockError },
+    #[error("{0}")]
+    Plain(Rule),
     #[error("This image format does not support checks")]
     NoChecks,
-    /// The engine refused.
+    #[error("the answer cannot be written: {}", host(.0))]
+    Output(#[from] io::Error),
+    /// Said already; the code is all that is left.
+    #[error("")]
+    Code(u8),
+}
+
+/// Rules that hold whatever the image; the texts are qemu-img's.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the fields are named in the messages right above them")]
+pub enum Rule {
+    #[error("Parameter '{name}' does not accept value '{found}'")]
+    Value { name: &'static str, found: String },
+    #[error("Unknown file format '{0}'")]
+    UnknownFormat(String),
+    #[error("Unknown driver '{0}'")]
+    UnknownDriver(String),
+    #[error("Unknown driver '{0}'\nCould not open backing image.")]
+    BackingDriver(String),
+    #[error("{}\nCould not open backing image.", why(.0))]
+    BackingOpen(BlockError),
+    #[error("Format driver '{0}' does not support image creation")]
+    NotCreated(String),
+    #[error("Image creation needs a size parameter")]
+    NoSize,
+    #[error("The image size must be specified only once")]
+    SizeTwice,
+    #[error("Expected backing file name, got empty string")]
+    EmptyBacking,
+    #[error("Backing file specified without backing format\nDetected format of {0}.")]
+    NoBackingFormat(String),
+    #[error("Backing format cannot be used without backing file")]
+    BackingFormatAlone,
+    #[error("Backing file not supported for file format '{0}'")]
+    NoBacking(String),
+    #[error("Backing format not supported for file format '{0}'")]
+    NoBackingFormatOption(String),
     #[error("{0}")]
-    Block(#[source] BlockError),
-    /// The same, on opening an image that a command is about.
-    #[error("Could not open '{path}'", path = path.display())]
-    Open {
-        /// Image.
-        path: PathBuf,
-        /// Why.
-        source: BlockError,
-    },
-    /// The output is gone.
-    #[error("the answer cannot be written")]
-    Output(#[from] std::io::Error),
+    Name(SpecError),
+    #[error("Error: Trying to create an image with the same filename as the backing file")]
+    OwnBacking,
+    #[error("Cluster size must be a power of two between 512 and 2048k")]
+    ClusterSize,
+    #[error("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes")]
+    ExtendedL2Cluster,
+    #[error(
+        "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+    )]
+    ExtendedL2Version,
+    #[error("Refcount width must be a power of two and may not exceed 64 bits")]
+    RefcountBits,
+    #[error(
+        "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)"
+    )]
+    RefcountVersion,
+    #[error("Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)")]
+    LazyVersion,
+    #[error(
+        "Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+    )]
+    CompressionVersion,
+    #[error("Backing file and preallocation can only be used at the same time if extended_l2 is on")]
+    BackingPreallocation,
+    #[error("Unsupported preallocation mode: {0}")]
+    Preallocation(String),
+    #[error("data-file-raw requires data-file")]
+    DataFileRaw,
+    #[error("Could not resize image: Image size cannot be negative")]
+    Negative,
+    #[error("The image size is too large for file format '{0}' (try using a larger cluster size)")]
+    TooLarge(String),
+    #[error("option '{0}' is not supported here")]
+    Option(String),
+    #[error("protocol '{0}' cannot hold a new image; name a file")]
+    CreateThere(String),
+    #[error("this command needs an image in one file of the host")]
+    NotAPath,
+    #[error("force-share=on can only be used with read-only images")]
+    ShareWrite,
+    #[error("Image does not have a backing file")]
+    NoBackingFile,
+    #[error("Use the --shrink option to perform a shrink operation.")]
+    Shrink,
+    #[error("New image size must be positive")]
+    NotPositive,
+    #[error("The new size must be a multiple of 512")]
+    NotSectors,
+    #[error("Preallocation can only be used for growing images")]
+    PreallocateShrink,
+    #[error("Invalid preallocation mode '{0}'")]
+    PreallocationMode(String),
+    #[error("Could not resize file: File too large")]
+    FileTooLarge,
+    #[error("Could not {action} snapshot '{name}': {reason}")]
+    Snapshot { action: &'static str, name: String, reason: &'static str },
+    #[error("Could not change the backing file to '{name}': {reason}")]
+    Backing { name: String, reason: &'static str },
+    #[error("Could not create '{0}': Is a directory")]
+    Directory(String),
+    #[error("Either --size N or one filename must be specified.")]
+    MeasureWhat,
+    #[error("--size N cannot be used together with a filename.")]
+    MeasureBoth,
+    #[error("--image-opts, -f, and -l require a filename argument.")]
+    MeasureNeedsFile,
+    #[error("The image size is too large (try using a larger cluster size)")]
+    MeasureTooLarge,
+    #[error("Block driver '{0}' does not support size measurement")]
+    NotMeasured(String),
+    #[error("Parameter 'key-secret' is required for cipher")]
+    KeySecret,
+    #[error("File contains external, encrypted or compressed clusters.")]
+    MapNotPlain,
+    #[error("This file format does not support {0}")]
+    FormatLacks(&'static str),
 }
 
 impl ImgError {
-    /// qemu-img's exit code.
+    /// A word that is no size.
+    pub fn size(error: SizeError, what: &'static str, found: &str) -> ImgError {
+        match error {
+            SizeError::Text => ImgError::Number { what, found: found.to_owned() },
+            SizeError::Range => ImgError::NumberRange { what, min: 0, max: i64::MAX as u64 },
+        }
+    }
+
+    /// The process exit code.
     pub fn exit_code(&self) -> u8 {
         match self {
             ImgError::NoChecks => 63,
+            ImgError::Code(code) => *code,
             _ => 1,
         }
     }
+
+    /// The subcommand whose `--help` tells more, for wrong command lines: an empty one is the tool itself.
+    pub fn usage_of(&self) -> Option<&'static str> {
+        match self {
+            ImgError::NoCommand | ImgError::NoSuchCommand(_) => Some(""),
+            ImgError::NoSuchOption { command, .. }
+            | ImgError::NoValue { command, .. }
+            | ImgError::ValueUnwanted { command, .. }
+            | ImgError::OneFile { command }
+            | ImgError::Expecting { command, .. }
+            | ImgError::Extra { command, .. }
+            | ImgError::OutputFormat { command, .. }
+            | ImgError::Exclusive { command, .. }
+            | ImgError::Needs { command, .. } => Some(command),
+            _ => None,
+        }
+    }
+}
+
+/// What the host said, without Rust's number behind it.
+pub fn host(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.rfind(" (os error ") {
+        Some(at) => text.get(..at).unwrap_or(&text).to_owned(),
+        None => text,
+    }
+}
+
+fn spec(error: &SpecError) -> String {
+    error.to_string()
+}
+
+/// Why the engine refused, in qemu-img's words where it has them, else in the engine's, causes behind colons.
+pub fn why(error: &BlockError) -> String {
+    match error {
+        BlockError::Io { path, action: Action::Open, source } => {
+            format!("Could not open '{}': {}", path.display(), host(source))
+        }
+        BlockError::Io { path, action: Action::Create, source } => {
+            format!("Could not create '{}': {}", path.display(), host(source))
+        }
+        BlockError::IsDirectory { path } | BlockError::NotAFile { path } => {
+            format!("'file' driver requires '{}' to be a regular file", path.display())
+        }
+        BlockError::Locked { path, access } => {
+            let lock = if access.starts_with("write") {
+                "Failed to get \"write\" lock"
+            } else {
+                "Failed to get shared \"write\" lock"
+            };
+            format!("{lock}\nIs another process using the image [{}]?", path.display())
+        }
+        BlockError::Mismatch { source, .. } => format!("Image is not in {} format", source.declared),
+        BlockError::BackingMissing { backing, .. } => {
+            format!("Could not open backing file: Could not open '{}': No such file or directory", backing.display())
+        }
+        other => chain(other),
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(below) = cause {
+        let said = match below.downcast_ref::<io::Error>() {
+            Some(io) => host(io),
+            None => below.to_string(),
+        };
+        text = format!("{text}: {said}");
+        cause = below.source();
+    }
+    text
 }

@@ -1,4 +1,4 @@
-//! `vireo-img info`.
+//! `info`: what an image says about itself.
 
 use std::collections::HashSet;
 use std::io::{Write, stdout};
@@ -7,31 +7,41 @@ use std::path::{Path, PathBuf};
 use block::{CompressionType, Format, ImageInfo, inspect};
 use serde_json::{Map, Value, json};
 
+use crate::Command;
 use crate::create::beside;
 use crate::error::ImgError;
-use crate::options::{Known, parse};
+use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, flag};
+use crate::json::write_json;
+use crate::open::{Named, format_named};
 use crate::size::human;
 
-const KNOWN: Known = &[
-    (&["-f", "--format"], true),
-    (&["--output"], true),
-    (&["--backing-chain"], false),
-    (&["-U", "--force-share"], false),
+/// `info`.
+pub const COMMAND: Command =
+    Command { name: "info", about: "Display information about an image", operands: "FILENAME", options: OPTIONS, run };
+
+const OPTIONS: &[Opt] = &[
+    FORMAT,
+    IMAGE_OPTS,
+    flag('b', &["backing-chain"], "go on with the backing file, and its backing file"),
+    FORCE_SHARE,
+    OBJECT,
+    OUTPUT,
+    JSON,
 ];
 
 /// More files than any chain has.
 const CHAIN_MAX: usize = 200;
 
-pub fn run(args: Vec<String>) -> Result<u8, ImgError> {
-    let parsed = parse("info", KNOWN, args)?;
+fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
     let json = parsed.json()?;
-    let images = images(Path::new(file), parsed.format(file)?, parsed.has("--backing-chain"))?;
+    let named = Named::of(parsed, file, "format")?;
+    let images = images(named.plain_path()?, named.spec.driver, parsed.has("backing-chain"))?;
     let mut out = stdout().lock();
     if json {
         let mut values: Vec<Value> = images.iter().map(|(path, info)| as_json(path, info)).collect();
-        let value = if parsed.has("--backing-chain") { Value::Array(values) } else { values.remove(0) };
-        writeln!(out, "{value:#}")?;
+        let value = if parsed.has("backing-chain") { Value::Array(values) } else { values.remove(0) };
+        write_json(&mut out, &value)?;
         return Ok(0);
     }
     for (i, (path, info)) in images.iter().enumerate() {
@@ -49,7 +59,7 @@ fn images(path: &Path, format: Option<Format>, chain: bool) -> Result<Vec<(PathB
     let mut seen = HashSet::new();
     let mut next = Some((path.to_owned(), format));
     while let Some((path, format)) = next.take() {
-        let open = |source| ImgError::Open { path: path.clone(), source };
+        let open = |source| ImgError::Open { name: path.display().to_string(), source };
         let real = path.canonicalize().unwrap_or_else(|_| path.clone());
         if !seen.insert(real) {
             return Err(open(block::BlockError::Loop { path: path.clone() }));
@@ -59,7 +69,7 @@ fn images(path: &Path, format: Option<Format>, chain: bool) -> Result<Vec<(PathB
         }
         let info = inspect(&path, format).map_err(open)?;
         if let (true, Some(name)) = (chain, &info.backing_name) {
-            let format = info.backing_format.as_deref().map(|f| crate::options::format_named(name, f)).transpose()?;
+            let format = info.backing_format.as_deref().map(|f| format_named(name, f)).transpose()?;
             next = Some((beside(&path, name), format));
         }
         images.push((path, info));

@@ -1,68 +1,153 @@
-//! `vireo-img`: creates, describes and checks disk images, with qemu-img's options, outputs and exit codes.
+//! `vireo-img`: creates, describes, copies, changes and checks disk images, with qemu-img's options, outputs, exit
+//! codes and error texts. Under the name `qemu-img` (a link) it calls itself so; under its own it adds a few commands.
 //!
-//! Subcommands of qemu-img that are not built end with a sentence that says so, never with half of their work.
+//! A subcommand is a file with a table of its options and a `run`. What a command reads or changes in an image is done
+//! by the crate `block`; here are command lines and words only. What is not built ends with a sentence that says so,
+//! never with half of the work.
 #![forbid(unsafe_code)]
 
 mod check;
 mod create;
 mod error;
+mod getopt;
 mod info;
-mod options;
+mod json;
+mod map;
+mod measure;
+mod open;
+mod optlist;
+mod qcow2_options;
+mod secret;
 mod size;
 
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use error::ImgError;
+use getopt::{Opt, Parsed, flag};
 
-/// qemu-img's subcommands that this tool does not have.
-const NOT_BUILT: [&str; 13] = [
-    "amend", "bench", "bitmap", "commit", "compare", "convert", "dd", "map", "measure", "rebase", "resize", "snapshot",
-    "serve",
-];
+/// A subcommand.
+pub struct Command {
+    /// Name.
+    pub name: &'static str,
+    /// What it does, in a line.
+    pub about: &'static str,
+    /// What stands behind the options.
+    pub operands: &'static str,
+    /// Its options.
+    pub options: &'static [Opt],
+    /// Does it; the result is the exit code.
+    pub run: fn(&Parsed) -> Result<u8, ImgError>,
+}
 
-const HELP: &str = "\
-vireo-img: disk images
+const COMMANDS: &[&Command] = &[&check::COMMAND, &create::COMMAND, &info::COMMAND, &map::COMMAND, &measure::COMMAND];
 
-  vireo-img create [-q] [-f FMT] [-b BACKING -F BACKING_FMT] [-o OPTIONS] FILE [SIZE]
-      an empty image. FMT: raw (the default), qcow2. OPTIONS of qcow2: cluster_size, compat, size, backing_file,
-      backing_fmt. SIZE in bytes, or with k, M, G, T, P, E.
-  vireo-img info [-f FMT] [--output human|json] [--backing-chain] [-U] FILE
-      what an image says about itself
-  vireo-img check [-q] [-f FMT] [--output human|json] [-U] FILE
-      compares what is referenced with what is counted; changes nothing.
-      Exit code: 0 consistent, 1 the check failed, 2 damaged, 3 leaked clusters only, 63 the format has no checks
-";
+/// The version of qemu-img whose options, outputs and texts these are. Callers read it to learn what they may use.
+const PEER_VERSION: &str = "10.0.2";
+const HELP: Opt = flag('h', &["help"], "print this help and exit");
+
+/// What the tool calls itself in messages.
+pub fn program() -> &'static str {
+    static NAME: OnceLock<&'static str> = OnceLock::new();
+    NAME.get_or_init(|| {
+        let invoked = std::env::args_os().next().unwrap_or_default();
+        if Path::new(&invoked).file_name().is_some_and(|name| name == "qemu-img") { "qemu-img" } else { "vireo-img" }
+    })
+}
+
+/// Prints a message that is no failure.
+pub fn warn(text: &str) {
+    eprintln!("{}: warning: {text}", program());
+}
 
 fn main() -> ExitCode {
-    let mut args = std::env::args().skip(1);
-    let command = args.next().unwrap_or_default();
-    let rest: Vec<String> = args.collect();
-    let done = match command.as_str() {
-        "create" => create::run(rest),
-        "info" => info::run(rest),
-        "check" => check::run(rest),
-        "--help" | "-h" | "help" => {
-            print!("{HELP}");
-            Ok(0)
-        }
-        "--version" | "-V" => {
-            println!("vireo-img version {}", env!("CARGO_PKG_VERSION"));
-            Ok(0)
-        }
-        "" => Err(ImgError::NoCommand),
-        other if NOT_BUILT.contains(&other) => Err(ImgError::NotBuilt(command)),
-        _ => Err(ImgError::NoSuchCommand(command)),
-    };
+    let done = run(std::env::args_os().skip(1).collect());
     match done {
         Ok(code) => ExitCode::from(code),
+        Err(ImgError::Code(code)) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("vireo-img: {error}");
-            let mut cause = std::error::Error::source(&error);
-            while let Some(below) = cause {
-                eprintln!("  because: {below}");
-                cause = below.source();
+            let mut text = format!("{}: {error}\n", program());
+            if let Some(command) = error.usage_of() {
+                let space = if command.is_empty() { "" } else { " " };
+                text += &format!("Try '{}{space}{command} --help' for more info\n", program());
             }
+            // Nobody is left to tell if this fails.
+            let _ = std::io::stderr().write_all(text.as_bytes());
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+fn run(args: Vec<OsString>) -> Result<u8, ImgError> {
+    let mut args = args.into_iter();
+    let name = loop {
+        let Some(arg) = args.next() else { return Err(ImgError::NoCommand) };
+        match arg.to_str() {
+            Some("-h" | "--help") => return print(&overview()),
+            Some("-V" | "--version") => return print(&version()),
+            // Tracing is QEMU's own affair; its value is skipped with it.
+            Some("-T" | "--trace") => drop(args.next()),
+            Some(text) if text.starts_with("--trace=") || text.starts_with("-T") => {}
+            _ => break arg,
+        }
+    };
+    let Some(command) = COMMANDS.iter().find(|command| name == command.name) else {
+        return Err(ImgError::NoSuchCommand(name.to_string_lossy().into_owned()));
+    };
+    let args: Vec<OsString> = args.collect();
+    if asks_help(command, &args) {
+        return print(&help(command));
+    }
+    (command.run)(&getopt::parse(command.name, command.options, args)?)
+}
+
+/// `-h` or `--help` among the options, and not as the value of one.
+fn asks_help(command: &Command, args: &[OsString]) -> bool {
+    if !args.iter().any(|arg| arg == "-h" || arg == "--help") {
+        return false;
+    }
+    let mut options: Vec<Opt> = vec![HELP];
+    options.extend(command.options.iter().map(|o| Opt { short: o.short, long: o.long, value: o.value, help: o.help }));
+    getopt::parse(command.name, &options, args.to_vec()).map_or(true, |parsed| parsed.has("help"))
+}
+
+fn print(text: &str) -> Result<u8, ImgError> {
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(0)
+}
+
+fn version() -> String {
+    let own = env!("CARGO_PKG_VERSION");
+    match program() {
+        "qemu-img" => format!("qemu-img version {PEER_VERSION} (vireo-img {own})\n"),
+        _ => format!("vireo-img version {own} (options and outputs of qemu-img version {PEER_VERSION})\n"),
+    }
+}
+
+fn overview() -> String {
+    let mut out = version();
+    let program = program();
+    out += &format!(
+        "Disk image utility.  Usage:\n\n  {program} [standard options] COMMAND [--help | command options]\n\n\
+         Standard options:\n  -h, --help\n     display this help and exit\n  -V, --version\n     display version info and \
+         exit\n\nRecognized commands (run {program} COMMAND --help for command-specific help):\n\n"
+    );
+    for command in COMMANDS {
+        out += &format!("  {} - {}\n", command.name, command.about);
+    }
+    out += "\nMost commands take -U, --force-share: open the image even while another process uses it.\n";
+    out
+}
+
+fn help(command: &Command) -> String {
+    let Command { name, about, operands, options, .. } = command;
+    format!(
+        "{about}.  Usage:\n\n  {} {name} [options] {operands}\n\nOptions:\n{}{}",
+        program(),
+        getopt::describe(&[HELP]),
+        getopt::describe(options)
+    )
 }

@@ -1,42 +1,71 @@
 //! Sizes as people write and read them, in qemu-img's spelling.
 
-use crate::error::ImgError;
+/// Why a text is no size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SizeError {
+    /// Not a number with at most one suffix.
+    Text,
+    /// Negative, or 2^64 and more.
+    Range,
+}
 
-/// Bytes of `1024`, `10k`, `1.5G`.
-pub fn parse(text: &str) -> Result<u64, ImgError> {
-    let bad = || ImgError::Size(text.to_owned());
-    let (number, shift) = match text.char_indices().last() {
-        Some((at, unit)) if !unit.is_ascii_digit() => {
-            let shift = match unit.to_ascii_lowercase() {
-                'b' => 0,
-                'k' => 10,
-                'm' => 20,
-                'g' => 30,
-                't' => 40,
-                'p' => 50,
-                'e' => 60,
-                _ => return Err(bad()),
-            };
-            (&text[..at], shift)
-        }
-        _ => (text, 0),
+/// Bytes of `1024`, `10k`, `1.5G`, `0x200`.
+pub fn parse(text: &str) -> Result<u64, SizeError> {
+    let text = text.trim_start();
+    let (negative, text) = match text.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
     };
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
-    if !digits(whole) || number.contains('.') && (!digits(fraction) || shift == 0) || fraction.len() > 15 {
-        return Err(bad());
+    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(SizeError::Text);
+        }
+        let value = u64::from_str_radix(digits, 16).map_err(|_| SizeError::Range)?;
+        return if negative { Err(SizeError::Range) } else { Ok(value) };
     }
-    let whole: u64 = whole.parse().map_err(|_| bad())?;
-    let mut bytes = whole.checked_mul(1 << shift).ok_or_else(bad)?;
-    if !fraction.is_empty() {
-        let part: u128 = fraction.parse().map_err(|_| bad())?;
-        let part = (part << shift) / 10u128.pow(fraction.len() as u32);
-        bytes = bytes.checked_add(part as u64).ok_or_else(bad)?;
+    let (number, shift) = split_unit(text)?;
+    let (whole, fraction) = match number.split_once('.') {
+        Some((_, fraction)) if shift == 0 && !fraction.is_empty() => return Err(SizeError::Text),
+        Some(parts) => parts,
+        None => (number, ""),
+    };
+    let digits = |s: &str| s.bytes().all(|b| b.is_ascii_digit());
+    if !digits(whole) || !digits(fraction) || (whole.is_empty() && fraction.is_empty()) {
+        return Err(SizeError::Text);
     }
-    if i64::try_from(bytes).is_err() {
-        return Err(bad());
-    }
-    Ok(bytes)
+    let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| SizeError::Range)? };
+    let bytes = whole.checked_mul(1 << shift).ok_or(SizeError::Range)?;
+    let bytes = bytes.checked_add(part(fraction, shift)).ok_or(SizeError::Range)?;
+    if negative && bytes != 0 { Err(SizeError::Range) } else { Ok(bytes) }
+}
+
+fn split_unit(text: &str) -> Result<(&str, u32), SizeError> {
+    let (at, unit) = text.char_indices().next_back().ok_or(SizeError::Text)?;
+    let shift = match unit.to_ascii_lowercase() {
+        '0'..='9' | '.' => return Ok((text, 0)),
+        'b' => 0,
+        'k' => 10,
+        'm' => 20,
+        'g' => 30,
+        't' => 40,
+        'p' => 50,
+        'e' => 60,
+        _ => return Err(SizeError::Text),
+    };
+    Ok((text.get(..at).unwrap_or_default(), shift))
+}
+
+/// The digits behind a point, in bytes of the unit, rounded. Digits past the 15th do not count.
+fn part(fraction: &str, shift: u32) -> u64 {
+    let digits = fraction.get(..fraction.len().min(15)).unwrap_or_default();
+    let Ok(value) = digits.parse::<u128>() else { return 0 };
+    let scale = 10u128.pow(digits.len() as u32);
+    (((value << shift) + scale / 2) / scale) as u64
+}
+
+/// The size of a disk: at most 2^63 - 1 bytes. `None`: out of that range, or no size.
+pub fn disk_bytes(text: &str) -> Result<u64, SizeError> {
+    parse(text).and_then(|bytes| i64::try_from(bytes).map(|_| bytes).map_err(|_| SizeError::Range))
 }
 
 /// Three significant digits and a binary unit, as qemu-img prints sizes.
@@ -75,15 +104,26 @@ mod tests {
             ("10b", 10),
             ("1k", 1024),
             ("1.5M", 3 << 19),
+            (".5M", 1 << 19),
+            ("1.M", 1 << 20),
+            (" +1M", 1 << 20),
+            ("0.0009k", 1),
+            ("1.9999k", 2048),
+            ("0x1f", 31),
             ("10G", 10 << 30),
             ("1t", 1 << 40),
-            ("7E", 7 << 60),
+            ("8E", 8 << 60),
         ] {
-            assert_eq!(parse(text).unwrap(), bytes, "{text}");
+            assert_eq!(parse(text), Ok(bytes), "{text}");
         }
-        for text in ["", "abc", "-1", "1.5", "1x", "k", "8E", "1.G", ".5G", "99999999999999999999", "1 G", "1é"] {
-            assert!(parse(text).is_err(), "{text}");
+        for text in ["", "abc", "1.5", "1.5B", "1x", "k", ".k", ".", "1 G", "1M ", "1é", "1e3", "0x1M", "1KB", "--1"] {
+            assert_eq!(parse(text), Err(SizeError::Text), "{text}");
         }
+        for text in ["-1", "17E", "99999999999999999999"] {
+            assert_eq!(parse(text), Err(SizeError::Range), "{text}");
+        }
+        assert_eq!(disk_bytes("8E"), Err(SizeError::Range));
+        assert_eq!(disk_bytes("7E"), Ok(7 << 60));
     }
 
     #[test]

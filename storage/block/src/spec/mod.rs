@@ -17,6 +17,7 @@ use thiserror::Error;
 
 pub use nbd::{NBD_PORT, NbdAddress, NbdSpec};
 use tree::Tree;
+pub use tree::split_commas;
 
 /// Longest name that is taken apart, in bytes. A path has at most 4096.
 const NAME_MAX_BYTES: usize = 64 << 10;

@@ -74,7 +74,7 @@ pub(super) fn from_options(text: &str, implied: &str) -> Result<Tree, SpecError>
 }
 
 /// Splits at commas; two of them are one comma of the text.
-pub(super) fn split_commas(text: &str) -> Vec<String> {
+pub fn split_commas(text: &str) -> Vec<String> {
     let mut items = Vec::new();
     let mut item = String::new();
     let mut chars = text.chars().peekable();

@@ -1,0 +1,263 @@
+//! Command lines as qemu-img takes them: short options bundled or with the value attached, long ones with `=` or the
+//! value behind, abbreviated where that is clear, before and after file names.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use crate::error::ImgError;
+
+/// An option of a subcommand.
+pub struct Opt {
+    /// Letter, or `'\0'`.
+    pub short: char,
+    /// Long names; the first is how the code asks for it.
+    pub long: &'static [&'static str],
+    /// What its value is called; empty for a switch.
+    pub value: &'static str,
+    /// What it does, for `--help`.
+    pub help: &'static str,
+}
+
+/// An option with a value.
+pub const fn opt(short: char, long: &'static [&'static str], value: &'static str, help: &'static str) -> Opt {
+    Opt { short, long, value, help }
+}
+
+/// An option that is there or not.
+pub const fn flag(short: char, long: &'static [&'static str], help: &'static str) -> Opt {
+    Opt { short, long, value: "", help }
+}
+
+/// Options many subcommands share, in one spelling.
+pub const QUIET: Opt = flag('q', &["quiet"], "print no more than errors");
+/// `-p`.
+pub const PROGRESS: Opt = flag('p', &["progress"], "show how far it is");
+/// `-U`.
+pub const FORCE_SHARE: Opt = flag('U', &["force-share"], "open the image even while another process uses it");
+/// `-f`.
+pub const FORMAT: Opt = opt('f', &["format"], "FMT", "format of the image; without it the file is looked at");
+/// `--image-opts`.
+pub const IMAGE_OPTS: Opt = flag('\0', &["image-opts"], "the file name is driver=...,file.filename=...");
+/// `--object`.
+pub const OBJECT: Opt = opt('\0', &["object"], "OBJDEF", "a secret: secret,id=ID,data=...|file=PATH[,format=base64]");
+/// `--output`.
+pub const OUTPUT: Opt = opt('\0', &["output"], "human|json", "how the answer is printed");
+/// `--json`, short for `--output=json`.
+pub const JSON: Opt = flag('\0', &["json"], "short for --output=json");
+
+/// Options and other words of one command line, in the order given.
+#[derive(Debug, Default)]
+pub struct Parsed {
+    /// Subcommand, for messages.
+    pub command: &'static str,
+    given: Vec<(&'static str, OsString)>,
+    /// What is no option: file names, sizes.
+    pub words: Vec<OsString>,
+}
+
+impl Parsed {
+    /// The last value of an option, by its first long name.
+    pub fn os_value(&self, name: &str) -> Option<&OsStr> {
+        self.given.iter().rev().find(|(n, _)| *n == name).map(|(_, v)| v.as_os_str())
+    }
+    /// The same as text.
+    pub fn value(&self, name: &'static str) -> Result<Option<&str>, ImgError> {
+        self.os_value(name).map(|value| text(name, value)).transpose()
+    }
+    /// Every value of an option that may be repeated.
+    pub fn values(&self, name: &'static str) -> Result<Vec<&str>, ImgError> {
+        self.given.iter().filter(|(n, _)| *n == name).map(|(_, v)| text(name, v)).collect()
+    }
+    /// Whether an option was given.
+    pub fn has(&self, name: &str) -> bool {
+        self.os_value(name).is_some()
+    }
+    /// Options in the order given, by first long name: for commands in which the order counts.
+    pub fn in_order(&self) -> impl Iterator<Item = (&'static str, &OsStr)> {
+        self.given.iter().map(|(name, value)| (*name, value.as_os_str()))
+    }
+    /// The only file name.
+    pub fn one_file(&self) -> Result<&OsStr, ImgError> {
+        match self.words.as_slice() {
+            [file] => Ok(file),
+            _ => Err(ImgError::OneFile { command: self.command }),
+        }
+    }
+    /// `--output`: JSON?
+    pub fn json(&self) -> Result<bool, ImgError> {
+        if self.has("json") {
+            return Ok(true);
+        }
+        match self.value("output")? {
+            None | Some("human") => Ok(false),
+            Some("json") => Ok(true),
+            Some(other) => Err(ImgError::OutputFormat { command: self.command, found: other.to_owned() }),
+        }
+    }
+    /// Refuses two options together.
+    pub fn exclusive(&self, one: &'static str, other: &'static str) -> Result<(), ImgError> {
+        if self.has(one) && self.has(other) {
+            return Err(ImgError::Exclusive { command: self.command, one, other });
+        }
+        Ok(())
+    }
+}
+
+fn text<'a>(option: &'static str, value: &'a OsStr) -> Result<&'a str, ImgError> {
+    value.to_str().ok_or_else(|| ImgError::NotText { option })
+}
+
+/// Splits a subcommand's arguments.
+pub fn parse(command: &'static str, known: &[Opt], args: Vec<OsString>) -> Result<Parsed, ImgError> {
+    let mut parsed = Parsed { command, ..Parsed::default() };
+    let mut args = args.into_iter();
+    while let Some(arg) = args.next() {
+        let bytes = arg.as_bytes();
+        if bytes == b"--" {
+            parsed.words.extend(args.by_ref());
+        } else if bytes.starts_with(b"--") {
+            long(&mut parsed, known, &arg, &mut args)?;
+        } else if bytes.len() > 1 && bytes.starts_with(b"-") {
+            shorts(&mut parsed, known, &arg, &mut args)?;
+        } else {
+            parsed.words.push(arg);
+        }
+    }
+    Ok(parsed)
+}
+
+fn key(opt: &Opt) -> &'static str {
+    opt.long.first().copied().unwrap_or_default()
+}
+
+/// `--name`, `--name=value`, `--name value`.
+fn long(
+    parsed: &mut Parsed,
+    known: &[Opt],
+    arg: &OsStr,
+    args: &mut impl Iterator<Item = OsString>,
+) -> Result<(), ImgError> {
+    let body = arg.as_bytes().get(2..).unwrap_or_default();
+    let (name, attached) = match body.iter().position(|b| *b == b'=') {
+        Some(at) => (body.get(..at).unwrap_or_default(), body.get(at + 1..)),
+        None => (body, None),
+    };
+    let shown = || format!("--{}", String::from_utf8_lossy(name));
+    let opt =
+        find_long(known, name).ok_or_else(|| ImgError::NoSuchOption { command: parsed.command, option: shown() })?;
+    let value = match (opt.value.is_empty(), attached) {
+        (true, None) => OsString::new(),
+        (true, Some(_)) => return Err(ImgError::ValueUnwanted { command: parsed.command, option: shown() }),
+        (false, Some(value)) => OsString::from_vec(value.to_vec()),
+        (false, None) => args.next().ok_or_else(|| ImgError::NoValue { command: parsed.command, option: shown() })?,
+    };
+    parsed.given.push((key(opt), value));
+    Ok(())
+}
+
+/// The whole name, or the beginning of just one.
+fn find_long<'k>(known: &'k [Opt], name: &[u8]) -> Option<&'k Opt> {
+    let whole = known.iter().find(|opt| opt.long.iter().any(|long| long.as_bytes() == name));
+    if whole.is_some() || name.is_empty() {
+        return whole;
+    }
+    let mut candidates = known.iter().filter(|opt| opt.long.iter().any(|long| long.as_bytes().starts_with(name)));
+    match (candidates.next(), candidates.next()) {
+        (Some(only), None) => Some(only),
+        _ => None,
+    }
+}
+
+/// `-q`, `-qU`, `-f qcow2`, `-fqcow2`.
+fn shorts(
+    parsed: &mut Parsed,
+    known: &[Opt],
+    arg: &OsStr,
+    args: &mut impl Iterator<Item = OsString>,
+) -> Result<(), ImgError> {
+    let letters = arg.as_bytes();
+    let mut at = 1;
+    while let Some(letter) = letters.get(at) {
+        let shown = || format!("-{}", char::from(*letter));
+        let found = known.iter().find(|opt| opt.short == char::from(*letter) && opt.short != '\0');
+        let opt = found.ok_or_else(|| ImgError::NoSuchOption { command: parsed.command, option: shown() })?;
+        at += 1;
+        if opt.value.is_empty() {
+            parsed.given.push((key(opt), OsString::new()));
+            continue;
+        }
+        let rest = letters.get(at..).filter(|rest| !rest.is_empty());
+        let value = match rest {
+            Some(rest) => OsString::from_vec(rest.to_vec()),
+            None => args.next().ok_or_else(|| ImgError::NoValue { command: parsed.command, option: shown() })?,
+        };
+        parsed.given.push((key(opt), value));
+        break;
+    }
+    Ok(())
+}
+
+/// A subcommand's options, one a line.
+pub fn describe(known: &[Opt]) -> String {
+    let mut out = String::new();
+    for opt in known {
+        let value = if opt.value.is_empty() { String::new() } else { format!(" {}", opt.value) };
+        let short = if opt.short == '\0' { String::new() } else { format!("-{}, ", opt.short) };
+        let long: Vec<String> = opt.long.iter().map(|name| format!("--{name}")).collect();
+        out += &format!("  {short}{}{value}\n      {}\n", long.join(", "), opt.help);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KNOWN: &[Opt] = &[FORMAT, QUIET, OUTPUT, FORCE_SHARE, opt('o', &["options"], "OPTS", ""), IMAGE_OPTS];
+
+    fn words(line: &str) -> Vec<OsString> {
+        line.split(' ').map(OsString::from).collect()
+    }
+
+    #[test]
+    fn options_stand_anywhere_and_in_every_spelling() {
+        for line in [
+            "-f qcow2 -q --output=json a -U -o x -o y",
+            "a -fqcow2 --output json -q --force-share -ox --options=y",
+            "-qU --output json -f raw -f qcow2 -o x --options y -- a",
+            "-Uqfqcow2 a --out=json --opt x -oy",
+        ] {
+            let parsed = parse("info", KNOWN, words(line)).unwrap();
+            assert_eq!(parsed.words, ["a"], "{line}");
+            assert_eq!(parsed.value("format").unwrap(), Some("qcow2"), "{line}");
+            assert!(parsed.has("quiet") && parsed.has("force-share") && parsed.json().unwrap(), "{line}");
+            assert_eq!(parsed.values("options").unwrap(), ["x", "y"], "{line}");
+        }
+        let parsed = parse("info", KNOWN, words("-- -f --x -")).unwrap();
+        assert_eq!(parsed.words, ["-f", "--x", "-"]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (line, text) in [
+            ("-x", "info: unrecognized option '-x'"),
+            ("-qx", "info: unrecognized option '-x'"),
+            ("--o a", "info: unrecognized option '--o'"),
+            ("a -f", "info: option '-f' requires an argument"),
+            ("a --format", "info: option '--format' requires an argument"),
+            ("--quiet=1", "info: option '--quiet' doesn't allow an argument"),
+            ("--output=xml a", "--output expects 'human' or 'json' not 'xml'"),
+            ("a b", "Expecting one image file name"),
+            ("-q", "Expecting one image file name"),
+            ("a -f x --image-opts", "--image-opts and --format are mutually exclusive"),
+        ] {
+            let outcome = parse("info", KNOWN, words(line)).and_then(|parsed| {
+                parsed.one_file()?;
+                parsed.json()?;
+                parsed.exclusive("image-opts", "format")
+            });
+            let said = outcome.unwrap_err().to_string();
+            assert_eq!(said.lines().next(), Some(text), "{line}");
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! From the words of a command line to images: names, declared formats, cache modes.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use block::spec::{BackingSpec, ImageSpec};
+use block::{CacheMode, ChainFile, Disk, Format, OpenOptions, resolve_chain_probing};
+
+use crate::error::{ImgError, Rule};
+use crate::getopt::Parsed;
+
+/// An image as a command line names it.
+#[derive(Clone, Debug)]
+pub struct Named {
+    /// The name as given, for messages.
+    pub label: String,
+    /// What it means.
+    pub spec: ImageSpec,
+}
+
+impl Named {
+    /// Reads a file name under `--image-opts` and the format that the option `format_option` declares.
+    pub fn of(parsed: &Parsed, file: &OsStr, format_option: &'static str) -> Result<Named, ImgError> {
+        parsed.exclusive("image-opts", format_option)?;
+        Named::new(file, parsed.has("image-opts"), parsed.value(format_option)?)
+    }
+
+    /// Reads a name. `format` replaces what the name declares.
+    pub fn new(file: &OsStr, image_opts: bool, format: Option<&str>) -> Result<Named, ImgError> {
+        let label = file.to_string_lossy().into_owned();
+        let refused = |source| ImgError::Spec { name: label.clone(), source };
+        let mut spec = match (image_opts, file.to_str()) {
+            (true, Some(text)) => ImageSpec::parse_options(text).map_err(refused)?,
+            (true, None) => return Err(ImgError::NotText { option: "image-opts" }),
+            (false, _) => ImageSpec::parse(file).map_err(refused)?,
+        };
+        if let Some(name) = format {
+            spec.driver = Some(format_named(&label, name)?);
+        }
+        Ok(Named { label, spec })
+    }
+
+    /// The path, for commands that need a file of the host.
+    pub fn plain_path(&self) -> Result<&Path, ImgError> {
+        self.spec.plain_path().ok_or_else(|| ImgError::OpenRule { name: self.label.clone(), reason: Rule::NotAPath })
+    }
+}
+
+/// A format by name, for an image that is opened.
+pub fn format_named(label: &str, name: &str) -> Result<Format, ImgError> {
+    match name {
+        // The protocols of files show their bytes as they are.
+        "file" | "host_device" => Ok(Format::Raw),
+        _ => name
+            .parse()
+            .map_err(|_| ImgError::OpenRule { name: label.to_owned(), reason: Rule::UnknownDriver(name.to_owned()) }),
+    }
+}
+
+/// A cache mode by name; `which` is `source` or `destination` in the message.
+pub fn cache_named(which: &'static str, name: Option<&str>, default: CacheMode) -> Result<CacheMode, ImgError> {
+    match name {
+        None => Ok(default),
+        // A command ends with a flush, so that whether each write waits for the disk cannot be told afterwards.
+        Some("writeback" | "writethrough") => Ok(CacheMode::Writeback),
+        Some("none" | "off" | "directsync") => Ok(CacheMode::None),
+        Some("unsafe") => Ok(CacheMode::Unsafe),
+        Some(other) => Err(ImgError::Cache { cache: which, found: other.to_owned() }),
+    }
+}
+
+/// How an image is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    /// For writing too.
+    pub write: bool,
+    /// Without locks: `-U`.
+    pub share: bool,
+    /// How the host may cache.
+    pub cache: CacheMode,
+}
+
+impl Access {
+    /// For reading, with the locks that `-U` leaves out.
+    pub fn read(parsed: &Parsed) -> Access {
+        Access { write: false, share: parsed.has("force-share"), cache: CacheMode::Writeback }
+    }
+
+    /// For writing.
+    pub fn write(cache: CacheMode) -> Access {
+        Access { write: true, share: false, cache }
+    }
+}
+
+/// Opens the files of an image, the top one first.
+pub fn chain(named: &Named, access: Access) -> Result<Vec<ChainFile>, ImgError> {
+    let failed = |source| ImgError::Open { name: named.label.clone(), source };
+    if access.write && access.share {
+        return Err(ImgError::OpenRule { name: named.label.clone(), reason: Rule::ShareWrite });
+    }
+    if named.spec.backing != BackingSpec::FromHeader {
+        return Err(ImgError::NotSupported("an image name with 'backing'"));
+    }
+    resolve_chain_probing(named.plain_path()?, named.spec.driver, !access.write, !access.share).map_err(failed)
+}
+
+/// Makes a disk of open files.
+pub fn over(named: &Named, chain: Vec<ChainFile>, access: Access) -> Result<Disk, ImgError> {
+    let format = chain.first().map_or(Format::Raw, |top| top.format);
+    let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..OpenOptions::default() };
+    Disk::open(chain, &options).map_err(|source| ImgError::Open { name: named.label.clone(), source })
+}
+
+/// Opens an image and everything below it.
+pub fn disk(named: &Named, access: Access) -> Result<Disk, ImgError> {
+    over(named, chain(named, access)?, access)
+}

@@ -1,0 +1,114 @@
+//! `--object secret,id=ID,data=...|file=PATH[,format=raw|base64]`: passphrases that options name by their id.
+
+use std::collections::HashMap;
+use std::io::Read;
+
+use base64::prelude::{BASE64_STANDARD, Engine};
+
+use crate::error::ImgError;
+use crate::getopt::Parsed;
+
+/// Longest passphrase read from a file or the command line, in bytes.
+const SECRET_MAX_BYTES: usize = 1 << 20;
+
+/// The secrets of a command line, by id.
+#[derive(Debug, Default)]
+pub struct Secrets {
+    by_id: HashMap<String, Vec<u8>>,
+}
+
+impl Secrets {
+    /// Reads every `--object`.
+    pub fn of(parsed: &Parsed) -> Result<Secrets, ImgError> {
+        let mut secrets = Secrets::default();
+        for object in parsed.values("object")? {
+            let (id, bytes) = read(object)?;
+            secrets.by_id.insert(id, bytes);
+        }
+        Ok(secrets)
+    }
+
+    /// The bytes of a secret.
+    pub fn get(&self, id: &str) -> Result<&[u8], ImgError> {
+        self.by_id.get(id).map(Vec::as_slice).ok_or_else(|| ImgError::NoSecret(id.to_owned()))
+    }
+}
+
+fn read(object: &str) -> Result<(String, Vec<u8>), ImgError> {
+    let (mut id, mut data, mut file, mut base64) = (None, None, None, false);
+    for (index, item) in block::spec::split_commas(object).into_iter().enumerate() {
+        let (name, value) = item.split_once('=').unwrap_or(if index == 0 { ("qom-type", &item) } else { (&item, "") });
+        match name {
+            "qom-type" if value == "secret" => {}
+            "qom-type" => return Err(ImgError::ObjectType(value.to_owned())),
+            "id" => id = Some(value.to_owned()),
+            "data" => data = Some(value.as_bytes().to_vec()),
+            "file" => file = Some(value.to_owned()),
+            "format" => match value {
+                "raw" => base64 = false,
+                "base64" => base64 = true,
+                other => return Err(ImgError::SecretFormat(other.to_owned())),
+            },
+            other => return Err(ImgError::SecretParameter(other.to_owned())),
+        }
+    }
+    let id = id.filter(|id| !id.is_empty()).ok_or(ImgError::SecretId)?;
+    let bytes = match (data, file) {
+        (Some(_), Some(_)) => return Err(ImgError::SecretBoth),
+        (Some(data), None) => data,
+        (None, Some(path)) => read_file(&path)?,
+        (None, None) => return Err(ImgError::SecretNothing),
+    };
+    if bytes.len() > SECRET_MAX_BYTES {
+        return Err(ImgError::SecretSize { id, max: SECRET_MAX_BYTES });
+    }
+    let bytes = if base64 { decode_base64(&bytes).ok_or_else(|| ImgError::SecretBase64(id.clone()))? } else { bytes };
+    Ok((id, bytes))
+}
+
+fn read_file(path: &str) -> Result<Vec<u8>, ImgError> {
+    let failed = |source| ImgError::SecretFile { path: path.to_owned(), source };
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(SECRET_MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(bytes)
+}
+
+/// With padding; line ends, which files have, are skipped.
+fn decode_base64(text: &[u8]) -> Option<Vec<u8>> {
+    let text: Vec<u8> = text.iter().copied().filter(|b| !b.is_ascii_whitespace()).collect();
+    BASE64_STANDARD.decode(text).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_are_read_from_text_and_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pw");
+        std::fs::write(&path, "cGFz\nc3c=\n").unwrap();
+        for (object, want) in [
+            ("secret,id=a,data=pass,,word".to_owned(), ("a", &b"pass,word"[..])),
+            ("qom-type=secret,id=a,data=".to_owned(), ("a", b"")),
+            (format!("secret,id=b,file={},format=base64", path.display()), ("b", b"passw")),
+            (format!("secret,id=b,file={},format=raw", path.display()), ("b", b"cGFz\nc3c=\n")),
+        ] {
+            let (id, bytes) = read(&object).unwrap();
+            assert_eq!((id.as_str(), bytes.as_slice()), want, "{object}");
+        }
+        for (object, want) in [
+            ("tls-creds-x509,id=a", "object type 'tls-creds-x509' is not supported; 'secret' is"),
+            ("secret,data=x", "Parameter 'id' is missing"),
+            ("secret,id=a", "Must provide 'file' or 'data'"),
+            ("secret,id=a,data=x,file=y", "'file' and 'data' are mutually exclusive"),
+            ("secret,id=a,data=x,format=hex", "Parameter 'format' does not accept value 'hex'"),
+            ("secret,id=a,data=x,iv=y", "Invalid parameter 'iv'"),
+            ("secret,id=a,data=xyz,format=base64", "secret 'a' is not valid base64"),
+            ("secret,id=a,file=/nowhere/x", "Unable to read /nowhere/x: No such file or directory"),
+        ] {
+            assert_eq!(read(object).unwrap_err().to_string(), want, "{object}");
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! Callers of qemu-img do not notice: their command lines, through this tool and through qemu-img.
+
+mod support;
+
+use support::check;
+
+#[test]
+fn create_is_called_by_libvirt_nova_cinder_and_proxmox() {
+    check(
+        "
+        run create -f raw disk.raw 10240K
+        same disk.raw
+        run create -f qcow2 base.qcow2 1024K
+        same base.qcow2
+        # libvirt's snapshots: no size, it is the backing file's
+        run create -f qcow2 -o backing_fmt=qcow2,backing_file=base.qcow2 snap.qcow2
+        same snap.qcow2
+        # nova
+        run create -f qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2,size=2097152 disk.local
+        same disk.local
+        run create -f qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2 disk.swap 5M
+        same disk.swap
+        # Proxmox, options behind the file
+        run create -F qcow2 -b base.qcow2 -f qcow2 linked.qcow2 -o cluster_size=128k
+        same linked.qcow2
+        run create -fqcow2 -b base.qcow2 -Fqcow2 -- -odd.qcow2
+        ok create -q -f qcow2 quiet.qcow2 1M
+        run create -f qcow2 -o compat=0.10 old.qcow2 1G
+        same old.qcow2
+        run create -f qcow2 -u -b nowhere.qcow2 -F qcow2 blind.qcow2 1M
+        run create -f qcow2 empty.qcow2 0
+        same empty.qcow2
+        run create odd.raw 1000
+        same odd.raw
+        run create -f qcow2 odd.qcow2 1000
+        same odd.qcow2
+        ",
+    );
+}
+
+#[test]
+fn create_refuses_what_qemu_img_refuses() {
+    check(
+        "
+        peer create -q -f qcow2 base.qcow2 10M
+        fail 1 create -f qcow2 x
+        fail 1 create -f qcow2 x -- -1
+        fail 1 create -f qcow2 x 8E
+        fail 1 create -f qcow2 x abc
+        fail 1 create -f qcow2 x 1.5
+        fail 1 create -f qcow2 x 9223372036854775807
+        fail 1 create -f foo x 1M
+        fail 1 create -f qcow2 -o foo=1 x 1M
+        fail 1 create -f qcow2 -o size x
+        fail 1 create -f qcow2 -o size=2M x 1M
+        fail 1 create -f qcow2 -o cluster_size=3k x 1M
+        fail 1 create -f qcow2 -o cluster_size=4M x 1M
+        fail 1 create -f qcow2 -o cluster_size=-1 x 1M
+        fail 1 create -f qcow2 -o compat=9 x 1M
+        fail 1 create -f qcow2 -o compat=0.10,lazy_refcounts=on x 1M
+        fail 1 create -f qcow2 -o compat=0.10,refcount_bits=8 x 1M
+        fail 1 create -f qcow2 -o refcount_bits=7 x 1M
+        fail 1 create -f qcow2 -o preallocation=foo x 1M
+        fail 1 create -f qcow2 -o lazy_refcounts=maybe x 1M
+        fail 1 create -f qcow2 -o extended_l2=on,cluster_size=4k x 1M
+        fail 1 create -f qcow2 -o compression_type=lz x 1M
+        fail 1 create -f qcow2 -o compat=0.10,compression_type=zstd x 1M
+        fail 1 create -f qcow2 -b base.qcow2 x
+        fail 1 create -f qcow2 -b base.qcow2 -F foo x
+        fail 1 create -f qcow2 -b nope -F qcow2 x
+        fail 1 create -f qcow2 -b nope -F qcow2 x 1M
+        fail 1 create -f qcow2 -u -b nope -F qcow2 x
+        fail 1 create -f qcow2 -b base.qcow2 -F qcow2 base.qcow2
+        fail 1 create -f raw -b base.qcow2 -F qcow2 x
+        fail 1 create -f qcow2 -F qcow2 x 1M
+        fail 1 create -f qcow2 -b '' -F qcow2 x 1M
+        fail 1 create -f qcow2 -b base.qcow2 -F qcow2 -o preallocation=metadata x
+        fail 1 create -f raw -o preallocation=metadata x 1M
+        fail 1 create -f qcow2 -o data_file_raw=on x 1M
+        fail 1 create -f qcow2 /nowhere/x 1M
+        fail 1 create -f qcow2 . 1M
+        fail 1 create -f qcow2 a:b 1M
+        fail 1 create -f qcow2 x 100P
+        fail 1 create -f qcow2 -o cluster_size=512 x 1T
+        usage create
+        usage create -f qcow2 x 1M 2M
+        usage create -f
+        usage create --frob x 1M
+        usage frobnicate
+        same base.qcow2
+        ",
+    );
+}
+
+#[test]
+fn info_is_called_by_everyone() {
+    check(
+        "
+        peer create -q -f qcow2 base.qcow2 1G
+        peer create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2
+        peer create -q -f qcow2 -o compat=0.10,cluster_size=4k old.qcow2 10M
+        peer create -q -f qcow2 -o lazy_refcounts=on,refcount_bits=64,compression_type=zstd new.qcow2 33M
+        peer create -q raw.img 10M
+        run info base.qcow2
+        run info top.qcow2
+        run info ./top.qcow2
+        run info --backing-chain top.qcow2
+        run info old.qcow2
+        run info new.qcow2
+        run info raw.img
+        json info base.qcow2 --force-share --output=json -f qcow2
+        json info -U --output json ./top.qcow2
+        json info --output=json top.qcow2 -f qcow2 --backing-chain
+        json info -f raw --output=json base.qcow2
+        run info file:top.qcow2
+        run info --image-opts driver=qcow2,file.driver=file,file.filename=top.qcow2
+        json info --output=json 'json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"base.qcow2\"}}'
+        ",
+    );
+}
+
+#[test]
+fn info_refuses_what_qemu_img_refuses() {
+    check(
+        "
+        peer create -q raw.img 1M
+        peer create -q -f qcow2 a.qcow2 1M
+        fail 1 info nope
+        fail 1 info -f qcow2 raw.img
+        fail 1 info -f foo raw.img
+        fail 1 info .
+        fail 1 info foo:bar
+        fail 1 info ''
+        fail 1 info --image-opts driver=foo,file.filename=a.qcow2
+        fail 1 info --image-opts a.qcow2
+        usage info -f qcow2 --image-opts driver=qcow2,file.filename=a.qcow2
+        usage info
+        usage info raw.img a.qcow2
+        usage info --bogus raw.img
+        usage info --output=xml raw.img
+        ",
+    );
+}
+
+#[test]
+fn check_is_called_by_vdsm_and_people() {
+    check(
+        "
+        peer create -q -f qcow2 a.qcow2 10M
+        io -f qcow2 -c 'write -P 1 0 1M' -c 'write -P 2 3M 100k' a.qcow2
+        peer create -q raw.img 1M
+        run check a.qcow2
+        json check --output json -f qcow2 a.qcow2
+        ok check -q a.qcow2
+        fail 63 check raw.img
+        fail 1 check nope
+        fail 1 check -T foo a.qcow2
+        fail 1 check -r all -U a.qcow2
+        usage check -r foo a.qcow2
+        ",
+    );
+}
+
+#[test]
+fn map_is_called_by_vdsm() {
+    check(
+        "
+        peer create -q -f qcow2 base.qcow2 1M
+        io -c 'write -P 1 0 128k' -c 'write -z 256k 64k' -c 'write -z -u 384k 64k' base.qcow2
+        peer create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2 2M
+        io -c 'write -P 3 64k 64k' -c 'write -P 3 1M 64k' -c 'write -z 1M 64k' top.qcow2
+        peer create -q raw.img 1M
+        io -f raw -c 'write -P 1 256k 64k' raw.img
+        peer create -q -f qcow2 -b raw.img -F raw over.qcow2 2M
+        peer create -q -f qcow2 pressed.qcow2 1M
+        io -c 'write -P 1 0 64k' -c 'write -c -P 4 512k 64k' pressed.qcow2
+        peer create -q empty.img 0
+        run map --output=json base.qcow2
+        run map --output=json top.qcow2
+        run map --output=json raw.img
+        run map --output=json over.qcow2
+        run map --output=json pressed.qcow2
+        run map --output=json empty.img
+        run map --output=json --start-offset 100k --max-length 200k raw.img
+        run map --output=json -s 2M raw.img
+        run map --output=json --max-length 0 raw.img
+        run map base.qcow2
+        run map top.qcow2
+        run map -f raw raw.img
+        run map over.qcow2
+        run map -U empty.img
+        fail 1 map pressed.qcow2
+        fail 1 map --start-offset abc raw.img
+        fail 1 map --max-length -1 raw.img
+        fail 1 map -f foo raw.img
+        usage map --output=foo raw.img
+        ",
+    );
+}
+
+#[test]
+fn measure_is_called_by_vdsm_and_proxmox() {
+    check(
+        "
+        peer create -q -f qcow2 base.qcow2 1M
+        io -c 'write -P 1 0 128k' -c 'write -z 256k 64k' base.qcow2
+        peer create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2 2M
+        io -c 'write -P 3 61k 5k' -c 'write -c -P 4 512k 64k' -c 'write -z 1M 64k' top.qcow2
+        peer create -q raw.img 1000000
+        io -f raw -c 'write -P 1 256k 64k' raw.img
+        json measure --output=json --size 10485760K -O qcow2
+        json measure --output=json --size 10G -O qcow2 -o cluster_size=128k,extended_l2=on
+        run measure --size 10G
+        run measure --size 1000
+        run measure --size 1000 -O qcow2
+        run measure --size 0 -O qcow2
+        run measure --size 10G -O qcow2 -o cluster_size=4k
+        run measure --size 1M -O qcow2 -o preallocation=full
+        run measure --size 1M -O qcow2 -o compat=0.10
+        run measure --size 1T -O qcow2 -o extended_l2=on,refcount_bits=1,cluster_size=2M
+        run measure --size 1T -O qcow2 -o refcount_bits=64,cluster_size=512k
+        run measure -O qcow2 top.qcow2
+        run measure -O qcow2 -f raw raw.img
+        run measure -O qcow2 -o cluster_size=4k raw.img
+        run measure -O qcow2 -o size=2M top.qcow2
+        run measure -O raw top.qcow2
+        run measure -O qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2 top.qcow2
+        run measure -O qcow2 -o encrypt.format=luks,encrypt.key-secret=s --object secret,id=s,data=x --size 1M
+        run measure -O qcow2 -o encrypt.format=luks,encrypt.key-secret=s,cluster_size=4k --object secret,id=s,data=x --size 1M
+        run measure -O luks -o key-secret=s --object secret,id=s,data=x --size 1M
+        fail 1 measure -O vmdk raw.img
+        fail 1 measure -O luks --size 1M
+        fail 1 measure -O foo --size 1M
+        fail 1 measure -O qcow2
+        fail 1 measure -O qcow2 --size 1M raw.img
+        fail 1 measure -O qcow2 --size 100P
+        fail 1 measure -O qcow2 --size abc
+        fail 1 measure -O qcow2 --size 1M -o foo=1
+        fail 1 measure -O qcow2 --size 1M -f qcow2
+        fail 1 measure -O qcow2 --size 1M -o cluster_size=3k
+        fail 1 measure -O qcow2 nope
+        ",
+    );
+}
