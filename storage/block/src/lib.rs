@@ -20,6 +20,7 @@ mod disk;
 mod error;
 mod host_file;
 mod io;
+mod mapped;
 mod node;
 mod qcow2;
 mod raw;
@@ -27,6 +28,8 @@ mod slice_cache;
 pub mod spec;
 #[allow(unsafe_code)]
 mod sys;
+mod vdi;
+mod vpc;
 mod zeroes;
 
 pub use chain::{ChainFile, Checked, ImageInfo, Qcow2Info, check_image, inspect, resolve_chain, resolve_chain_probing};
@@ -42,3 +45,5 @@ pub use io::FileBackend;
 pub use node::{Extent, ExtentKind};
 pub use qcow2::{MaintenanceError, Qcow2Image, SnapshotTime};
 pub use sys::{ReadBufs, WriteBufs};
+pub use vdi::{VdiOptions, create_vdi};
+pub use vpc::{VpcOptions, create_vpc};

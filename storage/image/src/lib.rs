@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+mod foreign;
 mod format;
 pub mod qcow2;
 pub mod vdi;
@@ -16,6 +17,7 @@ pub mod vmdk;
 pub mod vpc;
 
 pub use bytes::NewFile;
+pub use foreign::FormatError;
 pub use format::{Format, FormatMismatch, PROBE_BYTES, check_declared, probe};
 
 /// Big-endian u16 at `at`; `None` past the end.

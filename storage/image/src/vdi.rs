@@ -55,6 +55,10 @@ pub enum VdiError {
     Unaligned { field: &'static str, offset: u32 },
     #[error("block {block} is said to be at position {position}; the image has {blocks} blocks")]
     Entry { block: u64, position: u32, blocks: u32 },
+    #[error(
+        "block {block} is said to be at {host:#x}, past the end of the file ({file_bytes} bytes); the image was truncated"
+    )]
+    BlockPastEnd { block: u64, host: u64, file_bytes: u64 },
     #[error("a disk of {0} bytes is too large for a vdi")]
     Size(u64),
 }

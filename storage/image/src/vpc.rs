@@ -29,8 +29,9 @@ const SECTORS_MAX: u64 = 0xff00_0000;
 const CHS_SECTORS_MAX: u64 = 65535 * 16 * 255;
 const BLOCK_BYTES: u32 = 2 << 20;
 const BAT_OFFSET: u64 = 3 * SECTOR_BYTES;
-/// Creators whose `current_size` is meant: Hyper-V, QEMU with `force_size`, Disk2vhd, XenServer, XenConverter.
-const SIZE_CREATORS: [&[u8; 4]; 5] = [b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS"];
+/// Creators that mean the geometry: Virtual PC, Virtual Server, QEMU without `force_size`. All others, such as
+/// Hyper-V (`win `), Azure (`wa`), Disk2vhd (`d2v `) and QEMU with `force_size` (`qem2`), mean `current_size`.
+const CHS_CREATORS: [&[u8; 4]; 3] = [b"vpc ", b"vs  ", b"qemu"];
 
 /// Why a vpc image is refused. Field names are the specification's.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -68,6 +69,8 @@ pub enum VpcError {
         "block {block} is said to be at sector {sector}, inside the tables of the image or past the end of the file ({file_bytes} bytes)"
     )]
     Entry { block: u64, sector: u32, file_bytes: u64 },
+    #[error("the file would grow past 2 TiB, beyond what the block allocation table can address")]
+    Full,
     #[error("a disk of {0} bytes is too large for a vpc image; at most 2040 GiB are possible")]
     Size(u64),
 }
@@ -108,7 +111,7 @@ impl Footer {
             * u64::from(*bytes.get(58).ok_or_else(cut)?)
             * u64::from(*bytes.get(59).ok_or_else(cut)?);
         // The largest geometry stands for everything above it.
-        let sectors = if SIZE_CREATORS.contains(&&creator) || by_chs == CHS_SECTORS_MAX { by_bytes } else { by_chs };
+        let sectors = if CHS_CREATORS.contains(&&creator) && by_chs != CHS_SECTORS_MAX { by_chs } else { by_bytes };
         if sectors > SECTORS_MAX {
             return Err(VpcError::TooLarge(sectors));
         }
@@ -406,6 +409,7 @@ fn the_creator_decides_which_size_counts() {
         (b"d2v ", 204_800),
         (b"tap\0", 204_800),
         (b"CTXS", 204_800),
+        (b"wa\0\0", 204_800),
     ] {
         assert_eq!(Footer::parse(&patched(&current, 64, 28, creator)).unwrap().sectors, sectors, "{creator:?}");
     }

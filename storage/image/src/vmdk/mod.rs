@@ -16,7 +16,7 @@ pub use header::{
     FLAG_COMPRESSED, FLAG_LINE_ENDS, FLAG_MARKERS, FLAG_REDUNDANT, FLAG_ZERO_GRAINS, HEADER_BYTES, SparseHeader,
 };
 pub use stream::{
-    FOOTER_AREA_BYTES, GRAIN_MARKER_BYTES, Marker, compressed_span, grain_header, inflate_grain, pack_grain,
+    FOOTER_AREA_BYTES, GRAIN_MARKER_BYTES, Marker, compressed_span, deflate_grain, grain_header, inflate_grain,
     pack_table, parse_footer, stream_end,
 };
 
@@ -43,6 +43,12 @@ pub enum VmdkError {
     Compression(u16),
     #[error("the line-end bytes of the header were changed; the file was damaged by a transfer in text mode")]
     LineEnds,
+    #[error("extents in the format of ESX 2 ('COWD') are not supported; clone the disk to a new one first")]
+    Cowd,
+    #[error("version 3 without compression has change tracking that is not known; it can only be read")]
+    ReadOnlyVersion,
+    #[error("the descriptor has no extents")]
+    NoExtents,
     #[error("the grain size is {sectors} sectors; it must be 1 to {max}")]
     GrainSize { sectors: u64, max: u64 },
     #[error("numGTEsPerGT is {0}; it must be 1 to 512")]

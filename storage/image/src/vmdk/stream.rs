@@ -66,26 +66,19 @@ pub fn inflate_grain(stream: &[u8], out: &mut [u8], guest_sector: u64) -> Result
     Ok(())
 }
 
-/// A grain with its marker, padded to whole sectors: what is appended to the stream.
-pub fn pack_grain(guest_sector: u64, grain: &[u8]) -> Vec<u8> {
+/// Packs a grain (RFC 1950) into `out`, replacing what it holds.
+pub fn deflate_grain(grain: &[u8], out: &mut Vec<u8>) {
+    out.clear();
     // Deflate adds at most 5 bytes a 16 KiB block when nothing can be gained, and RFC 1950 six.
     let room = grain.len() + grain.len() / 1024 + 64;
-    let mut out = Vec::with_capacity(GRAIN_MARKER_BYTES + room + SECTOR_BYTES as usize);
-    out.extend(grain_header(guest_sector, 0));
+    out.reserve(room);
     let mut deflate = Compress::new(Compression::default(), true);
-    loop {
-        match deflate.compress_vec(
-            grain.get(deflate.total_in() as usize..).unwrap_or_default(),
-            &mut out,
-            FlushCompress::Finish,
-        ) {
-            Ok(Status::StreamEnd) => break,
-            _ => out.reserve(room),
-        }
+    while !matches!(
+        deflate.compress_vec(grain.get(deflate.total_in() as usize..).unwrap_or_default(), out, FlushCompress::Finish),
+        Ok(Status::StreamEnd)
+    ) {
+        out.reserve(room);
     }
-    put(&mut out, 8, &(deflate.total_out() as u32).to_le_bytes());
-    out.resize(out.len().next_multiple_of(SECTOR_BYTES as usize), 0);
-    out
 }
 
 /// A grain table with its marker.
@@ -163,18 +156,20 @@ fn a_footer_is_found_behind_the_directory() {
 fn a_grain_comes_back_and_a_bomb_does_not() {
     let header = stream_header();
     let plain: Vec<u8> = (0..65536u32).map(|i| (i / 300) as u8).collect();
-    let packed = pack_grain(128, &plain);
-    assert_eq!((packed.len() % 512, le64(&packed, 0)), (0, Some(128)));
-    let bytes = compressed_span(&packed, &header, 128).unwrap();
-    let stream = &packed[GRAIN_MARKER_BYTES..GRAIN_MARKER_BYTES + bytes];
+    let mut stream = vec![9; 7];
+    deflate_grain(&plain, &mut stream);
+    let marker = grain_header(128, stream.len() as u32);
+    assert_eq!((le64(&marker, 0), compressed_span(&marker, &header, 128)), (Some(128), Ok(stream.len())));
+    let stream = stream.as_slice();
     let mut out = vec![1; 65536];
     inflate_grain(stream, &mut out, 128).unwrap();
     assert!(out == plain);
     // Noise does not shrink, and still fits.
     let noise: Vec<u8> = (0..65536u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as u8).collect();
-    let packed_noise = pack_grain(0, &noise);
-    let bytes = compressed_span(&packed_noise, &header, 0).unwrap();
-    inflate_grain(&packed_noise[12..12 + bytes], &mut out, 0).unwrap();
+    let mut packed_noise = Vec::new();
+    deflate_grain(&noise, &mut packed_noise);
+    assert!(compressed_span(&grain_header(0, packed_noise.len() as u32), &header, 0).is_ok());
+    inflate_grain(&packed_noise, &mut out, 0).unwrap();
     assert!(out == noise);
 
     let error = Err(VmdkError::Inflate { guest_sector: 128 });
@@ -183,9 +178,9 @@ fn a_grain_comes_back_and_a_bomb_does_not() {
     let mut flipped = stream.to_vec();
     *flipped.last_mut().unwrap() ^= 1;
     assert_eq!(inflate_grain(&flipped, &mut out, 128), error, "wrong Adler-32");
-    let short = pack_grain(0, &[7; 512]);
-    let bytes = compressed_span(&short, &header, 0).unwrap();
-    inflate_grain(&short[12..12 + bytes], &mut out, 0).unwrap();
+    let mut short = Vec::new();
+    deflate_grain(&[7; 512], &mut short);
+    inflate_grain(&short, &mut out, 0).unwrap();
     assert_eq!((out[511], out[512], out[65535]), (7, 0, 0));
     for (bytes, fits) in [(0u32, false), (1, true), (131_060, true), (131_061, false), (u32::MAX, false)] {
         assert_eq!(compressed_span(&grain_header(0, bytes), &header, 0).is_ok(), fits, "{bytes}");

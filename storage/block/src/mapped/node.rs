@@ -1,0 +1,86 @@
+//! A whole disk behind one table, as a layer; and new files.
+
+use std::path::Path;
+
+use image::NewFile;
+
+use super::{BlockTable, Mapped};
+use crate::error::{Action, BlockError};
+use crate::io::FileBackend;
+use crate::node::{Below, Extent, Node};
+use crate::sys::{ReadBufs, WriteBufs};
+
+/// A layer that is one [`Mapped`].
+pub(crate) struct MappedNode<T: BlockTable> {
+    disk: Mapped<T>,
+}
+
+impl<T: BlockTable> MappedNode<T> {
+    pub(crate) fn new(disk: Mapped<T>) -> MappedNode<T> {
+        MappedNode { disk }
+    }
+}
+
+impl<T: BlockTable> Node for MappedNode<T> {
+    fn size_bytes(&self) -> u64 {
+        self.disk.size_bytes()
+    }
+
+    fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
+        self.disk.extent(offset, bytes)
+    }
+
+    fn read(&self, below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
+        self.disk.read(below, offset, bufs)
+    }
+
+    fn write(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
+        self.disk.write(below, offset, bufs)
+    }
+
+    fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
+        self.disk.write_zeroes(below, offset, bytes, may_unmap)
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
+        self.disk.discard(offset, bytes)
+    }
+
+    fn flush(&self) -> Result<(), BlockError> {
+        self.disk.flush()
+    }
+
+    fn cluster_bytes(&self) -> u64 {
+        self.disk.table.block_bytes()
+    }
+
+    fn allocated_bytes(&self) -> Result<u64, BlockError> {
+        self.disk.store.allocated_bytes()
+    }
+
+    fn path(&self) -> &Path {
+        &self.disk.store.path
+    }
+}
+
+/// Makes `file` hold a new image, on stable storage when this returns.
+pub(crate) fn write_new(file: &dyn FileBackend, path: &Path, layout: &NewFile) -> Result<(), BlockError> {
+    let written = file.set_len_bytes(0).and_then(|()| {
+        for (offset, bytes) in &layout.pieces {
+            file.write_at(*offset, &WriteBufs::from_slice(bytes))?;
+        }
+        file.set_len_bytes(layout.file_bytes)?;
+        file.sync_data()
+    });
+    written.map_err(|e| BlockError::io(path, Action::Create, e))
+}
+
+/// A random UUID, version 4.
+pub(crate) fn random_uuid(path: &Path) -> Result<[u8; 16], BlockError> {
+    let mut uuid = [0; 16];
+    let got = rustix::rand::getrandom(&mut uuid, rustix::rand::GetRandomFlags::empty());
+    got.map_err(|e| BlockError::io(path, Action::Create, e.into()))?;
+    uuid[6] = uuid[6] & 0x0f | 0x40;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    Ok(uuid)
+}

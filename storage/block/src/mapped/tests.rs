@@ -1,0 +1,285 @@
+//! The formats of other vendors against qemu-img, in both directions, and against images that lie.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use crate::error::BlockError;
+use crate::host_file::HostFile;
+use crate::node::{ExtentKind, Node};
+use crate::sys::{ReadBufs, WriteBufs};
+use crate::vdi::{VdiOptions, create_vdi, open_vdi};
+use crate::vpc::{VpcOptions, create_vpc, open_vpc};
+
+/// xorshift64*: the same numbers for the same seed, everywhere.
+pub(crate) struct Rng(pub(crate) u64);
+
+impl Rng {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.next() % end.max(1)
+    }
+}
+
+/// Text-like, random and empty stretches.
+pub(crate) fn source(bytes: usize) -> Vec<u8> {
+    let mut rng = Rng(42);
+    let mut out = Vec::with_capacity(bytes);
+    while out.len() < bytes {
+        let run = 512 * (1 + rng.below(900)) as usize;
+        match rng.below(4) {
+            0 | 1 => out.resize(out.len() + run, 0),
+            2 => out.extend((0..run).map(|i| b"the quick brown fox "[i % 20])),
+            _ => out.extend((0..run / 8).flat_map(|_| rng.next().to_le_bytes())),
+        }
+    }
+    out.truncate(bytes);
+    out
+}
+
+/// Runs qemu-img and returns whether it succeeded, and its output.
+pub(crate) fn qemu_img_status(args: &[&str]) -> (i32, String) {
+    let run = Command::new("qemu-img").args(args).output();
+    let run = run.unwrap_or_else(|e| panic!("qemu-img does not run ({e}): install the Debian package qemu-utils"));
+    let text = String::from_utf8_lossy(&run.stdout).into_owned() + &String::from_utf8_lossy(&run.stderr);
+    (run.status.code().unwrap_or(-1), text)
+}
+
+pub(crate) fn qemu_img(args: &[&str]) -> String {
+    let (status, text) = qemu_img_status(args);
+    assert_eq!(status, 0, "qemu-img {}: {text}", args.join(" "));
+    text
+}
+
+pub(crate) fn host_file(path: &Path, writable: bool) -> Arc<HostFile> {
+    let file = File::options().read(true).write(writable).create(writable).truncate(false).open(path).unwrap();
+    Arc::new(HostFile::new(file).unwrap())
+}
+
+pub(crate) fn open(format: &str, path: &Path, read_only: bool) -> Result<Arc<dyn Node>, BlockError> {
+    let file = host_file(path, !read_only);
+    let path = path.to_owned();
+    Ok(match format {
+        "vdi" => Arc::new(open_vdi(file, path, read_only, false)?),
+        "vpc" => Arc::new(open_vpc(file, path, read_only, false)?),
+        other => panic!("{other}"),
+    })
+}
+
+/// Creates an empty image as our tool does it, from options in qemu-img's words.
+fn create(format: &str, options: &str, path: &Path, size_bytes: u64) {
+    let file = host_file(path, true);
+    match format {
+        "vdi" => create_vdi(&*file, path, size_bytes, &VdiOptions { is_static: options == "static=on" }),
+        "vpc" => {
+            let fixed = options.contains("subformat=fixed");
+            create_vpc(&*file, path, size_bytes, &VpcOptions { fixed, force_size: options.contains("force_size") })
+        }
+        other => panic!("{other}"),
+    }
+    .unwrap();
+}
+
+pub(crate) fn read_all(node: &dyn Node) -> Result<Vec<u8>, BlockError> {
+    let mut out = vec![0xa5; node.size_bytes() as usize];
+    for (i, part) in out.chunks_mut(700 << 10).enumerate() {
+        node.read(&[], (i * (700 << 10)) as u64, &ReadBufs::from_slice(part))?;
+    }
+    Ok(out)
+}
+
+pub(crate) fn write(node: &dyn Node, offset: usize, bytes: &[u8]) {
+    node.write(&[], offset as u64, &WriteBufs::from_slice(bytes)).unwrap();
+}
+
+/// The extents cover the disk, and zeroes are zeroes.
+fn check_extents(node: &dyn Node, contents: &[u8]) {
+    let mut at = 0;
+    while at < node.size_bytes() {
+        let extent = node.extent(at, node.size_bytes() - at).unwrap();
+        let end = at + extent.bytes;
+        assert!(extent.bytes > 0 && end <= node.size_bytes());
+        if extent.kind != ExtentKind::Data {
+            assert!(contents[at as usize..end as usize].iter().all(|byte| *byte == 0), "{at} to {end}");
+        }
+        at = end;
+    }
+}
+
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Place {
+        Place { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
+
+/// Format, options of qemu-img.
+const KINDS: [(&str, &str); 6] = [
+    ("vdi", ""),
+    ("vdi", "static=on"),
+    ("vpc", ""),
+    ("vpc", "subformat=fixed"),
+    ("vpc", "force_size=on"),
+    ("vpc", "subformat=fixed,force_size=on"),
+];
+const SIZE_BYTES: usize = (11 << 20) + 512 * 5;
+
+/// Random writes, zeroes and discards, on the image and on `shadow`.
+fn change(node: &dyn Node, shadow: &mut [u8], seed: u64) {
+    let mut rng = Rng(seed);
+    for _ in 0..120 {
+        let offset = rng.below(shadow.len() as u64 / 512) as usize * 512;
+        let sectors = if rng.below(10) == 0 { 6000 } else { 1 + rng.below(200) };
+        let end = shadow.len().min(offset + sectors as usize * 512);
+        match rng.below(6) {
+            0 => {
+                node.write_zeroes(&[], offset as u64, (end - offset) as u64, rng.below(2) == 0).unwrap();
+                shadow[offset..end].fill(0);
+            }
+            1 => {
+                node.discard(offset as u64, (end - offset) as u64).unwrap();
+                node.read(&[], offset as u64, &ReadBufs::from_slice(&mut shadow[offset..end])).unwrap();
+            }
+            2 => node.flush().unwrap(),
+            _ => {
+                let fill = rng.next() as u8;
+                shadow[offset..end].fill(fill);
+                write(node, offset, &shadow[offset..end]);
+            }
+        }
+    }
+}
+
+fn check_with_qemu(format: &str, path: &Path, want: &[u8], dir: &Place) {
+    let name = path.to_str().unwrap();
+    if format != "vpc" {
+        let text = qemu_img(&["check", "-f", format, name]);
+        assert!(text.contains("No errors"), "{text}");
+    }
+    let flat = dir.at("flat.raw");
+    std::fs::write(&flat, want).unwrap();
+    let text = qemu_img(&["compare", "-f", format, "-F", "raw", name, flat.to_str().unwrap()]);
+    assert!(text.contains("identical"), "{text}");
+}
+
+#[test]
+fn images_of_qemu_img_are_read_and_then_changed() {
+    let dir = Place::new();
+    let raw = dir.at("source.raw");
+    let source = source(SIZE_BYTES);
+    std::fs::write(&raw, &source).unwrap();
+    for (i, (format, options)) in KINDS.iter().enumerate() {
+        let path = dir.at("image");
+        let mut args = vec!["convert", "-f", "raw", "-O", format, raw.to_str().unwrap(), path.to_str().unwrap()];
+        if !options.is_empty() {
+            args.extend(["-o", options]);
+        }
+        qemu_img(&args);
+        let node = open(format, &path, true).unwrap();
+        let mut shadow = read_all(&*node).unwrap();
+        assert!(shadow[..source.len()] == source, "{format} {options}");
+        assert!(shadow[source.len()..].iter().all(|byte| *byte == 0));
+        check_extents(&*node, &shadow);
+        assert!(matches!(node.write(&[], 0, &WriteBufs::from_slice(&[0; 512])), Err(BlockError::ReadOnly { .. })));
+        drop(node);
+        let node = open(format, &path, false).unwrap();
+        change(&*node, &mut shadow, i as u64 + 1);
+        check_extents(&*node, &shadow);
+        drop(node);
+        check_with_qemu(format, &path, &shadow, &dir);
+    }
+}
+
+#[test]
+fn images_of_ours_are_accepted_by_qemu_img() {
+    let dir = Place::new();
+    for (i, (format, options)) in KINDS.iter().enumerate() {
+        let (ours, theirs) = (dir.at("ours"), dir.at("theirs"));
+        let _ = std::fs::remove_file(&ours);
+        create(format, options, &ours, SIZE_BYTES as u64);
+        let size = SIZE_BYTES.to_string();
+        let mut args = vec!["create", "-q", "-f", format, theirs.to_str().unwrap(), &size];
+        if !options.is_empty() {
+            args.extend(["-o", options]);
+        }
+        qemu_img(&args);
+        let length = |path: &Path| std::fs::metadata(path).unwrap().len();
+        assert_eq!(length(&ours), length(&theirs), "{format} {options}");
+        let virtual_size = |path: &Path| {
+            let text = qemu_img(&["info", "-f", format, path.to_str().unwrap()]);
+            text.lines().find(|line| line.starts_with("virtual size")).unwrap().to_owned()
+        };
+        assert_eq!(virtual_size(&ours), virtual_size(&theirs), "{format} {options}");
+        let node = open(format, &ours, false).unwrap();
+        let mut shadow = vec![0; node.size_bytes() as usize];
+        check_with_qemu(format, &ours, &shadow, &dir);
+        change(&*node, &mut shadow, i as u64 + 100);
+        assert!(read_all(&*node).unwrap() == shadow);
+        drop(node);
+        check_with_qemu(format, &ours, &shadow, &dir);
+        // What qemu-img writes into it is read back.
+        let name = ours.to_str().unwrap();
+        let run = Command::new("qemu-io").args(["-f", format, "-c", "write -P 0x5a 1M 3M", name]).output().unwrap();
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        shadow[1 << 20..4 << 20].fill(0x5a);
+        assert!(read_all(&*open(format, &ours, true).unwrap()).unwrap() == shadow, "{format} {options}");
+    }
+}
+
+#[test]
+fn several_threads_write_one_image() {
+    let dir = Place::new();
+    for (format, options) in KINDS {
+        let path = dir.at("image");
+        let _ = std::fs::remove_file(&path);
+        create(format, options, &path, SIZE_BYTES as u64);
+        let node = open(format, &path, false).unwrap();
+        let mut shadow = vec![0; node.size_bytes() as usize];
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let node = &node;
+                // Sectors of all threads interleave in every block.
+                scope.spawn(move || {
+                    for sector in (thread..SIZE_BYTES as u64 / 512).step_by(4) {
+                        write(&**node, sector as usize * 512, &[1 + thread as u8; 512]);
+                        if sector % 4000 == thread {
+                            node.flush().unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        for (sector, bytes) in shadow[..SIZE_BYTES / 512 * 512].chunks_mut(512).enumerate() {
+            bytes.fill(1 + (sector % 4) as u8);
+        }
+        assert!(read_all(&*node).unwrap() == shadow, "{format} {options}");
+        drop(node);
+        check_with_qemu(format, &path, &shadow, &dir);
+        if (format, options) == ("vpc", "") {
+            check_bitmaps(&std::fs::read(&path).unwrap());
+        }
+    }
+}
+
+/// Every block's bitmap says that all its sectors are in use, and the footer ends the file.
+fn check_bitmaps(file: &[u8]) {
+    for entry in file[0x600..0x600 + 6 * 4].chunks(4) {
+        let at = u32::from_be_bytes(entry.try_into().unwrap()) as usize * 512;
+        assert!(file[at..at + 512].iter().all(|byte| *byte == 0xff), "block at {at:#x}");
+    }
+    assert!(file[..512] == file[file.len() - 512..]);
+}
