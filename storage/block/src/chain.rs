@@ -264,7 +264,7 @@ const RESIZE: i64 = 3;
 
 /// Takes the locks of a reader or writer and looks for others whose locks exclude it. First take, then look:
 /// of two that arrive together, at least one sees the other.
-fn lock_image(path: &Path, file: &File, read_only: bool) -> Result<(), BlockError> {
+pub(crate) fn lock_image(path: &Path, file: &File, read_only: bool) -> Result<(), BlockError> {
     let used: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] };
     let unshared = [WRITE, RESIZE];
     let taken: Vec<i64> =

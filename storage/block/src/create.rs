@@ -1,13 +1,16 @@
-//! New images. A file that exists is never overwritten.
+//! New images: as new files, or in the place of whatever a file held.
 
 use std::fs::{File, OpenOptions as FileOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use image::Format;
-use image::qcow2::layout::{NewImage, lay_out};
+use image::qcow2::CompressionType;
+use image::qcow2::layout::{Features, NewImage, Plan, lay_out};
 
+use crate::chain::lock_image;
 use crate::error::{Action, BlockError};
+use crate::io::FileBackend;
 use crate::sys::{WriteBufs, pwrite};
 
 /// How a qcow2 image is created.
@@ -58,6 +61,148 @@ pub fn create_qcow2(path: &Path, size_bytes: u64, opts: &CreateOptions) -> Resul
 pub fn create_raw(path: &Path, size_bytes: u64) -> Result<(), BlockError> {
     let size_bytes = size_bytes.checked_next_multiple_of(512).unwrap_or(u64::MAX);
     create_file(path, |file| file.set_len(size_bytes))
+}
+
+/// How much of a new image takes its space at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing but what describes the image.
+    #[default]
+    Off,
+    /// Tables for the whole disk; its data are holes of the file.
+    Metadata,
+    /// Tables, and data that the host reserves.
+    Falloc,
+    /// Tables, and data written as zeroes.
+    Full,
+}
+
+/// A new qcow2 image in all its variants.
+#[derive(Clone, Debug)]
+pub struct Qcow2Create {
+    /// log2 of the cluster size, 9 to 21.
+    pub cluster_bits: u32,
+    /// 2 (`compat=0.10`) or 3 (`compat=1.1`).
+    pub version: u32,
+    /// log2 of the width of a refcount, 0 to 6.
+    pub refcount_order: u32,
+    /// Backing file and its format as they shall be stored; an empty format is left out.
+    pub backing: Option<(String, String)>,
+    /// How clusters will be compressed.
+    pub compression: CompressionType,
+    /// Refcounts may be behind while a writer has the image open.
+    pub lazy_refcounts: bool,
+    /// L2 entries with subclusters.
+    pub extended_l2: bool,
+    /// What takes its space at once.
+    pub preallocation: Preallocation,
+}
+
+impl Default for Qcow2Create {
+    /// QEMU's defaults: version 3, 64 KiB clusters, 16-bit refcounts, zlib.
+    fn default() -> Qcow2Create {
+        Qcow2Create {
+            cluster_bits: 16,
+            version: 3,
+            refcount_order: 4,
+            backing: None,
+            compression: CompressionType::Zlib,
+            lazy_refcounts: false,
+            extended_l2: false,
+            preallocation: Preallocation::Off,
+        }
+    }
+}
+
+/// Zeroes written at once where a host must not be asked for them.
+const ZEROES_BYTES: u64 = 1 << 20;
+
+/// Opens a file for a new image: it is created if it is not there, locked as QEMU locks a writer, and emptied. A block
+/// device keeps what it holds. Another process that uses the image keeps it, and nothing has changed.
+pub fn open_for_new(path: &Path) -> Result<File, BlockError> {
+    let failed = |e| BlockError::io(path, Action::Create, e);
+    if std::fs::metadata(path).is_ok_and(|meta| meta.is_dir()) {
+        return Err(BlockError::IsDirectory { path: path.to_owned() });
+    }
+    let file = FileOptions::new().read(true).write(true).create(true).truncate(false).mode(0o644).open(path);
+    let file = file.map_err(failed)?;
+    lock_image(path, &file, false)?;
+    if file.metadata().map_err(failed)?.is_file() {
+        file.set_len(0).map_err(failed)?;
+    }
+    Ok(file)
+}
+
+/// Writes an empty qcow2 image into `file`, whose contents are lost; `path` names it in errors. The size is rounded
+/// up to 512 bytes. Nothing is flushed.
+pub fn format_qcow2(
+    file: &dyn FileBackend,
+    path: &Path,
+    size_bytes: u64,
+    opts: &Qcow2Create,
+) -> Result<(), BlockError> {
+    let refused = |source| BlockError::Header { path: path.to_owned(), source };
+    let size_bytes =
+        size_bytes.checked_next_multiple_of(512).ok_or_else(|| refused(image::qcow2::HeaderError::Size(size_bytes)))?;
+    let new = NewImage {
+        size_bytes,
+        cluster_bits: opts.cluster_bits,
+        version: opts.version,
+        refcount_order: opts.refcount_order,
+        backing: opts.backing.clone(),
+    };
+    let features = Features {
+        compression: opts.compression,
+        lazy_refcounts: opts.lazy_refcounts,
+        extended_l2: opts.extended_l2,
+        preallocate: opts.preallocation != Preallocation::Off,
+    };
+    let plan = Plan::new(&new, &features).map_err(refused)?;
+    let failed = |e| BlockError::io(path, Action::Create, e);
+    for (offset, bytes) in plan.pieces() {
+        file.write_at(offset, &WriteBufs::from_slice(&bytes)).map_err(failed)?;
+    }
+    if file.len_bytes().map_err(failed)? < plan.file_bytes() {
+        file.set_len_bytes(plan.file_bytes()).map_err(failed)?;
+    }
+    preallocate(file, path, plan.data_range(), opts.preallocation)
+}
+
+/// Makes `file` a raw image of zeroes; `path` names it in errors. The size is rounded up to 512 bytes.
+pub fn format_raw(
+    file: &dyn FileBackend,
+    path: &Path,
+    size_bytes: u64,
+    preallocation: Preallocation,
+) -> Result<(), BlockError> {
+    let size_bytes = size_bytes.checked_next_multiple_of(512).unwrap_or(u64::MAX);
+    file.set_len_bytes(size_bytes).map_err(|e| BlockError::io(path, Action::Create, e))?;
+    preallocate(file, path, 0..size_bytes, preallocation)
+}
+
+/// Takes the space of a range that holds nothing.
+pub(crate) fn preallocate(
+    file: &dyn FileBackend,
+    path: &Path,
+    range: std::ops::Range<u64>,
+    mode: Preallocation,
+) -> Result<(), BlockError> {
+    let failed = |e| BlockError::io(path, Action::Write, e);
+    match mode {
+        Preallocation::Off | Preallocation::Metadata => Ok(()),
+        Preallocation::Falloc => file.write_zeroes(range.start, range.end - range.start, false).map_err(failed),
+        Preallocation::Full => {
+            let zeroes = vec![0; ZEROES_BYTES.min(range.end - range.start) as usize];
+            let mut at = range.start;
+            while at < range.end {
+                let now = ZEROES_BYTES.min(range.end - at);
+                let bufs = WriteBufs::from_slice(zeroes.get(..now as usize).unwrap_or_default());
+                file.write_at(at, &bufs).map_err(failed)?;
+                at += now;
+            }
+            Ok(())
+        }
+    }
 }
 
 fn create_file(path: &Path, fill: impl FnOnce(&File) -> std::io::Result<()>) -> Result<(), BlockError> {

@@ -34,7 +34,9 @@ mod zeroes;
 
 pub use chain::{ChainFile, Checked, ImageInfo, Qcow2Info, check_image, inspect, resolve_chain, resolve_chain_probing};
 pub use copy::{CopyOptions, copy};
-pub use create::{CreateOptions, create_qcow2, create_raw};
+pub use create::{
+    CreateOptions, Preallocation, Qcow2Create, create_qcow2, create_raw, format_qcow2, format_raw, open_for_new,
+};
 pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};
 pub use host_file::{HostFile, use_direct_io};
