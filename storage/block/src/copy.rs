@@ -1,18 +1,21 @@
-//! Copying one disk into another, and comparing two. Several threads share the work: each takes the next run of
+//! Copying one disk into another. Several threads share the work: each takes the next run of
 //! the source, reads it and, when its turn has come, writes it.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
 use crate::disk::{ChainExtent, Disk};
-use crate::error::BlockError;
-use crate::node::ExtentKind;
+use crate::error::{Action, BlockError};
+use crate::host_file::copy_inside_kernel;
+use crate::node::{ExtentKind, Mapped};
+use crate::sys::{ReadBufs, WriteBufs, pread};
 use crate::zeroes::{for_each_run, is_zero};
 
 /// Bytes that one thread holds at a time. Small enough to stay in the processor's cache between the read that
 /// fills them and the write that takes them.
-const CHUNK_BYTES: u64 = 256 << 10;
+pub(crate) const CHUNK_BYTES: u64 = 256 << 10;
 /// Zeroes that one step skips or writes.
 const ZERO_STEP_BYTES: u64 = 1 << 30;
 /// Memory of one thread's stack. Nothing recurses deeper than a backing chain, 200 images at most.
@@ -59,6 +62,17 @@ struct Step {
     offset: u64,
     bytes: u64,
     kind: ExtentKind,
+    /// The layer whose file holds the bytes as they are.
+    from_file: Option<usize>,
+}
+
+/// A part of a step on its way into the target.
+struct Place<'a> {
+    /// Where it starts in the step.
+    start: u64,
+    bytes: u64,
+    /// Where it goes; `None` when the target must write it.
+    mapped: Option<Mapped<'a>>,
 }
 
 /// What the threads of a copy share.
@@ -73,6 +87,8 @@ struct Shared<'a> {
     turn: Mutex<u64>,
     turned: Condvar,
     stop: AtomicBool,
+    /// These two files cannot be copied inside the kernel.
+    no_kernel_copy: AtomicBool,
     done_bytes: AtomicU64,
     error: Mutex<Option<BlockError>>,
     progress: &'a (dyn Fn(u64, u64) -> bool + Sync),
@@ -92,11 +108,12 @@ pub fn copy(
         source,
         target,
         opts,
-        chunk_bytes: if opts.compressed { unit } else { CHUNK_BYTES },
+        chunk_bytes: if opts.compressed { unit } else { CHUNK_BYTES.max(target.cluster_bytes()) },
         next: Mutex::new((0, 0)),
         turn: Mutex::new(0),
         turned: Condvar::new(),
         stop: AtomicBool::new(false),
+        no_kernel_copy: AtomicBool::new(false),
         done_bytes: AtomicU64::new(0),
         error: Mutex::new(None),
         progress,
@@ -109,7 +126,7 @@ pub fn copy(
 }
 
 /// Runs `work` on this thread and `count - 1` others, fewer where the host gives no more.
-fn run_on_threads(count: usize, work: &(dyn Fn() + Sync)) {
+pub(crate) fn run_on_threads(count: usize, work: &(dyn Fn() + Sync)) {
     std::thread::scope(|scope| {
         for _ in 1..count {
             // One thread less is slower and nothing else.
@@ -174,7 +191,8 @@ impl Shared<'_> {
                 bytes = bytes.min(self.chunk_bytes - offset % self.chunk_bytes);
             }
             let kind = if self.opts.compressed { ExtentKind::Data } else { extent.kind };
-            let step = Step { turn: next.1, offset, bytes, kind };
+            let from_file = extent.host.filter(|_| !self.opts.compressed).map(|_| depth);
+            let step = Step { turn: next.1, offset, bytes, kind, from_file };
             *next = (offset + bytes, next.1 + 1);
             return Ok(Some(step));
         }
@@ -194,32 +212,132 @@ impl Shared<'_> {
             self.await_turn(step.turn)?;
             self.target.write_zeroes(target_offset, step.bytes, true)?;
             self.end_turn(step.turn);
-            self.report(step.bytes);
-            return Ok(());
-        }
-        room.resize(self.chunk_bytes.max(step.bytes) as usize, 0);
-        let bytes = room.get_mut(..step.bytes as usize).unwrap_or_default();
-        self.source.read(step.offset, bytes)?;
-        if self.opts.compressed {
+        } else if self.opts.compressed {
+            let bytes = self.read(step, room)?;
             self.write_compressed(step.turn, target_offset, bytes, packed)?;
+            self.end_turn(step.turn);
         } else {
-            self.await_turn(step.turn)?;
-            self.write(target_offset, bytes)?;
+            self.copy_data(step, room)?;
         }
-        self.end_turn(step.turn);
         self.report(step.bytes);
         Ok(())
     }
 
-    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), BlockError> {
-        if self.opts.sparse_bytes == 0 {
-            return self.target.write(offset, bytes);
+    fn read<'r>(&self, step: &Step, room: &'r mut Vec<u8>) -> Result<&'r mut [u8], BlockError> {
+        // Once, for the largest step: growing it later would copy it.
+        room.resize(self.chunk_bytes.max(step.bytes) as usize, 0);
+        let bytes = room.get_mut(..step.bytes as usize).unwrap_or_default();
+        self.source.read(step.offset, bytes)?;
+        Ok(bytes)
+    }
+
+    /// Copies a step from file to file inside the kernel where that can be done, else through memory. Places are
+    /// taken in turn, so that the target is laid out in order; the bytes move when others have their turn.
+    fn copy_data(&self, step: &Step, room: &mut Vec<u8>) -> Result<(), BlockError> {
+        let target_offset = self.opts.target_offset + step.offset;
+        let source = match step.from_file {
+            Some(depth) if !self.no_kernel_copy.load(Ordering::Relaxed) => {
+                self.source.map_read(depth, step.offset, step.bytes)?
+            }
+            _ => None,
+        };
+        let source = source.filter(|source| source.bytes == step.bytes && source.file.as_host_file().is_some());
+        let source = match &source {
+            Some(Mapped { file, host, .. }) => file.as_host_file().map(|file| (file, *host)),
+            None => None,
+        };
+        let source = match source {
+            Some((file, host)) if !self.may_hold_zeroes(file, host, step)? => Some((file, host)),
+            _ => None,
+        };
+        let bytes: &[u8] = if source.is_some() { &[] } else { self.read(step, room)? };
+        self.await_turn(step.turn)?;
+        let mut places = Vec::new();
+        match source {
+            Some(_) => self.take_places(target_offset, 0, step.bytes, &mut places)?,
+            None => for_each_run(bytes, target_offset, self.block_bytes(), |start, len, data| {
+                match data || self.opts.sparse_bytes == 0 {
+                    true => self.take_places(target_offset, start as u64, len as u64, &mut places),
+                    false if self.opts.target_is_zero => Ok(()),
+                    false => self.target.write_zeroes(target_offset + start as u64, len as u64, true),
+                }
+            })?,
         }
-        for_each_run(bytes, offset, self.opts.sparse_bytes, |start, len, data| match data {
-            true => self.target.write(offset + start as u64, bytes.get(start..start + len).unwrap_or_default()),
-            false if self.opts.target_is_zero => Ok(()),
-            false => self.target.write_zeroes(offset + start as u64, len as u64, true),
-        })
+        self.end_turn(step.turn);
+        let mut scratch = Vec::new();
+        for Place { start, bytes: len, mapped } in places {
+            let failed = |e| BlockError::io(self.target.path(), Action::Write, e);
+            if let (Some((from, host)), Some(place)) = (source, &mapped)
+                && let Some(to) = place.file.as_host_file().filter(|_| !self.no_kernel_copy.load(Ordering::Relaxed))
+            {
+                if copy_inside_kernel(from, host + start, to, place.host, len).map_err(failed)? {
+                    mapped.map_or(Ok(()), Mapped::finish)?;
+                    continue;
+                }
+                self.no_kernel_copy.store(true, Ordering::Relaxed);
+            }
+            let part = match bytes.get(start as usize..(start + len) as usize) {
+                Some(part) => part,
+                None => {
+                    scratch.resize(len as usize, 0);
+                    self.source.read(step.offset + start, &mut scratch)?;
+                    &scratch
+                }
+            };
+            match mapped {
+                Some(place) => {
+                    place.file.write_at(place.host, &WriteBufs::from_slice(part)).map_err(failed)?;
+                    place.finish()?;
+                }
+                None => self.target.write(target_offset + start, part)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Blocks that are looked at for zeroes; one larger than any step when none are.
+    fn block_bytes(&self) -> u64 {
+        if self.opts.sparse_bytes == 0 { u64::MAX } else { self.opts.sparse_bytes }
+    }
+
+    /// Takes places in the target's file for `bytes` at `start` of a step. Where the target must write itself
+    /// (a part of a cluster with data around it), there is no place.
+    fn take_places<'p>(
+        &'p self,
+        target_offset: u64,
+        mut start: u64,
+        bytes: u64,
+        places: &mut Vec<Place<'p>>,
+    ) -> Result<(), BlockError> {
+        let end = start + bytes;
+        let cluster = self.target.cluster_bytes();
+        while start < end {
+            let at = target_offset + start;
+            let alone = if cluster == 0 { u64::MAX } else { cluster - at % cluster };
+            // A cluster that an earlier place is filling is written after that, by the target.
+            let last_byte = places.last().map(|last| target_offset + last.start + last.bytes - 1);
+            let shares = last_byte.is_some_and(|last| last.checked_div(cluster) == at.checked_div(cluster));
+            let mapped = if shares && cluster > 0 { None } else { self.target.map_write(at, end - start)? };
+            let bytes = mapped.as_ref().map_or(alone, |place| place.bytes).min(end - start);
+            places.push(Place { start, bytes, mapped });
+            start += bytes;
+        }
+        Ok(())
+    }
+
+    /// Whether a block of the step begins with zeroes: then all of it may be zeroes.
+    fn may_hold_zeroes(&self, from: &File, host: u64, step: &Step) -> Result<bool, BlockError> {
+        let mut at = 0;
+        while self.opts.sparse_bytes > 0 && at < step.bytes {
+            let mut first = [0; 16];
+            let got = pread(from, host + at, &ReadBufs::from_slice(&mut first));
+            let got = got.map_err(|e| BlockError::io(self.source.path(), Action::Read, e))?;
+            if got < first.len() || first == [0; 16] {
+                return Ok(true);
+            }
+            at += self.opts.sparse_bytes - (self.opts.target_offset + step.offset + at) % self.opts.sparse_bytes;
+        }
+        Ok(false)
     }
 
     /// Packs on this thread while others write, and writes in turn.

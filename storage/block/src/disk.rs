@@ -13,7 +13,7 @@ use crate::chain::ChainFile;
 use crate::error::{Action, BlockError};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
-use crate::node::{Below, Extent, ExtentKind, Node, read_chain};
+use crate::node::{Below, Extent, ExtentKind, Mapped, Node, read_chain};
 use crate::qcow2::{Qcow2Image, Qcow2Node, Qcow2Options};
 use crate::raw::RawNode;
 use crate::sys::{ReadBufs, WriteBufs};
@@ -259,6 +259,19 @@ impl Disk {
         let mut filled = cluster.to_vec();
         filled.resize(whole, 0);
         top.pack(&filled, packed)
+    }
+
+    /// Where the first bytes of a range are in a file as they are, and which file. The layer is the one that
+    /// [`Disk::extent`] named.
+    pub(crate) fn map_read(&self, depth: usize, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
+        self.check_range(offset, bytes)?;
+        self.nodes.get(depth).map_or(Ok(None), |node| node.map_read(offset, bytes))
+    }
+
+    /// Where the first bytes of a write belong in a file, if the caller can put them there itself.
+    pub(crate) fn map_write(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
+        self.check_write(offset, bytes)?;
+        self.top()?.0.map_write(offset, bytes)
     }
 
     /// Stores one cluster from what [`Disk::pack`] made of it. `offset` is at a cluster; `bytes` is what the

@@ -31,6 +31,24 @@ pub fn use_direct_io(file: &File) -> io::Result<()> {
     Ok(rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)?)
 }
 
+/// Copies a range from file to file inside the kernel, `copy_file_range(2)`. `false` when the files or their file
+/// systems cannot: part of the range may have been copied. A range past the end of the source is not copied.
+pub(crate) fn copy_inside_kernel(from: &File, mut at: u64, to: &File, mut target: u64, bytes: u64) -> io::Result<bool> {
+    let mut left = usize::try_from(bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
+    while left > 0 {
+        match rustix::fs::copy_file_range(from, Some(&mut at), to, Some(&mut target), left) {
+            Ok(0) => return Ok(false),
+            Ok(copied) => left = left.saturating_sub(copied),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno @ (rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT | rustix::io::Errno::IO)) => {
+                return Err(errno.into());
+            }
+            Err(_) => return Ok(false),
+        }
+    }
+    Ok(true)
+}
+
 impl HostFile {
     /// Takes an open file; its flags say whether it is direct.
     pub fn new(file: File) -> io::Result<HostFile> {
@@ -162,6 +180,10 @@ impl FileBackend for HostFile {
         }
         let hole = seek(SeekFrom::Hole(offset))?.min(end);
         Ok((if hole > offset { hole - offset } else { bytes }, true))
+    }
+
+    fn as_host_file(&self) -> Option<&File> {
+        Some(&self.file).filter(|_| !self.direct)
     }
 
     fn len_bytes(&self) -> io::Result<u64> {

@@ -1,5 +1,6 @@
 //! The seam between the engine and files.
 
+use std::fs::File;
 use std::io;
 
 use crate::sys::{ReadBufs, WriteBufs};
@@ -20,6 +21,10 @@ pub trait FileBackend: Send + Sync {
     /// A file that cannot tell is all data.
     fn extent(&self, _offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
         Ok((bytes, true))
+    }
+    /// The file as one of the host, for copies from file to file.
+    fn as_host_file(&self) -> Option<&File> {
+        None
     }
     /// Length in bytes.
     fn len_bytes(&self) -> io::Result<u64>;

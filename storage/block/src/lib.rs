@@ -14,6 +14,7 @@
 #![deny(unsafe_code)]
 
 mod chain;
+mod compare;
 mod copy;
 mod create;
 mod disk;
@@ -33,6 +34,7 @@ mod vpc;
 mod zeroes;
 
 pub use chain::{ChainFile, Checked, ImageInfo, Qcow2Info, check_image, inspect, resolve_chain, resolve_chain_probing};
+pub use compare::compare;
 pub use copy::{CopyOptions, copy};
 pub use create::{
     CreateOptions, Preallocation, Qcow2Create, create_qcow2, create_raw, format_qcow2, format_raw, open_for_new,

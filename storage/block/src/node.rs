@@ -4,6 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::BlockError;
+use crate::io::FileBackend;
+use crate::qcow2::Flight;
 use crate::sys::{ReadBufs, WriteBufs};
 
 /// What a run of a layer is made of.
@@ -30,6 +32,45 @@ pub struct Extent {
     pub compressed: bool,
 }
 
+/// A place in an image's file where a caller reads or writes guest data itself: with a ring, or from file to file.
+/// Until it is dropped the place belongs to that data.
+pub(crate) struct Mapped<'a> {
+    /// The file.
+    pub(crate) file: &'a dyn FileBackend,
+    /// Where in it.
+    pub(crate) host: u64,
+    /// How many bytes, at least 1.
+    pub(crate) bytes: u64,
+    /// What remains to be done.
+    pub(crate) landing: Landing<'a>,
+}
+
+/// What has to follow when mapped data was moved.
+pub(crate) enum Landing<'a> {
+    /// Nothing.
+    Nothing,
+    /// The request lands.
+    Flight(#[allow(dead_code, reason = "what counts is when it is dropped")] Flight<'a>),
+    /// New clusters: tables refer to them when told `true`, they go back when told `false` or dropped.
+    Filled(Box<dyn Filled + 'a>),
+}
+
+/// New clusters that are being filled.
+pub(crate) trait Filled {
+    /// Whether they hold their data now.
+    fn end(&mut self, filled: bool) -> Result<(), BlockError>;
+}
+
+impl Mapped<'_> {
+    /// The data is in its place: what the guest sees changes now.
+    pub(crate) fn finish(self) -> Result<(), BlockError> {
+        match self.landing {
+            Landing::Filled(mut clusters) => clusters.end(true),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The layers below one, the next one first.
 pub(crate) type Below<'a> = &'a [Arc<dyn Node>];
 
@@ -44,6 +85,14 @@ pub(crate) trait Node: Send + Sync {
     fn read(&self, below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError>;
     /// Writes `bufs`.
     fn write(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError>;
+    /// Where the first bytes of a read are in a file, as they are; `None` where [`Node::read`] must do it.
+    fn map_read(&self, _offset: u64, _bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
+        Ok(None)
+    }
+    /// Where the first bytes of a write belong in a file; `None` where [`Node::write`] must do it.
+    fn map_write(&self, _offset: u64, _bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
+        Ok(None)
+    }
     /// Makes a range read as zeroes. `may_unmap` allows its space to go back.
     fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError>;
     /// The range is not needed any more. It reads as zeroes or unchanged afterwards.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
-use crate::node::{Below, Extent, ExtentKind, Node};
+use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node};
 use crate::sys::{ReadBufs, WriteBufs};
 
 pub(crate) struct RawNode {
@@ -45,6 +45,14 @@ impl Node for RawNode {
 
     fn write(&self, _below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
         self.done(Action::Write, self.file.write_at(offset, bufs))
+    }
+
+    fn map_read(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
+        Ok(Some(Mapped { file: &*self.file, host: offset, bytes, landing: Landing::Nothing }))
+    }
+
+    fn map_write(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
+        Ok(Some(Mapped { file: &*self.file, host: offset, bytes, landing: Landing::Nothing }))
     }
 
     fn write_zeroes(&self, _below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {

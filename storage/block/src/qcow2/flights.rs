@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(super) struct Flights([AtomicU64; 2]);
 
 /// One request; it lands when this is dropped.
-pub(super) struct Flight<'a>(&'a AtomicU64);
+pub(crate) struct Flight<'a>(&'a AtomicU64);
 
 impl Flights {
     /// Counts a request in. Called under the lock of the tables, which orders it with [`Flights::landed`].

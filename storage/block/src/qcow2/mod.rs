@@ -39,13 +39,14 @@ use image::qcow2::{
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use self::flights::{Flight, Flights};
+pub(crate) use self::flights::Flight;
+use self::flights::Flights;
 pub use self::maintenance::Qcow2Image;
 pub use self::maintenance_error::MaintenanceError;
 pub use self::snapshots::SnapshotTime;
 use crate::error::{Action, BlockError, ErrorKind};
 use crate::io::FileBackend;
-use crate::node::{Below, Extent, ExtentKind, Node};
+use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node};
 use crate::slice_cache::SliceCache;
 use crate::sys::{ReadBufs, WriteBufs};
 
@@ -369,6 +370,18 @@ impl Node for Qcow2Node {
 
     fn write(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
         self.write_all(below, offset, bufs)
+    }
+
+    fn map_read(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
+        let mut tables = self.tables.lock();
+        let found = tables.run(offset, bytes);
+        let (L2Entry::Data { host, .. }, bytes) = tables.noticing(found)? else { return Ok(None) };
+        let landing = Landing::Flight(self.enter(&tables));
+        Ok(Some(Mapped { file: &*self.file, host: host + self.geometry.in_cluster(offset), bytes, landing }))
+    }
+
+    fn map_write(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
+        self.map_new_data(offset, bytes)
     }
 
     fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {

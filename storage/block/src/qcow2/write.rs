@@ -6,9 +6,9 @@ use std::ops::Range;
 use image::qcow2::{Freed, L2Entry, WritePlan, plan_write};
 use parking_lot::MutexGuard;
 
-use super::{Qcow2Node, Tables};
+use super::{Flight, Qcow2Node, Tables};
 use crate::error::{Action, BlockError};
-use crate::node::Below;
+use crate::node::{Below, Filled, Landing, Mapped};
 use crate::sys::{ReadBufs, WriteBufs};
 
 /// Clusters that one allocation fills; bounds the work between two looks at the tables.
@@ -36,8 +36,8 @@ struct Fill {
     host: u64,
     /// Clusters in a row.
     count: u64,
-    /// The clusters are past the end of the file and nothing but zeroes is around the data: they are zeroes
-    /// by themselves.
+    /// Nothing has to be written around the data: it fills the clusters, or they are past the end of the file,
+    /// where they are zeroes by themselves, and zeroes belong there.
     data_alone: bool,
     /// What the entries refer to now; `None` when the clusters are reserved behind them already.
     frees: Option<Vec<Option<Freed>>>,
@@ -95,22 +95,50 @@ impl Qcow2Node {
         bufs: &WriteBufs<'_>,
         fill: Fill,
     ) -> Result<(), BlockError> {
-        let range = fill.guest_range(self.geometry.cluster_bits);
-        tables.filling.push(range.clone());
         let filled = {
             let _flight = self.enter(&tables);
+            tables.filling.push(fill.guest_range(self.geometry.cluster_bits));
             MutexGuard::unlocked(&mut tables, || self.write_filled(below, offset, bufs, &fill))
         };
-        let stored = filled.and_then(|()| tables.refer_to(&fill));
-        let result = match stored {
+        self.end_fill(&mut tables, &fill, filled)
+    }
+
+    /// Lets the entries refer to clusters that were filled, or gives the clusters back.
+    fn end_fill(&self, tables: &mut Tables, fill: &Fill, filled: Result<(), BlockError>) -> Result<(), BlockError> {
+        let result = match filled.and_then(|()| tables.refer_to(fill)) {
             Ok(()) => Ok(()),
-            Err(error) => tables.abandon(&fill).and(Err(error)),
+            Err(error) => tables.abandon(fill).and(Err(error)),
         };
+        let range = fill.guest_range(self.geometry.cluster_bits);
         if let Some(at) = tables.filling.iter().position(|filling| *filling == range) {
             tables.filling.swap_remove(at);
         }
         self.filled.notify_all();
         tables.noticing(result)
+    }
+
+    /// Where the first bytes of a write belong, if nothing has to be written around them.
+    pub(super) fn map_new_data(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
+        let mut tables = self.lock_settled(offset, bytes);
+        tables.check_writable()?;
+        let planned = tables.relieve().and_then(|()| tables.plan(offset, bytes));
+        let Plan { bytes, target } = tables.noticing(planned)?;
+        let (host, landing) = match target {
+            Target::InPlace(host) => (host, Landing::Flight(self.enter(&tables))),
+            Target::Fill(fill) if !fill.data_alone => {
+                let abandoned = tables.abandon(&fill);
+                return tables.noticing(abandoned).map(|()| None);
+            }
+            Target::Fill(fill) => {
+                tables.filling.push(fill.guest_range(self.geometry.cluster_bits));
+                let host = fill.host + self.geometry.in_cluster(offset);
+                (
+                    host,
+                    Landing::Filled(Box::new(Filling { node: self, _flight: self.enter(&tables), fill: Some(fill) })),
+                )
+            }
+        };
+        Ok(Some(Mapped { file: &*self.file, host, bytes: bytes as u64, landing }))
     }
 
     /// Writes `bufs` and, around them, what the guest sees now.
@@ -147,6 +175,30 @@ impl Qcow2Node {
     }
 }
 
+/// Clusters that a caller fills.
+struct Filling<'a> {
+    node: &'a Qcow2Node,
+    _flight: Flight<'a>,
+    /// `None` when it has ended.
+    fill: Option<Fill>,
+}
+
+impl Filled for Filling<'_> {
+    fn end(&mut self, filled: bool) -> Result<(), BlockError> {
+        let Some(fill) = self.fill.take() else { return Ok(()) };
+        let mut tables = self.node.tables.lock();
+        let filled = if filled { Ok(()) } else { Err(BlockError::Stopped) };
+        self.node.end_fill(&mut tables, &fill, filled)
+    }
+}
+
+impl Drop for Filling<'_> {
+    fn drop(&mut self) {
+        // The error of clusters that were not filled is known to who failed to fill them.
+        let _ = self.end(false);
+    }
+}
+
 impl Tables {
     /// Decides how the first of `max` bytes at a guest offset are written, and takes clusters for them.
     fn plan(&mut self, offset: u64, max: u64) -> Result<Plan, BlockError> {
@@ -161,8 +213,10 @@ impl Tables {
             }
             WritePlan::Reserved { host } if self.l1_entry(offset)?.copied => {
                 self.refuse_tables(offset, host, cluster_bytes)?;
-                let fill = Fill { first: offset - within, host, count: 1, data_alone: false, frees: None };
-                Ok(Plan { bytes: (cluster_bytes - within).min(max) as usize, target: Target::Fill(fill) })
+                let bytes = (cluster_bytes - within).min(max);
+                let data_alone = bytes == cluster_bytes;
+                let fill = Fill { first: offset - within, host, count: 1, data_alone, frees: None };
+                Ok(Plan { bytes: bytes as usize, target: Target::Fill(fill) })
             }
             _ => self.plan_new(offset, max),
         }
@@ -221,7 +275,7 @@ impl Tables {
         frees.truncate(count as usize);
         let bytes = (count * cluster_bytes - within).min(end - offset);
         let data_alone = match self.zero_around(offset, bytes) {
-            Ok(zero) => zero && cluster >= never_used,
+            Ok(zero) => bytes == count * cluster_bytes || (zero && cluster >= never_used),
             Err(error) => return self.give_back(cluster, count).and(Err(error)),
         };
         let host = cluster << geometry.cluster_bits;
