@@ -108,6 +108,8 @@ pub enum BlockError {
     RefcountTableFull { path: PathBuf },
     #[error("{path}: the format has no compressed writes", path = path.display())]
     NoCompression { path: PathBuf },
+    #[error("{path}: a compressed cluster of {bytes} bytes at {offset} is not shorter than a cluster, or not at one", path = path.display())]
+    NoPackedCluster { path: PathBuf, offset: u64, bytes: u64 },
     #[error("{path}: the image cannot be changed as asked", path = path.display())]
     Maintenance { path: PathBuf, source: MaintenanceError },
     #[error("stopped on request")]
@@ -187,6 +189,7 @@ impl BlockError {
             E::Mismatch { .. }
             | E::RefcountTableFull { .. }
             | E::NoCompression { .. }
+            | E::NoPackedCluster { .. }
             | E::Maintenance { .. }
             | E::Stopped
             | E::EmptyChain

@@ -4,10 +4,10 @@ mod support;
 
 use std::path::Path;
 
-use block::{ChainFile, Disk, Format, OpenOptions, Qcow2Image, SnapshotTime};
-use support::{MemFile, Op, Pages, Rng, open_chain, qemu_img, qemu_img_status};
+use block::{Disk, Format, OpenOptions, Qcow2Image, SnapshotTime};
+use support::{MemFile, Pages, Rng, open_disk as disk, open_image, qemu_check as check, qemu_img};
 
-const SIZE_BYTES: u64 = 3 << 20;
+const SIZE_BYTES: u64 = 1 << 20;
 const TIME: SnapshotTime = SnapshotTime { date_sec: 1_700_000_000, date_nsec: 5, vm_clock_nsec: 0 };
 
 /// What qemu-img is asked to create: kinds of tables that differ.
@@ -22,20 +22,6 @@ const OPTIONS: [&str; 6] = [
 
 fn create(path: &Path, options: &str) {
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &SIZE_BYTES.to_string()]);
-}
-
-fn open_image(path: &Path) -> Qcow2Image {
-    let file = ChainFile { file: support::open_file(path, true), path_label: path.to_owned(), format: Format::Qcow2 };
-    Qcow2Image::open(file, false).unwrap()
-}
-
-fn check(path: &Path, what: &str) {
-    let (status, text) = qemu_img_status(&["check", "-f", "qcow2", path.to_str().unwrap()]);
-    assert_eq!(status, 0, "{what}: {text}");
-}
-
-fn disk(path: &Path) -> Disk {
-    open_chain(&[(path, Format::Qcow2)], &OpenOptions::default())
 }
 
 /// Writes a few runs that depend on the seed.
@@ -191,26 +177,16 @@ fn cut_everywhere(options: &str, prepare: &dyn Fn(&Qcow2Image), operate: &dyn Fn
     let log = file.0.lock().unwrap().log.clone();
     let (before, after) = (state(&start), state(&file.0.lock().unwrap().pages));
     assert!(before != after, "{options}: nothing happened");
-    let (mut synced, mut since, mut rng) = (start, 0, Rng(9));
-    for cut in 0..=log.len() {
-        for variant in 0..3 {
-            let mut torn = synced.clone();
-            log[since..cut].iter().for_each(|op| support::apply_torn(&mut torn, op, &mut rng));
-            let report = torn.check();
-            let what = format!("{options} cut {cut} of {} variant {variant}", log.len());
-            assert_eq!((report.corruptions, report.leaks), (0, 0), "{what}: {:?}", report.findings);
-            let now = state(&torn);
-            assert!(now == before || now == after, "{what}");
-            if variant == 0 && cut % 3 == 1 {
-                torn.store(&path);
-                check(&path, &what);
-            }
+    support::every_cut(&start, &log, &mut |torn, what, closer| {
+        let report = torn.check();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{options} {what}: {:?}", report.findings);
+        let now = state(torn);
+        assert!(now == before || now == after, "{options} {what}");
+        if closer {
+            torn.store(&path);
+            check(&path, &format!("{options} {what}"));
         }
-        if matches!(log.get(cut), Some(Op::Sync)) {
-            log[since..cut].iter().for_each(|op| synced.apply(op));
-            since = cut + 1;
-        }
-    }
+    });
 }
 
 /// Disk and snapshots.

@@ -55,7 +55,24 @@ impl Tables {
         let slice = self.refcount_cache.get_dirty(key).unwrap_or_default();
         // One less than what is stored always fits.
         let _ = refcount::set(slice, self.geometry.refcount_order, index, count - 1);
+        if count == 1 && self.packed_end >> self.geometry.cluster_bits == cluster {
+            self.packed_end = 0;
+        }
         Ok(count == 1)
+    }
+
+    /// Adds one reference in memory to a cluster whose refcount is not at its limit.
+    pub(super) fn add_reference(&mut self, cluster: u64) -> Result<(), BlockError> {
+        let offset = cluster << self.geometry.cluster_bits;
+        let count = self.refcount(cluster)?;
+        let slot = self.refcount_slot(cluster).filter(|_| count > 0);
+        let Some((key, index)) = slot else {
+            return Err(BlockError::RefcountZero { path: self.path.clone(), offset });
+        };
+        let slice = self.refcount_cache.get_dirty(key).unwrap_or_default();
+        let stored = refcount::set(slice, self.geometry.refcount_order, index, count + 1);
+        debug_assert!(stored, "the caller looked at the limit");
+        Ok(())
     }
 
     /// Takes back clusters that were handed out and that no table refers to.

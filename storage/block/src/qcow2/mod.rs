@@ -1,6 +1,6 @@
 //! A qcow2 image in use: its tables in memory, and the operations on it.
 //!
-//! [`Qcow2Node`] serves requests of several threads (`read`, `write`, `zero`). [`Tables`], behind its one lock, is
+//! [`Qcow2Node`] serves requests of several threads (`read`, `write`, `packed`, `zero`). [`Tables`], behind its one lock, is
 //! the image's metadata: `tables` finds and changes L1 and L2 entries, `alloc` hands out host clusters, `commit`
 //! writes tables back in a safe order, `rebuild` mends refcounts after an unclean end.
 //!
@@ -17,6 +17,7 @@ mod commit;
 mod flights;
 mod maintenance;
 mod maintenance_error;
+mod packed;
 mod read;
 mod rebuild;
 mod recount;
@@ -33,8 +34,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use image::qcow2::{
-    AUTOCLEAR_OFFSET, CompressionType, Geometry, Header, INCOMPAT_CORRUPT, INCOMPAT_OFFSET, L2Entry, OFFSET_MASK,
-    header_area_bytes,
+    AUTOCLEAR_OFFSET, CompressionType, Compressor, Geometry, Header, INCOMPAT_CORRUPT, INCOMPAT_OFFSET, L2Entry,
+    OFFSET_MASK, header_area_bytes,
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -86,6 +87,9 @@ pub(crate) struct Qcow2Node {
     filled: Condvar,
     flights: Arc<Flights>,
     unpacked: Mutex<read::Unpacked>,
+    /// Held while a compressed stream is placed and written.
+    packing: Mutex<()>,
+    compressors: Mutex<Vec<Compressor>>,
 }
 
 /// The metadata of an image, in memory.
@@ -108,6 +112,8 @@ pub(crate) struct Tables {
     refcount_cache: SliceCache,
     /// No cluster below is free.
     free_hint: u64,
+    /// Where the compressed stream that was placed last ends, when its cluster has room behind it; else at a cluster.
+    packed_end: u64,
     /// Clusters that lose a reference once the tables on disk do not refer to them any more.
     pending_frees: Vec<u64>,
     /// Clusters that no table refers to any more, not even on disk, by the generation of the requests that may
@@ -148,6 +154,7 @@ impl Tables {
             reftable_dirty: BTreeSet::new(),
             reftable_moved: false,
             free_hint: 0,
+            packed_end: 0,
             pending_frees: Vec::new(),
             leaving: VecDeque::new(),
             flights: Arc::default(),
@@ -290,6 +297,8 @@ impl Qcow2Node {
             filled: Condvar::new(),
             flights: tables.flights.clone(),
             unpacked: Mutex::default(),
+            packing: Mutex::default(),
+            compressors: Mutex::default(),
             tables: Mutex::new(tables),
         })
     }
@@ -394,6 +403,14 @@ impl Node for Qcow2Node {
 
     fn flush(&self) -> Result<(), BlockError> {
         self.flush_tables()
+    }
+
+    fn pack(&self, cluster: &[u8], packed: &mut Vec<u8>) -> Result<bool, BlockError> {
+        Ok(self.pack_cluster(cluster, packed))
+    }
+
+    fn write_packed(&self, offset: u64, packed: &[u8]) -> Result<(), BlockError> {
+        self.store_or_unpack(offset, packed)
     }
 
     fn cluster_bytes(&self) -> u64 {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
-use block::{ChainBackend, ChainFile, Disk, FileBackend, Format, OpenOptions, ReadBufs, WriteBufs};
+use block::{ChainBackend, ChainFile, Disk, FileBackend, Format, OpenOptions, Qcow2Image, ReadBufs, WriteBufs};
 
 /// xorshift64*: the same numbers for the same seed, everywhere.
 pub struct Rng(pub u64);
@@ -257,6 +257,47 @@ pub fn apply_torn(pages: &mut Pages, op: &Op, rng: &mut Rng) {
         Op::Zero(offset, bytes) if rng.below(2) == 0 => pages.zero(*offset, *bytes),
         _ => {}
     }
+}
+
+/// Every state that a power cut could leave: at each position of the log, with what came before the last barrier and
+/// three random parts of what followed it. `judge` gets the file, a text for messages, and whether to look closer.
+pub fn every_cut(start: &Pages, log: &[Op], judge: &mut dyn FnMut(&Pages, &str, bool)) {
+    let (mut synced, mut since, mut rng) = (start.clone(), 0, Rng(9));
+    for cut in 0..=log.len() {
+        for variant in 0..3 {
+            let mut torn = synced.clone();
+            log[since..cut].iter().for_each(|op| apply_torn(&mut torn, op, &mut rng));
+            judge(&torn, &format!("cut {cut} of {} variant {variant}", log.len()), variant == 0 && cut % 5 == 1);
+        }
+        if matches!(log.get(cut), Some(Op::Sync)) {
+            log[since..cut].iter().for_each(|op| synced.apply(op));
+            since = cut + 1;
+        }
+    }
+}
+
+/// qemu-img finds nothing wrong, not even a leak.
+pub fn qemu_check(path: &Path, what: &str) {
+    let (status, text) = qemu_img_status(&["check", "-f", "qcow2", path.to_str().unwrap()]);
+    assert_eq!(status, 0, "{what}: {text}");
+}
+
+/// Opens a qcow2 image on its own for changes.
+pub fn open_image(path: &Path) -> Qcow2Image {
+    let file = ChainFile { file: open_file(path, true), path_label: path.to_owned(), format: Format::Qcow2 };
+    Qcow2Image::open(file, false).unwrap()
+}
+
+/// Opens one qcow2 image as a disk.
+pub fn open_disk(path: &Path) -> Disk {
+    open_chain(&[(path, Format::Qcow2)], &OpenOptions::default())
+}
+
+/// The disk as raw bytes, from qemu-img.
+pub fn qemu_raw(path: &Path) -> Vec<u8> {
+    let out = path.with_extension("raw");
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", path.to_str().unwrap(), out.to_str().unwrap()]);
+    std::fs::read(&out).unwrap()
 }
 
 /// Runs qemu-img and returns its exit code and output.

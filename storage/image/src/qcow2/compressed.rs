@@ -1,7 +1,7 @@
 //! Compressed clusters. The descriptor counts whole sectors, so the decoder sees trailing bytes of whatever
 //! follows; the output is always exactly one cluster, which bounds what a hostile stream can produce.
 
-use flate2::{Decompress, FlushDecompress, Status};
+use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 use thiserror::Error;
 use zstd::zstd_safe;
 
@@ -71,6 +71,47 @@ fn unzstd(mut input: &[u8], out: &mut [u8]) -> Result<usize, DecompressError> {
     Ok(filled)
 }
 
+/// log2 of the window of zlib streams: QEMU's decoder looks back 4 KiB, no further.
+const ZLIB_WINDOW_BITS: u8 = 12;
+
+/// Packs clusters one after the other; what it needs is allocated once.
+pub struct Compressor(Packer);
+
+enum Packer {
+    Zlib(Compress),
+    Zstd(zstd_safe::CCtx<'static>),
+}
+
+impl Compressor {
+    /// A compressor with the levels that QEMU uses.
+    pub fn new(compression: CompressionType) -> Compressor {
+        Compressor(match compression {
+            CompressionType::Zlib => {
+                Packer::Zlib(Compress::new_with_window_bits(Compression::default(), false, ZLIB_WINDOW_BITS))
+            }
+            CompressionType::Zstd => Packer::Zstd(zstd_safe::CCtx::create()),
+        })
+    }
+
+    /// Packs one cluster into `out`, whose contents are replaced. False when it would not become shorter.
+    pub fn compress(&mut self, plain: &[u8], out: &mut Vec<u8>) -> bool {
+        // The result must be shorter than the cluster, so no more room is needed.
+        out.resize(plain.len().saturating_sub(1), 0);
+        let packed_bytes = match &mut self.0 {
+            Packer::Zlib(stream) => {
+                stream.reset();
+                match stream.compress(plain, out, FlushCompress::Finish) {
+                    Ok(Status::StreamEnd) => Some(stream.total_out() as usize),
+                    Ok(Status::Ok | Status::BufError) | Err(_) => None,
+                }
+            }
+            Packer::Zstd(context) => context.compress2(out.as_mut_slice(), plain).ok(),
+        };
+        out.truncate(packed_bytes.unwrap_or(0));
+        packed_bytes.is_some()
+    }
+}
+
 #[cfg(test)]
 fn packed(compression: CompressionType, plain: &[u8]) -> Vec<u8> {
     match compression {
@@ -113,4 +154,58 @@ fn zstd_takes_several_frames_and_refuses_a_bomb() {
         decompress(CompressionType::Zstd, &bomb, &mut out),
         Err(DecompressError::Malformed(CompressionType::Zstd))
     );
+}
+
+#[test]
+fn what_is_packed_comes_out_again() {
+    let texts: Vec<u8> = (0..65536u32).map(|i| (i.wrapping_mul(i) >> 11) as u8).collect();
+    for compression in [CompressionType::Zlib, CompressionType::Zstd] {
+        let mut compressor = Compressor::new(compression);
+        let mut out = Vec::new();
+        for plain in [&texts[..], &[0; 65536], &texts[100..612], &texts[..]] {
+            assert!(compressor.compress(plain, &mut out), "{compression:?}");
+            assert!(out.len() < plain.len());
+            let mut back = vec![0; plain.len()];
+            decompress(compression, &out, &mut back).unwrap();
+            assert!(back == plain);
+        }
+        // xorshift: nothing to gain.
+        let mut seed = 1u64;
+        let noise: Vec<u8> = std::iter::repeat_with(|| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed as u8
+        })
+        .take(4096)
+        .collect();
+        assert!(!compressor.compress(&noise, &mut out), "{compression:?}");
+    }
+}
+
+#[test]
+fn zlib_streams_never_look_back_further_than_qemu_can() {
+    // The same 1000 bytes twice, 5000 bytes apart: only a window above 12 bits would find them.
+    let mut plain = vec![0u8; 65536];
+    for (i, byte) in plain.iter_mut().enumerate() {
+        *byte = ((i * 7919) ^ (i >> 3)) as u8;
+    }
+    plain.copy_within(0..1000, 6000);
+    let mut out = Vec::new();
+    assert!(Compressor::new(CompressionType::Zlib).compress(&plain, &mut out));
+    let mut back = vec![0; plain.len()];
+    let mut small_window = Decompress::new_with_window_bits(false, ZLIB_WINDOW_BITS);
+    // In pieces, so that the decoder has only its window to look back into.
+    let mut piece = [0; 512];
+    let mut done = 0;
+    while done < back.len() {
+        let input = &out[small_window.total_in() as usize..];
+        let before = small_window.total_out() as usize;
+        small_window.decompress(input, &mut piece, FlushDecompress::None).unwrap();
+        let got = small_window.total_out() as usize - before;
+        assert!(got > 0);
+        back[done..done + got].copy_from_slice(&piece[..got]);
+        done += got;
+    }
+    assert!(back == plain);
 }

@@ -115,6 +115,14 @@ impl L2Entry {
         })
     }
 
+    /// The entry of a compressed stream of `bytes` at a host offset. `None` where the descriptor has no room for them.
+    pub fn compressed(host: u64, bytes: u64, geometry: &Geometry) -> Option<u64> {
+        let offset_bits = 62 - (geometry.cluster_bits - 8);
+        let sectors = ((host & 511) + bytes).div_ceil(512).max(1);
+        let fits = host >> offset_bits == 0 && (sectors - 1) >> (62 - offset_bits) == 0;
+        fits.then_some(COMPRESSED | (sectors - 1) << offset_bits | host)
+    }
+
     /// The entry of freshly written data in a cluster of its own.
     pub fn fresh_data(host: u64) -> u64 {
         host | COPIED
@@ -240,6 +248,20 @@ fn entries_mean_what_the_specification_says() {
     }
     assert_eq!(L1Entry::decode(COPIED | 0x3_0000, &V3), Ok(L1Entry { table: Some(0x3_0000), copied: true }));
     assert!(L1Entry::decode(0x3_0200, &V3).is_err());
+}
+
+#[test]
+fn descriptors_of_compressed_clusters_read_back() {
+    for (cluster_bits, host, bytes, sectors) in
+        [(16, 0x5_0064, 1000, 3), (9, 0x1_23ff, 1, 1), (9, 0x1_23ff, 511, 2), (21, 0x20_0000, (2 << 20) - 1, 4096)]
+    {
+        let geometry = Geometry { cluster_bits, ..V3 };
+        let raw = L2Entry::compressed(host, bytes, &geometry).unwrap();
+        let bytes = sectors * 512 - (host & 511);
+        assert_eq!(L2Entry::decode(raw, &geometry), Ok(L2Entry::Compressed { host, bytes }));
+    }
+    // 2 MiB clusters leave 49 bits for the offset.
+    assert_eq!(L2Entry::compressed(1 << 49, 512, &Geometry { cluster_bits: 21, ..V3 }), None);
 }
 
 #[test]

@@ -17,7 +17,7 @@ pub mod refcount;
 mod snapshot;
 mod subclusters;
 
-pub use compressed::{CompressionType, DecompressError, decompress};
+pub use compressed::{CompressionType, Compressor, DecompressError, decompress};
 pub use geometry::{Geometry, L2_SLICE_MAX_BYTES, SUBCLUSTERS};
 pub use header::{
     AUTOCLEAR_BITMAPS, AUTOCLEAR_OFFSET, AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, EXT_BITMAPS, EXT_FEATURE_NAMES,
