@@ -30,6 +30,7 @@ pub mod spec;
 #[allow(unsafe_code)]
 mod sys;
 mod vdi;
+mod vmdk;
 mod vpc;
 mod zeroes;
 
@@ -50,4 +51,5 @@ pub use node::{Extent, ExtentKind};
 pub use qcow2::{MaintenanceError, Qcow2Image, SnapshotTime};
 pub use sys::{ReadBufs, WriteBufs};
 pub use vdi::{VdiOptions, create_vdi};
+pub use vmdk::{VmdkOptions, create_vmdk, vmdk_descriptor, vmdk_extent_names};
 pub use vpc::{VpcOptions, create_vpc};

@@ -11,7 +11,7 @@ mod node;
 mod pages;
 mod store;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod write;
 
 use std::ops::Range;
@@ -183,6 +183,11 @@ impl<T: BlockTable> Mapped<T> {
 
     pub(crate) fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// Guest bytes of a block.
+    pub(crate) fn block_bytes(&self) -> u64 {
+        self.table.block_bytes()
     }
 
     /// A panic of another thread cannot leave the state half changed: every change is one assignment.

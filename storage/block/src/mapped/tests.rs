@@ -7,9 +7,11 @@ use std::sync::Arc;
 
 use crate::error::BlockError;
 use crate::host_file::HostFile;
+use crate::io::FileBackend;
 use crate::node::{ExtentKind, Node};
 use crate::sys::{ReadBufs, WriteBufs};
 use crate::vdi::{VdiOptions, create_vdi, open_vdi};
+use crate::vmdk::{VmdkNode, VmdkOptions, create_vmdk, open_vmdk, vmdk_extent_names};
 use crate::vpc::{VpcOptions, create_vpc, open_vpc};
 
 /// xorshift64*: the same numbers for the same seed, everywhere.
@@ -69,8 +71,21 @@ pub(crate) fn open(format: &str, path: &Path, read_only: bool) -> Result<Arc<dyn
     Ok(match format {
         "vdi" => Arc::new(open_vdi(file, path, read_only, false)?),
         "vpc" => Arc::new(open_vpc(file, path, read_only, false)?),
+        "vmdk" => Arc::new(open_vmdk_beside(&path, read_only)?),
         other => panic!("{other}"),
     })
+}
+
+/// Opens a vmdk with the extent files in its directory.
+pub(crate) fn open_vmdk_beside(path: &Path, read_only: bool) -> Result<VmdkNode, BlockError> {
+    let file = host_file(path, !read_only);
+    let names = vmdk_extent_names(file.clone(), path)?;
+    let extent = |name: &String| {
+        let path = path.with_file_name(name);
+        let file: Arc<dyn FileBackend> = host_file(&path, !read_only);
+        (file, path)
+    };
+    open_vmdk(file, path.to_owned(), names.iter().map(extent).collect(), read_only, false)
 }
 
 /// Creates an empty image as our tool does it, from options in qemu-img's words.
@@ -81,6 +96,10 @@ fn create(format: &str, options: &str, path: &Path, size_bytes: u64) {
         "vpc" => {
             let fixed = options.contains("subformat=fixed");
             create_vpc(&*file, path, size_bytes, &VpcOptions { fixed, force_size: options.contains("force_size") })
+        }
+        "vmdk" => {
+            let zeroed_grain = options == "zeroed_grain=on";
+            create_vmdk(&*file, path, size_bytes, &VmdkOptions { zeroed_grain, ..VmdkOptions::default() })
         }
         other => panic!("{other}"),
     }
@@ -100,7 +119,7 @@ pub(crate) fn write(node: &dyn Node, offset: usize, bytes: &[u8]) {
 }
 
 /// The extents cover the disk, and zeroes are zeroes.
-fn check_extents(node: &dyn Node, contents: &[u8]) {
+pub(crate) fn check_extents(node: &dyn Node, contents: &[u8]) {
     let mut at = 0;
     while at < node.size_bytes() {
         let extent = node.extent(at, node.size_bytes() - at).unwrap();
@@ -128,7 +147,9 @@ impl Place {
 }
 
 /// Format, options of qemu-img.
-const KINDS: [(&str, &str); 6] = [
+const KINDS: [(&str, &str); 8] = [
+    ("vmdk", ""),
+    ("vmdk", "zeroed_grain=on"),
     ("vdi", ""),
     ("vdi", "static=on"),
     ("vpc", ""),
@@ -139,7 +160,7 @@ const KINDS: [(&str, &str); 6] = [
 const SIZE_BYTES: usize = (11 << 20) + 512 * 5;
 
 /// Random writes, zeroes and discards, on the image and on `shadow`.
-fn change(node: &dyn Node, shadow: &mut [u8], seed: u64) {
+pub(crate) fn change(node: &dyn Node, shadow: &mut [u8], seed: u64) {
     let mut rng = Rng(seed);
     for _ in 0..120 {
         let offset = rng.below(shadow.len() as u64 / 512) as usize * 512;
@@ -164,13 +185,23 @@ fn change(node: &dyn Node, shadow: &mut [u8], seed: u64) {
     }
 }
 
-fn check_with_qemu(format: &str, path: &Path, want: &[u8], dir: &Place) {
+/// Runs qemu-io commands on an image.
+pub(crate) fn qemu_io(format: &str, path: &Path, commands: &[&str]) {
+    let mut args = vec!["-f", format];
+    args.extend(commands.iter().flat_map(|command| ["-c", command]));
+    args.push(path.to_str().unwrap());
+    let run = Command::new("qemu-io").args(&args).output().unwrap();
+    let text = String::from_utf8_lossy(&run.stdout).into_owned() + &String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success() && !text.contains("failed"), "{args:?}: {text}");
+}
+
+pub(crate) fn check_with_qemu(format: &str, path: &Path, want: &[u8], dir: &Path) {
     let name = path.to_str().unwrap();
     if format != "vpc" {
         let text = qemu_img(&["check", "-f", format, name]);
         assert!(text.contains("No errors"), "{text}");
     }
-    let flat = dir.at("flat.raw");
+    let flat = dir.join("flat.raw");
     std::fs::write(&flat, want).unwrap();
     let text = qemu_img(&["compare", "-f", format, "-F", "raw", name, flat.to_str().unwrap()]);
     assert!(text.contains("identical"), "{text}");
@@ -200,7 +231,7 @@ fn images_of_qemu_img_are_read_and_then_changed() {
         change(&*node, &mut shadow, i as u64 + 1);
         check_extents(&*node, &shadow);
         drop(node);
-        check_with_qemu(format, &path, &shadow, &dir);
+        check_with_qemu(format, &path, &shadow, dir.dir.path());
     }
 }
 
@@ -226,15 +257,13 @@ fn images_of_ours_are_accepted_by_qemu_img() {
         assert_eq!(virtual_size(&ours), virtual_size(&theirs), "{format} {options}");
         let node = open(format, &ours, false).unwrap();
         let mut shadow = vec![0; node.size_bytes() as usize];
-        check_with_qemu(format, &ours, &shadow, &dir);
+        check_with_qemu(format, &ours, &shadow, dir.dir.path());
         change(&*node, &mut shadow, i as u64 + 100);
         assert!(read_all(&*node).unwrap() == shadow);
         drop(node);
-        check_with_qemu(format, &ours, &shadow, &dir);
+        check_with_qemu(format, &ours, &shadow, dir.dir.path());
         // What qemu-img writes into it is read back.
-        let name = ours.to_str().unwrap();
-        let run = Command::new("qemu-io").args(["-f", format, "-c", "write -P 0x5a 1M 3M", name]).output().unwrap();
-        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        qemu_io(format, &ours, &["write -P 0x5a 1M 3M"]);
         shadow[1 << 20..4 << 20].fill(0x5a);
         assert!(read_all(&*open(format, &ours, true).unwrap()).unwrap() == shadow, "{format} {options}");
     }
@@ -268,7 +297,7 @@ fn several_threads_write_one_image() {
         }
         assert!(read_all(&*node).unwrap() == shadow, "{format} {options}");
         drop(node);
-        check_with_qemu(format, &path, &shadow, &dir);
+        check_with_qemu(format, &path, &shadow, dir.dir.path());
         if (format, options) == ("vpc", "") {
             check_bitmaps(&std::fs::read(&path).unwrap());
         }

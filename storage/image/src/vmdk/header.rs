@@ -153,6 +153,16 @@ impl SparseHeader {
         self.flags & FLAG_COMPRESSED != 0
     }
 
+    /// Whether there are redundant tables.
+    pub fn has_redundant(&self) -> bool {
+        self.flags & FLAG_REDUNDANT != 0
+    }
+
+    /// Whether an entry may say "zeroes".
+    pub fn has_zero_grains(&self) -> bool {
+        self.flags & FLAG_ZERO_GRAINS != 0
+    }
+
     /// Whether a footer at the end of the file says where the grain directory is.
     pub fn has_footer(&self) -> bool {
         self.gd_sector == GD_AT_END

@@ -138,7 +138,7 @@ impl Grain {
     pub fn from_entry(raw: u32, header: &SparseHeader) -> Grain {
         match raw {
             0 => Grain::Absent,
-            1 if header.flags & FLAG_ZERO_GRAINS != 0 => Grain::Zero,
+            1 if header.has_zero_grains() => Grain::Zero,
             sector => Grain::At(sector),
         }
     }
