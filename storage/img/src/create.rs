@@ -4,13 +4,16 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use block::spec::{FileSpec, ImageSpec};
-use block::{BlockError, CreateOptions, Format, create_qcow2, create_raw, inspect};
+use block::{
+    BlockError, CompressionType, FileBackend, Format, HostFile, Preallocation, Qcow2Create, format_qcow2, format_raw,
+    inspect, open_for_new,
+};
 
 use crate::Command;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::optlist::{self, Def, OptList, Value};
-use crate::qcow2_options::{Preallocation, Qcow2Options};
+use crate::qcow2_options::Qcow2Options;
 use crate::size;
 
 /// `create`.
@@ -161,42 +164,40 @@ impl Request {
         format!("Formatting '{}', fmt={} {}", self.label, self.format, self.list.echo(&self.defs))
     }
 
-    /// Creates the image. An existing one is gone only when the new one is complete.
+    /// Where the image will be.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Creates the image. The contents of a file that is there are lost once nothing but the host can fail.
     pub fn make(&self) -> Result<(), ImgError> {
         let size = self.list.number("size").unwrap_or(0);
-        if i64::try_from(size).is_err() || size > i64::MAX as u64 - 511 {
+        if size > i64::MAX as u64 - 511 {
             return Err(self.rule(Rule::Negative));
-        }
-        if self.path.is_dir() {
-            return Err(self.rule(Rule::Directory(self.label.clone())));
         }
         match self.format {
             Format::Raw => {
-                let mode = self.list.text("preallocation").unwrap_or("off");
-                if mode != "off" {
-                    return Err(self.rule(Rule::Preallocation(mode.to_owned())));
-                }
-                self.put(|path| create_raw(path, size))
+                let mode = match self.list.text("preallocation") {
+                    None | Some("off") => Preallocation::Off,
+                    Some("falloc") => Preallocation::Falloc,
+                    Some("full") => Preallocation::Full,
+                    Some(other) => return Err(self.rule(Rule::Preallocation(other.to_owned()))),
+                };
+                self.put(|file| format_raw(file, &self.path, size, mode))
             }
             Format::Qcow2 => {
                 let options = self.qcow2_options(size)?;
-                self.put(|path| create_qcow2(path, size, &options))
+                self.put(|file| format_qcow2(file, &self.path, size, &options))
             }
-            other => Err(self.rule(Rule::NotCreated(other.name().to_owned()))),
         }
     }
 
-    fn qcow2_options(&self, size: u64) -> Result<CreateOptions, ImgError> {
+    fn qcow2_options(&self, size: u64) -> Result<Qcow2Create, ImgError> {
         let options = Qcow2Options::read(&self.list).map_err(|rule| self.rule(rule))?;
         if !options.can_map(size) {
             return Err(self.rule(Rule::TooLarge(self.format.name().to_owned())));
         }
         for (name, given) in [
-            ("extended_l2", options.extended_l2),
-            ("preallocation", options.preallocation != Preallocation::Off),
-            ("lazy_refcounts", options.lazy_refcounts),
-            ("refcount_bits", options.refcount_bits != 16),
-            ("compression_type", options.zstd),
             ("data_file", self.list.has("data_file")),
             ("encrypt.format", options.luks || self.list.switch("encryption") == Some(true)),
         ] {
@@ -204,28 +205,37 @@ impl Request {
                 return Err(self.rule(Rule::Option(name.to_owned())));
             }
         }
-        let backing = match (self.list.text("backing_file"), self.backing_format()?) {
-            (Some(name), Some(format)) => Some((PathBuf::from(name), format)),
-            _ => None,
-        };
-        Ok(CreateOptions { cluster_bits: options.cluster_bytes.trailing_zeros(), version: options.version, backing })
+        let backing = self
+            .list
+            .text("backing_file")
+            .map(|name| (name.to_owned(), self.list.text("backing_fmt").unwrap_or_default().to_owned()));
+        Ok(Qcow2Create {
+            cluster_bits: options.cluster_bytes.trailing_zeros(),
+            version: options.version,
+            refcount_order: options.refcount_bits.trailing_zeros(),
+            backing,
+            compression: if options.zstd { CompressionType::Zstd } else { CompressionType::Zlib },
+            lazy_refcounts: options.lazy_refcounts,
+            extended_l2: options.extended_l2,
+            preallocation: options.preallocation,
+        })
     }
 
-    fn put(&self, make: impl FnOnce(&Path) -> Result<(), BlockError>) -> Result<(), ImgError> {
+    fn put(&self, format: impl FnOnce(&HostFile) -> Result<(), BlockError>) -> Result<(), ImgError> {
         let failed = |source| ImgError::Create { name: self.label.clone(), source };
-        let place = |source| ImgError::Place { name: self.label.clone(), source };
-        let Some(real) = self.path.canonicalize().ok().filter(|real| real.is_file()) else {
-            return make(&self.path).map_err(failed);
-        };
-        let mut name = real.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".new-{}", std::process::id()));
-        let new = real.with_file_name(name);
-        make(&new).map_err(failed)?;
-        std::fs::rename(&new, &real).map_err(|source| {
-            // What matters is that the old image stands as it was.
-            let _ = std::fs::remove_file(&new);
-            place(source)
-        })
+        if self.path.is_dir() {
+            return Err(self.rule(Rule::Directory(self.label.clone())));
+        }
+        let stands = self.path.exists();
+        let file = open_for_new(&self.path).map_err(failed)?;
+        let host = |source| ImgError::CreateHost { name: self.label.clone(), source };
+        let file = HostFile::new(file).map_err(host)?;
+        let done = format(&file).map_err(failed).and_then(|()| file.sync_data().map_err(host));
+        if done.is_err() && !stands {
+            // The first error is what matters; a file that cannot be removed is there to be seen.
+            let _ = std::fs::remove_file(&self.path);
+        }
+        done
     }
 }
 

@@ -34,8 +34,10 @@ pub enum ImgError {
     OutputFormat { command: &'static str, found: String },
     #[error("--{one} and --{other} are mutually exclusive")]
     Exclusive { command: &'static str, one: &'static str, other: &'static str },
-    #[error("{option} needs {other}")]
-    Needs { command: &'static str, option: &'static str, other: &'static str },
+    #[error("Cannot mix '-l', '-a', '-c', '-d'")]
+    MixedActions { command: &'static str },
+    #[error("{what}")]
+    Needed { command: &'static str, what: &'static str },
     #[error("the value of --{option} is not UTF-8 text")]
     NotText { option: &'static str },
     #[error("{name} expects {possible}, not '{found}'")]
@@ -92,8 +94,8 @@ pub enum ImgError {
     OpenRule { name: String, reason: Rule },
     #[error("{name}: {}", why(source))]
     Create { name: String, source: BlockError },
-    #[error("{name}: the new image cannot be put in its place: {}", host(source))]
-    Place { name: String, source: io::Error },
+    #[error("{name}: Could not create '{name}': {}", host(source))]
+    CreateHost { name: String, source: io::Error },
     #[error("Failed to read block status: {}", why(source))]
     BlockStatus { source: BlockError },
     #[error("{}\n{}: Invalid options for file format '{format}'", source.to_string().trim_start_matches(": "), crate::program())]
@@ -251,7 +253,8 @@ impl ImgError {
             | ImgError::Extra { command, .. }
             | ImgError::OutputFormat { command, .. }
             | ImgError::Exclusive { command, .. }
-            | ImgError::Needs { command, .. } => Some(command),
+            | ImgError::MixedActions { command }
+            | ImgError::Needed { command, .. } => Some(command),
             _ => None,
         }
     }

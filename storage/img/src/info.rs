@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
 
-use block::{CompressionType, Format, ImageInfo, inspect};
+use block::{CompressionType, ImageInfo, Qcow2Image, Snapshot, inspect};
 use serde_json::{Map, Value, json};
 
 use crate::Command;
@@ -12,8 +12,9 @@ use crate::create::beside;
 use crate::error::ImgError;
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, flag};
 use crate::json::write_json;
-use crate::open::{Named, format_named};
+use crate::open::{self, Access, Named};
 use crate::size::human;
+use crate::snapshot::table;
 
 /// `info`.
 pub const COMMAND: Command =
@@ -36,30 +37,38 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
     let json = parsed.json()?;
     let named = Named::of(parsed, file, "format")?;
-    let images = images(named.plain_path()?, named.spec.driver, parsed.has("backing-chain"))?;
+    let images = images(named, parsed.has("force-share"), parsed.has("backing-chain"))?;
     let mut out = stdout().lock();
     if json {
-        let mut values: Vec<Value> = images.iter().map(|(path, info)| as_json(path, info)).collect();
+        let mut values: Vec<Value> = images.iter().map(as_json).collect();
         let value = if parsed.has("backing-chain") { Value::Array(values) } else { values.remove(0) };
         write_json(&mut out, &value)?;
         return Ok(0);
     }
-    for (i, (path, info)) in images.iter().enumerate() {
+    for (i, found) in images.iter().enumerate() {
         if i > 0 {
             writeln!(out)?;
         }
-        out.write_all(as_text(path, info).as_bytes())?;
+        out.write_all(as_text(found).as_bytes())?;
     }
     Ok(0)
 }
 
+/// One image of a chain, and what it says.
+struct Found {
+    path: PathBuf,
+    info: ImageInfo,
+    snapshots: Vec<Snapshot>,
+}
+
 /// The image and, if asked, every one below it.
-fn images(path: &Path, format: Option<Format>, chain: bool) -> Result<Vec<(PathBuf, ImageInfo)>, ImgError> {
+fn images(named: Named, share: bool, chain: bool) -> Result<Vec<Found>, ImgError> {
     let mut images = Vec::new();
     let mut seen = HashSet::new();
-    let mut next = Some((path.to_owned(), format));
-    while let Some((path, format)) = next.take() {
-        let open = |source| ImgError::Open { name: path.display().to_string(), source };
+    let mut next = Some(named);
+    while let Some(named) = next.take() {
+        let path = named.plain_path()?.to_owned();
+        let open = |source| ImgError::Open { name: named.label.clone(), source };
         let real = path.canonicalize().unwrap_or_else(|_| path.clone());
         if !seen.insert(real) {
             return Err(open(block::BlockError::Loop { path: path.clone() }));
@@ -67,12 +76,20 @@ fn images(path: &Path, format: Option<Format>, chain: bool) -> Result<Vec<(PathB
         if images.len() == CHAIN_MAX {
             return Err(open(block::BlockError::TooDeep { path: path.clone(), max: CHAIN_MAX }));
         }
-        let info = inspect(&path, format).map_err(open)?;
+        let access = Access { write: false, share, cache: block::CacheMode::Writeback };
+        let top = open::top(&named, access)?;
+        let info = inspect(&path, named.spec.driver).map_err(open)?;
+        let snapshots = match info.qcow2 {
+            Some(qcow2) if qcow2.snapshots > 0 => {
+                Qcow2Image::open(top, true).and_then(|image| image.snapshots()).map_err(open)?
+            }
+            _ => Vec::new(),
+        };
         if let (true, Some(name)) = (chain, &info.backing_name) {
-            let format = info.backing_format.as_deref().map(|f| format_named(name, f)).transpose()?;
-            next = Some((beside(&path, name), format));
+            let below = beside(&path, name);
+            next = Some(Named::new(below.as_os_str(), false, info.backing_format.as_deref())?);
         }
-        images.push((path, info));
+        images.push(Found { path, info, snapshots });
     }
     Ok(images)
 }
@@ -89,7 +106,8 @@ fn compression(info: &ImageInfo) -> &'static str {
     }
 }
 
-fn as_text(path: &Path, info: &ImageInfo) -> String {
+fn as_text(found: &Found) -> String {
+    let Found { path, info, snapshots } = found;
     let mut lines = vec![
         format!("image: {}", path.display()),
         format!("file format: {}", info.format.name()),
@@ -109,10 +127,11 @@ fn as_text(path: &Path, info: &ImageInfo) -> String {
         lines.push(format!("backing file: {name}{actual}"));
         lines.extend(info.backing_format.iter().map(|format| format!("backing file format: {format}")));
     }
+    if !snapshots.is_empty() {
+        lines.push("Snapshot list:".into());
+        lines.push(table(snapshots).trim_end().to_owned());
+    }
     if let Some(q) = info.qcow2 {
-        if q.snapshots > 0 {
-            lines.push(format!("snapshots: {}", q.snapshots));
-        }
         lines.push("Format specific information:".into());
         let compat = if q.version == 2 { "0.10" } else { "1.1" };
         lines.push(format!("    compat: {compat}"));
@@ -134,7 +153,8 @@ fn as_text(path: &Path, info: &ImageInfo) -> String {
     lines.join("\n") + "\n"
 }
 
-fn as_json(path: &Path, info: &ImageInfo) -> Value {
+fn as_json(found: &Found) -> Value {
+    let Found { path, info, snapshots } = found;
     let name = path.display().to_string();
     let mut all = Map::new();
     let child = json!({
@@ -149,6 +169,9 @@ fn as_json(path: &Path, info: &ImageInfo) -> Value {
     all.insert("dirty-flag".into(), json!(info.dirty));
     if let Some(bytes) = info.cluster_bytes {
         all.insert("cluster-size".into(), json!(bytes));
+    }
+    if !snapshots.is_empty() {
+        all.insert("snapshots".into(), snapshots.iter().map(snapshot_json).collect());
     }
     if let Some(q) = info.qcow2 {
         let mut data = json!({
@@ -169,4 +192,17 @@ fn as_json(path: &Path, info: &ImageInfo) -> Value {
         all.extend(info.backing_format.iter().map(|f| ("backing-filename-format".to_owned(), json!(f))));
     }
     Value::Object(all)
+}
+
+fn snapshot_json(snapshot: &Snapshot) -> Value {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let mut value = json!({
+        "id": text(&snapshot.id), "name": text(&snapshot.name), "vm-state-size": snapshot.vm_state_bytes,
+        "date-sec": snapshot.date_sec, "date-nsec": snapshot.date_nsec,
+        "vm-clock-sec": snapshot.vm_clock_nsec / 1_000_000_000, "vm-clock-nsec": snapshot.vm_clock_nsec % 1_000_000_000,
+    });
+    if let Some(count) = snapshot.icount {
+        value["icount"] = json!(count);
+    }
+    value
 }

@@ -17,8 +17,10 @@ mod measure;
 mod open;
 mod optlist;
 mod qcow2_options;
+mod rebase;
 mod secret;
 mod size;
+mod snapshot;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -43,7 +45,15 @@ pub struct Command {
     pub run: fn(&Parsed) -> Result<u8, ImgError>,
 }
 
-const COMMANDS: &[&Command] = &[&check::COMMAND, &create::COMMAND, &info::COMMAND, &map::COMMAND, &measure::COMMAND];
+const COMMANDS: &[&Command] = &[
+    &check::COMMAND,
+    &create::COMMAND,
+    &info::COMMAND,
+    &map::COMMAND,
+    &measure::COMMAND,
+    &rebase::COMMAND,
+    &snapshot::COMMAND,
+];
 
 /// The version of qemu-img whose options, outputs and texts these are. Callers read it to learn what they may use.
 const PEER_VERSION: &str = "10.0.2";

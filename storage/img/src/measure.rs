@@ -2,7 +2,7 @@
 
 use std::io::{Write, stdout};
 
-use block::{Disk, ExtentKind};
+use block::{Disk, ExtentKind, Preallocation};
 use serde_json::json;
 
 use crate::Command;
@@ -11,7 +11,7 @@ use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, 
 use crate::json::write_json;
 use crate::open::{self, Access, Named};
 use crate::optlist::{self, OptList};
-use crate::qcow2_options::{Preallocation, Qcow2Options};
+use crate::qcow2_options::Qcow2Options;
 use crate::size;
 
 /// `measure`.

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use block::spec::{BackingSpec, ImageSpec};
-use block::{CacheMode, ChainFile, Disk, Format, OpenOptions, resolve_chain_probing};
+use block::{BlockError, CacheMode, ChainFile, Disk, Format, OpenOptions, inspect, resolve_chain_probing};
 
 use crate::error::{ImgError, Rule};
 use crate::getopt::Parsed;
@@ -102,6 +102,33 @@ pub fn chain(named: &Named, access: Access) -> Result<Vec<ChainFile>, ImgError> 
         return Err(ImgError::NotSupported("an image name with 'backing'"));
     }
     resolve_chain_probing(named.plain_path()?, named.spec.driver, !access.write, !access.share).map_err(failed)
+}
+
+/// Opens the top file only, for commands that do not look below it.
+pub fn top(named: &Named, access: Access) -> Result<ChainFile, ImgError> {
+    let failed = |source| ImgError::Open { name: named.label.clone(), source };
+    if access.write && access.share {
+        return Err(ImgError::OpenRule { name: named.label.clone(), reason: Rule::ShareWrite });
+    }
+    let path = named.plain_path()?;
+    let format = inspect(path, named.spec.driver).map_err(failed)?.format;
+    if access.write && format == Format::Raw && named.spec.driver.is_none() {
+        warn_of_probing(&named.label);
+    }
+    // As raw, so that what it says about a backing file leads nowhere.
+    let mut chain = resolve_chain_probing(path, Some(Format::Raw), !access.write, !access.share).map_err(failed)?;
+    let mut file = chain.pop().ok_or_else(|| failed(BlockError::EmptyChain))?;
+    file.format = format;
+    Ok(file)
+}
+
+/// What qemu-img says before it writes to a raw image that nobody declared raw.
+fn warn_of_probing(label: &str) {
+    eprintln!(
+        "WARNING: Image format was not specified for '{label}' and probing guessed raw.\n         Automatically \
+         detecting the format is dangerous for raw images, write operations on block 0 will be restricted.\n         \
+         Specify the 'raw' format explicitly to remove the restrictions."
+    );
 }
 
 /// Makes a disk of open files.

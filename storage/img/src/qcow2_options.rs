@@ -1,20 +1,9 @@
 //! The options of a new qcow2 image, read and held against each other: what `create`, `convert` and `measure` share.
 
+use block::Preallocation;
+
 use crate::error::Rule;
 use crate::optlist::OptList;
-
-/// How much of a new image is allocated at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Preallocation {
-    /// Nothing.
-    Off,
-    /// Tables; guest clusters are holes of the file.
-    Metadata,
-    /// Tables and clusters, reserved by the host.
-    Falloc,
-    /// Tables and clusters, written with zeroes.
-    Full,
-}
 
 /// Options that belong together.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -30,6 +30,28 @@ fn create_is_called_by_libvirt_nova_cinder_and_proxmox() {
         run create -f qcow2 -u -b nowhere.qcow2 -F qcow2 blind.qcow2 1M
         run create -f qcow2 empty.qcow2 0
         same empty.qcow2
+        # libvirt's volumes, Proxmox's snapshots
+        run create -f qcow2 -o preallocation=metadata,compat=1.1,lazy_refcounts meta.qcow2 10240K
+        same meta.qcow2
+        run create -f qcow2 -o preallocation=falloc,compat=1.1 falloc.qcow2 1024K
+        same falloc.qcow2
+        run create -o preallocation=metadata -f qcow2 meta2.qcow2 1024K
+        same meta2.qcow2
+        run create -F qcow2 -b base.qcow2 -f qcow2 pve.qcow2 -o extended_l2=on,cluster_size=128k
+        same pve.qcow2
+        run create -F qcow2 -b base.qcow2 -f qcow2 pve2.qcow2 -o extended_l2=on,cluster_size=128k,preallocation=metadata
+        same pve2.qcow2
+        run create -f qcow2 -o cluster_size=512,refcount_bits=1,compression_type=zstd many.qcow2 5M
+        same many.qcow2
+        run create -f qcow2 -o preallocation=full full.qcow2 1M
+        same full.qcow2
+        run create -f raw -o preallocation=falloc falloc.raw 1M
+        same falloc.raw
+        run create -f raw -o preallocation=full full.raw 1M
+        same full.raw
+        # an existing file is replaced in place
+        run create -f qcow2 full.raw 3M
+        same full.raw
         run create odd.raw 1000
         same odd.raw
         run create -f qcow2 odd.qcow2 1000
@@ -239,6 +261,69 @@ fn measure_is_called_by_vdsm_and_proxmox() {
         fail 1 measure -O qcow2 --size 1M -f qcow2
         fail 1 measure -O qcow2 --size 1M -o cluster_size=3k
         fail 1 measure -O qcow2 nope
+        ",
+    );
+}
+
+#[test]
+fn snapshot_is_called_by_libvirt_and_proxmox() {
+    check(
+        "
+        peer create -q -f qcow2 disk.qcow2 10M
+        io -c 'write -P 1 0 1M' disk.qcow2
+        peer create -q raw.img 1M
+        run snapshot disk.qcow2
+        run snapshot -l disk.qcow2
+        run snapshot -c one disk.qcow2
+        io -c 'write -P 2 512k 1M' disk.qcow2
+        run snapshot -c two disk.qcow2
+        run snapshot -c two disk.qcow2
+        same disk.qcow2
+        json info --output=json disk.qcow2 --backing-chain
+        run snapshot -a one disk.qcow2
+        same disk.qcow2
+        run snapshot -d two disk.qcow2
+        same disk.qcow2
+        run snapshot -a 3 disk.qcow2
+        same disk.qcow2
+        run snapshot -d one -- disk.qcow2
+        run snapshot -d two disk.qcow2
+        run snapshot -q -l disk.qcow2
+        same disk.qcow2
+        run snapshot -l raw.img
+        fail 1 snapshot -d nope disk.qcow2
+        fail 1 snapshot -a nope disk.qcow2
+        fail 1 snapshot -d x raw.img
+        fail 1 snapshot -c x raw.img
+        fail 1 snapshot -a x -f raw raw.img
+        fail 1 snapshot -U -c x disk.qcow2
+        fail 1 snapshot -l nope
+        usage snapshot -c x -d y disk.qcow2
+        usage snapshot
+        ",
+    );
+}
+
+#[test]
+fn rebase_is_called_by_libvirt_and_cinder() {
+    check(
+        "
+        peer create -q -f qcow2 base.qcow2 10M
+        peer create -q -f qcow2 other.qcow2 10M
+        peer create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2
+        peer create -q raw.img 1M
+        run rebase -u -F qcow2 -f qcow2 -b other.qcow2 top.qcow2
+        same top.qcow2
+        run rebase -u -b nowhere.qcow2 -F qcow2 top.qcow2
+        ok info top.qcow2
+        run rebase -u -b '' top.qcow2
+        same top.qcow2
+        run rebase -u -b base.qcow2 -F qcow2 top.qcow2
+        same top.qcow2
+        fail 1 rebase -u -b base.qcow2 top.qcow2
+        fail 1 rebase -u -b base.qcow2 -F qcow2 raw.img
+        fail 1 rebase -u -b base.qcow2 -F qcow2 nope
+        usage rebase top.qcow2
         ",
     );
 }

@@ -118,7 +118,6 @@ impl Twins {
         let [a, b] = [&self.ours, &self.theirs].map(|dir| {
             let out = run(peer, dir, &["info".into(), "--output=json".into(), name.into()]);
             let mut info = stable(&out.stdout);
-            // The file's length depends on what is allocated where.
             info.as_object_mut().unwrap().remove("children");
             info
         });
@@ -166,6 +165,10 @@ fn drop_unstable(value: &mut Value) {
     match value {
         Value::Object(map) => {
             map.retain(|key, _| !UNSTABLE.contains(&key.as_str()));
+            // The length of a file depends on what is allocated where.
+            if map.get("format").is_some_and(|format| format == "file") {
+                map.remove("virtual-size");
+            }
             map.values_mut().for_each(drop_unstable);
         }
         Value::Array(list) => list.iter_mut().for_each(drop_unstable),
