@@ -10,6 +10,7 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use crate::chain::ChainFile;
+use crate::create::Preallocation;
 use crate::error::{Action, BlockError};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
@@ -311,6 +312,14 @@ impl Disk {
         }
         self.meters.flushes.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Changes the size of the disk, where the top image's format can; rounded up to 512 bytes. New bytes read as zeroes,
+    /// whatever is below. Shrinking needs `shrink`; what lies behind the new end is lost.
+    pub fn resize(&self, to_bytes: u64, shrink: bool, room: Preallocation) -> Result<(), BlockError> {
+        self.check_write(0, 0)?;
+        let (top, below) = self.top()?;
+        top.resize(below, to_bytes, shrink, room)
     }
 
     /// The top image, for operations on it as a whole; `None` when it is no qcow2 image.

@@ -108,6 +108,8 @@ pub enum BlockError {
     RefcountTableFull { path: PathBuf },
     #[error("{path}: the format has no compressed writes", path = path.display())]
     NoCompression { path: PathBuf },
+    #[error("{path}: the format has no way to change the size of the disk here", path = path.display())]
+    NoResize { path: PathBuf },
     #[error("{path}: a compressed cluster of {bytes} bytes at {offset} is not shorter than a cluster, or not at one", path = path.display())]
     NoPackedCluster { path: PathBuf, offset: u64, bytes: u64 },
     #[error("{path}: the image cannot be changed as asked", path = path.display())]
@@ -190,6 +192,7 @@ impl BlockError {
             | E::RefcountTableFull { .. }
             | E::NoCompression { .. }
             | E::NoPackedCluster { .. }
+            | E::NoResize { .. }
             | E::Maintenance { .. }
             | E::Stopped
             | E::EmptyChain

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::create::Preallocation;
 use crate::error::BlockError;
 use crate::io::FileBackend;
 use crate::qcow2::Flight;
@@ -118,6 +119,10 @@ pub(crate) trait Node: Send + Sync {
     /// Name of its backing file as stored.
     fn backing_name(&self) -> Option<String> {
         None
+    }
+    /// Changes the size, see [`crate::Disk::resize`].
+    fn resize(&self, _below: Below<'_>, _to_bytes: u64, _shrink: bool, _room: Preallocation) -> Result<(), BlockError> {
+        Err(BlockError::NoResize { path: self.path().to_owned() })
     }
     /// The image behind it, when it is a qcow2 one.
     fn as_qcow2(self: Arc<Self>) -> Option<Arc<crate::qcow2::Qcow2Node>> {

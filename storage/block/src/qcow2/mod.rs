@@ -21,6 +21,7 @@ mod packed;
 mod read;
 mod rebuild;
 mod recount;
+mod resize;
 mod rewrite;
 mod snapshots;
 mod tables;
@@ -45,6 +46,7 @@ use self::flights::Flights;
 pub use self::maintenance::Qcow2Image;
 pub use self::maintenance_error::MaintenanceError;
 pub use self::snapshots::SnapshotTime;
+use crate::create::Preallocation;
 use crate::error::{Action, BlockError, ErrorKind};
 use crate::io::FileBackend;
 use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node};
@@ -427,6 +429,10 @@ impl Node for Qcow2Node {
 
     fn backing_name(&self) -> Option<String> {
         self.tables.lock().header.backing_name.clone()
+    }
+
+    fn resize(&self, below: Below<'_>, to_bytes: u64, shrink: bool, room: Preallocation) -> Result<(), BlockError> {
+        self.resize_over(below, to_bytes, shrink, room)
     }
 
     fn as_qcow2(self: Arc<Self>) -> Option<Arc<Qcow2Node>> {

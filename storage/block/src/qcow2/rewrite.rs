@@ -226,6 +226,11 @@ impl<'f> Rewrite<'f> {
     /// Switches to the new state. After an error before the switch the image is as it was; what a failed barrier
     /// leaves is unknown.
     pub(super) fn finish(mut self) -> Result<(), BlockError> {
+        let refused = |source| self.place.refuse(MaintenanceError::Header(source));
+        // Whatever was asked for, a header that no reader would take is not written.
+        let mut area = self.header.serialise().map_err(refused)?;
+        area.resize(self.geometry.cluster_bytes() as usize, 0);
+        Header::parse(&area).map_err(refused)?;
         if !self.counts.is_unchanged() {
             let old = (self.header.reftable_offset, self.header.reftable_clusters);
             (self.header.reftable_offset, self.header.reftable_clusters) = self.counts.write(old)?;
