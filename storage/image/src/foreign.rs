@@ -3,6 +3,7 @@
 use thiserror::Error;
 
 use crate::vdi::VdiError;
+use crate::vhdx::VhdxError;
 use crate::vmdk::VmdkError;
 use crate::vpc::VpcError;
 
@@ -18,6 +19,9 @@ pub enum FormatError {
     /// A vpc, also called VHD.
     #[error(transparent)]
     Vpc(#[from] VpcError),
+    /// A vhdx.
+    #[error(transparent)]
+    Vhdx(#[from] VhdxError),
     /// A block is stored in a way that cannot be changed.
     #[error("block {block} is stored in a way that cannot be changed in place; convert the image to a new one")]
     Immutable {
@@ -63,6 +67,17 @@ impl FormatError {
                     VpcError::Version(_) | VpcError::Differencing | VpcError::DiskType(_) | VpcError::Size(_)
                 )
             }
+            FormatError::Vhdx(error) => matches!(
+                error,
+                VhdxError::Version(_)
+                    | VhdxError::LogVersion(_)
+                    | VhdxError::UnknownRequired { .. }
+                    | VhdxError::Differencing
+                    | VhdxError::LogTooLarge { .. }
+                    | VhdxError::Size(_)
+                    | VhdxError::NewBlockSize(_)
+                    | VhdxError::NewLogSize(_)
+            ),
             FormatError::Immutable { .. } => true,
         }
     }

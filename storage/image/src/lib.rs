@@ -9,10 +9,12 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+mod crc32c;
 mod foreign;
 mod format;
 pub mod qcow2;
 pub mod vdi;
+pub mod vhdx;
 pub mod vmdk;
 pub mod vpc;
 
