@@ -71,8 +71,16 @@ struct Place<'a> {
     /// Where it starts in the step.
     start: u64,
     bytes: u64,
-    /// Where it goes; `None` when the target must write it.
-    mapped: Option<Mapped<'a>>,
+    way: Way<'a>,
+}
+
+enum Way<'a> {
+    /// To this place in a file.
+    Mapped(Mapped<'a>),
+    /// The target must write it.
+    Written,
+    /// It is zeroes. Done after the places before it, which may be filling the cluster that it starts in.
+    Zeroes,
 }
 
 /// What the threads of a copy share.
@@ -256,43 +264,62 @@ impl Shared<'_> {
         match source {
             Some(_) => self.take_places(target_offset, 0, step.bytes, &mut places)?,
             None => for_each_run(bytes, target_offset, self.block_bytes(), |start, len, data| {
-                match data || self.opts.sparse_bytes == 0 {
-                    true => self.take_places(target_offset, start as u64, len as u64, &mut places),
-                    false if self.opts.target_is_zero => Ok(()),
-                    false => self.target.write_zeroes(target_offset + start as u64, len as u64, true),
+                let (start, len) = (start as u64, len as u64);
+                if data || self.opts.sparse_bytes == 0 {
+                    self.take_places(target_offset, start, len, &mut places)?;
+                } else if !self.opts.target_is_zero {
+                    places.push(Place { start, bytes: len, way: Way::Zeroes });
                 }
+                Ok(())
             })?,
         }
         self.end_turn(step.turn);
-        let mut scratch = Vec::new();
-        for Place { start, bytes: len, mapped } in places {
-            let failed = |e| BlockError::io(self.target.path(), Action::Write, e);
-            if let (Some((from, host)), Some(place)) = (source, &mapped)
-                && let Some(to) = place.file.as_host_file().filter(|_| !self.no_kernel_copy.load(Ordering::Relaxed))
-            {
-                if copy_inside_kernel(from, host + start, to, place.host, len).map_err(failed)? {
-                    mapped.map_or(Ok(()), Mapped::finish)?;
-                    continue;
+        places.into_iter().try_for_each(|place| self.move_bytes(step, place, source, bytes))
+    }
+
+    /// Moves the bytes of one place: out of the source's file, or out of memory.
+    fn move_bytes(
+        &self,
+        step: &Step,
+        place: Place<'_>,
+        source: Option<(&File, u64)>,
+        bytes: &[u8],
+    ) -> Result<(), BlockError> {
+        let Place { start, bytes: len, way } = place;
+        let offset = self.opts.target_offset + step.offset + start;
+        let failed = |e| BlockError::io(self.target.path(), Action::Write, e);
+        let in_kernel = !self.no_kernel_copy.load(Ordering::Relaxed);
+        let way = match (way, source.filter(|_| in_kernel)) {
+            (Way::Zeroes, _) => return self.target.write_zeroes(offset, len, true),
+            (Way::Mapped(place), Some((from, host))) => {
+                let copied = match place.file.as_host_file() {
+                    Some(to) => copy_inside_kernel(from, host + start, to, place.host, len).map_err(failed)?,
+                    None => false,
+                };
+                if copied {
+                    return place.finish();
                 }
                 self.no_kernel_copy.store(true, Ordering::Relaxed);
+                Way::Mapped(place)
             }
-            let part = match bytes.get(start as usize..(start + len) as usize) {
-                Some(part) => part,
-                None => {
-                    scratch.resize(len as usize, 0);
-                    self.source.read(step.offset + start, &mut scratch)?;
-                    &scratch
-                }
-            };
-            match mapped {
-                Some(place) => {
-                    place.file.write_at(place.host, &WriteBufs::from_slice(part)).map_err(failed)?;
-                    place.finish()?;
-                }
-                None => self.target.write(target_offset + start, part)?,
+            (way, _) => way,
+        };
+        let mut scratch = Vec::new();
+        let part = match bytes.get(start as usize..(start + len) as usize) {
+            Some(part) => part,
+            None => {
+                scratch.resize(len as usize, 0);
+                self.source.read(step.offset + start, &mut scratch)?;
+                &scratch
             }
+        };
+        match way {
+            Way::Mapped(place) => {
+                place.file.write_at(place.host, &WriteBufs::from_slice(part)).map_err(failed)?;
+                place.finish()
+            }
+            _ => self.target.write(offset, part),
         }
-        Ok(())
     }
 
     /// Blocks that are looked at for zeroes; one larger than any step when none are.
@@ -319,7 +346,7 @@ impl Shared<'_> {
             let shares = last_byte.is_some_and(|last| last.checked_div(cluster) == at.checked_div(cluster));
             let mapped = if shares && cluster > 0 { None } else { self.target.map_write(at, end - start)? };
             let bytes = mapped.as_ref().map_or(alone, |place| place.bytes).min(end - start);
-            places.push(Place { start, bytes, mapped });
+            places.push(Place { start, bytes, way: mapped.map_or(Way::Written, Way::Mapped) });
             start += bytes;
         }
         Ok(())
