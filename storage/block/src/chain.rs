@@ -5,14 +5,13 @@ use std::fs::{File, OpenOptions as FileOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use image::qcow2::check::check;
 use image::qcow2::{COMPAT_LAZY_REFCOUNTS, CompressionType};
 use image::{Format, PROBE_BYTES};
 
 use crate::error::{Action, BlockError};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
-use crate::qcow2::read_header;
+use crate::qcow2::{check_file, read_header};
 use crate::sys::{ReadBufs, lock_byte_held_elsewhere, lock_shared, pread, unlock};
 
 /// Most files in a chain; libvirt's limit.
@@ -136,20 +135,7 @@ pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockEr
 pub fn check_image(path: &Path) -> Result<Checked, BlockError> {
     let file = open_image(path, true)?;
     let file = HostFile::new(file).map_err(|e| BlockError::io(path, Action::Stat, e))?;
-    let header = read_header(&file, path)?;
-    let file_bytes = file.len_bytes().map_err(|e| BlockError::io(path, Action::Stat, e))?;
-    let mut read = |at: u64, out: &mut [u8]| file.read_at(at, &ReadBufs::from_slice(out));
-    let report = check(&header, file_bytes, &mut read)
-        .map_err(|source| BlockError::CheckFailed { path: path.to_owned(), source })?;
-    let cluster_bytes = header.geometry.cluster_bytes();
-    Ok(Checked {
-        corruptions: report.corruptions,
-        leaks: report.leaks,
-        allocated_clusters: report.allocated_clusters,
-        total_clusters: header.geometry.size_bytes.div_ceil(cluster_bytes),
-        image_end_bytes: report.counts.end().saturating_mul(cluster_bytes),
-        findings: report.findings,
-    })
+    check_file(&file, path)
 }
 
 /// What [`check_image`] found.
@@ -161,6 +147,10 @@ pub struct Checked {
     pub leaks: u64,
     /// Guest clusters with data.
     pub allocated_clusters: u64,
+    /// Those of them that are compressed.
+    pub compressed_clusters: u64,
+    /// Those that do not follow the one before in the file; compressed ones count always.
+    pub fragmented_clusters: u64,
     /// Guest clusters of the disk.
     pub total_clusters: u64,
     /// Where the last cluster in use ends in the file.

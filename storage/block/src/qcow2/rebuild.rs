@@ -6,6 +6,7 @@ use image::qcow2::check::{Counts, count_references};
 use image::qcow2::{Geometry, INCOMPAT_DIRTY, INCOMPAT_OFFSET, REFTABLE_MAX_BYTES, REFTABLE_POINTER_OFFSET, refcount};
 
 use super::Tables;
+use super::rewrite::Place;
 use crate::error::{Action, BlockError};
 use crate::sys::ReadBufs;
 
@@ -31,40 +32,65 @@ impl Tables {
     }
 
     fn write_new_structures(&mut self, counts: &Counts) -> Result<(), BlockError> {
-        let geometry = self.geometry;
-        let bits = geometry.cluster_bits;
+        let place = Place { file: &*self.file, path: &self.path };
         let start = counts.end().max(self.file_clusters);
-        let Some((by_block, table_clusters)) = arrange(&geometry, counts, start) else {
-            return Err(BlockError::RefcountTableFull { path: self.path.clone() });
-        };
-        let blocks = by_block.len() as u64;
-        let end = start + blocks + table_clusters;
-        let mut table = vec![0u8; (table_clusters << bits) as usize];
-        for ((block_index, block), cluster) in by_block.iter().zip(start..) {
-            let mut contents = vec![0; geometry.cluster_bytes() as usize];
-            for (index, count) in block {
-                // Checked against the width by the caller.
-                let _ = refcount::set(&mut contents, geometry.refcount_order, *index, *count);
-            }
-            let offset = cluster << bits;
-            self.write_file(offset, &contents)?;
-            if let Some(entry) = table.chunks_exact_mut(8).nth(*block_index as usize) {
-                entry.copy_from_slice(&offset.to_be_bytes());
-            }
-        }
-        let table_offset = (start + blocks) << bits;
-        self.write_file(table_offset, &table)?;
+        let new = write_refcounts_anew(place, &self.geometry, counts, start)?;
         self.barrier()?;
-        let mut pointer = [0; 12];
-        pointer[..8].copy_from_slice(&table_offset.to_be_bytes());
-        pointer[8..].copy_from_slice(&(table_clusters as u32).to_be_bytes());
-        self.write_file(REFTABLE_POINTER_OFFSET, &pointer)?;
+        self.write_file(REFTABLE_POINTER_OFFSET, &new.pointer())?;
         self.barrier()?;
-        self.header.reftable_offset = table_offset;
-        self.header.reftable_clusters = table_clusters as u32;
-        self.file_clusters = end;
+        self.header.reftable_offset = new.table_offset;
+        self.header.reftable_clusters = new.table_clusters;
+        self.file_clusters = new.end_cluster;
         Ok(())
     }
+}
+
+/// New refcount structures in the file, which nothing refers to yet.
+pub(super) struct NewRefcounts {
+    table_offset: u64,
+    table_clusters: u32,
+    end_cluster: u64,
+}
+
+impl NewRefcounts {
+    /// The header's twelve bytes that make them count; they lie in one sector.
+    pub(super) fn pointer(&self) -> [u8; 12] {
+        let mut pointer = [0; 12];
+        pointer[..8].copy_from_slice(&self.table_offset.to_be_bytes());
+        pointer[8..].copy_from_slice(&self.table_clusters.to_be_bytes());
+        pointer
+    }
+}
+
+/// Writes refcount blocks and a table for `counts` and themselves from a cluster on, behind everything in use.
+pub(super) fn write_refcounts_anew(
+    place: Place<'_>,
+    geometry: &Geometry,
+    counts: &Counts,
+    start: u64,
+) -> Result<NewRefcounts, BlockError> {
+    let bits = geometry.cluster_bits;
+    let Some((by_block, table_clusters)) = arrange(geometry, counts, start) else {
+        return Err(BlockError::RefcountTableFull { path: place.path.to_owned() });
+    };
+    let blocks = by_block.len() as u64;
+    let mut table = vec![0u8; (table_clusters << bits) as usize];
+    for ((block_index, block), cluster) in by_block.iter().zip(start..) {
+        let mut contents = vec![0; geometry.cluster_bytes() as usize];
+        for (index, count) in block {
+            // Checked against the width by the callers.
+            let _ = refcount::set(&mut contents, geometry.refcount_order, *index, *count);
+        }
+        let offset = cluster << bits;
+        place.write(offset, &contents)?;
+        if let Some(entry) = table.chunks_exact_mut(8).nth(*block_index as usize) {
+            entry.copy_from_slice(&offset.to_be_bytes());
+        }
+    }
+    let table_offset = (start + blocks) << bits;
+    place.write(table_offset, &table)?;
+    let end_cluster = start + blocks + table_clusters;
+    Ok(NewRefcounts { table_offset, table_clusters: table_clusters as u32, end_cluster })
 }
 
 /// Refcounts by refcount block, each with its index in the block.

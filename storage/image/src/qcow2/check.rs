@@ -1,18 +1,23 @@
-//! Walks a whole image and compares what is referenced with what is counted. The same walk rebuilds
-//! refcounts after a crash of a writer that kept them lazily.
+//! Walks a whole image and compares what is referenced with what is counted, and says what a repair would change.
+//! The same walk rebuilds refcounts after a crash of a writer that kept them lazily.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
 
 use thiserror::Error;
 
+use super::bitmaps::{BITMAP_DIRECTORY_MAX_BYTES, BitmapExtension, BitmapTableEntry, parse_bitmaps};
 use super::{
-    Freed, Geometry, Header, L1Entry, L2Entry, OFFSET_MASK, SNAPSHOT_TABLE_MAX_BYTES, SnapshotError, SnapshotL1,
-    parse_snapshots, refcount,
+    COPIED, EntryError, ExtendedEntry, Freed, Geometry, Header, L1Entry, L2Entry, OFFSET_MASK,
+    SNAPSHOT_TABLE_MAX_BYTES, SnapshotError, SnapshotL1, Subclusters, ZERO, parse_snapshots, refcount,
 };
 
 /// Findings kept as text; beyond, only counts grow.
 const FINDINGS_MAX: usize = 64;
+/// Entries that one repair replaces; a check after it finds the rest.
+const FIXES_MAX: usize = 1 << 16;
+/// Clusters whose refcount is wrong that are remembered for the check of flags.
+const MISCOUNTED_MAX: usize = 1 << 20;
 const PAGE_CLUSTERS: u64 = 4096;
 /// 1 GiB of counts: 16 TiB of 64 KiB clusters when densely used.
 const PAGES_MAX: usize = 65536;
@@ -56,21 +61,44 @@ impl Counts {
     }
 }
 
+/// A table entry that cannot be right, and what replaces it in a repair. What it mapped reads as zeroes then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntryFix {
+    /// Where the entry is in the file.
+    pub at: u64,
+    /// The new entry.
+    pub raw: u64,
+    /// The new subcluster bitmap behind it, with extended L2 entries.
+    pub bitmap: Option<u64>,
+}
+
 /// What a check found.
 #[derive(Default)]
 pub struct Report {
-    /// Damage: something is referenced that is not counted, or points where it cannot.
+    /// Damage: something is referenced that is not counted, or points where it cannot, or flags contradict counts.
     pub corruptions: u64,
     /// Clusters counted more often than referenced: lost space, no danger.
     pub leaks: u64,
-    /// The first findings in words.
+    /// The first findings, in QEMU's words where it has some.
     pub findings: Vec<String>,
     /// Guest clusters with data.
     pub allocated_clusters: u64,
+    /// Those of them that are compressed.
+    pub compressed_clusters: u64,
+    /// Those that do not follow the one before in the file; compressed ones count always.
+    pub fragmented_clusters: u64,
+    /// One past the last cluster that is referenced or counted.
+    pub end_cluster: u64,
     /// References to each host cluster.
     pub counts: Counts,
     /// Where refcount blocks are.
     pub refblocks: Vec<u64>,
+    /// Entries that a repair replaces.
+    pub fixes: Vec<EntryFix>,
+    /// The refcount table or its blocks cannot hold the right counts: a repair writes new ones.
+    pub refcounts_unusable: bool,
+    /// Clusters with references and another refcount, and that; their flags are judged by it.
+    miscounted: HashMap<u64, u64>,
 }
 
 impl Report {
@@ -82,6 +110,12 @@ impl Report {
     fn note(&mut self, finding: String) {
         if self.findings.len() < FINDINGS_MAX {
             self.findings.push(finding);
+        }
+    }
+
+    fn fix(&mut self, fix: EntryFix) {
+        if self.fixes.len() < FIXES_MAX {
+            self.fixes.push(fix);
         }
     }
 }
@@ -109,6 +143,8 @@ struct Walk<'a, 'r, E> {
     read: &'a mut ReadAt<'r, E>,
     report: Report,
     too_large: bool,
+    /// L1 tables that were walked: no two tables lie in the same place.
+    walked: HashSet<u64>,
 }
 
 /// Counts every reference and compares with the refcounts. An image is consistent when no corruption is found.
@@ -121,11 +157,11 @@ pub fn check<E: Debug>(header: &Header, file_bytes: u64, read: &mut ReadAt<'_, E
         return Err(CheckError::TooLarge);
     }
     walk.compare(&table)?;
-    walk.copied_flags(header)?;
+    walk.copied_flags(header, true)?;
     Ok(walk.report)
 }
 
-/// Counts the references of guest data, L2, L1 and snapshot tables and the header: everything but the
+/// Counts the references of guest data, L2, L1 and snapshot tables, bitmaps and the header: everything but the
 /// refcount structures, which a rebuild replaces.
 pub fn count_references<E: Debug>(
     header: &Header,
@@ -138,13 +174,14 @@ pub fn count_references<E: Debug>(
     if walk.too_large {
         return Err(CheckError::TooLarge);
     }
-    walk.copied_flags(header)?;
+    walk.copied_flags(header, false)?;
     Ok(walk.report)
 }
 
 impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
     fn new(header: &Header, file_bytes: u64, read: &'a mut ReadAt<'r, E>) -> Self {
-        Walk { geometry: header.geometry, file_bytes, read, report: Report::default(), too_large: false }
+        let geometry = header.geometry;
+        Walk { geometry, file_bytes, read, report: Report::default(), too_large: false, walked: HashSet::new() }
     }
 
     fn bytes(&mut self, offset: u64, len: u64) -> Result<Vec<u8>, CheckError<E>> {
@@ -153,16 +190,19 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
         Ok(out)
     }
 
-    /// Counts one reference to each cluster of a range; ranges outside the file are damage. The last
-    /// cluster of a file may be partly written.
+    /// Where the last cluster of the file ends; it may be partly written.
+    fn limit(&self) -> u64 {
+        self.file_bytes.checked_next_multiple_of(self.geometry.cluster_bytes()).unwrap_or(u64::MAX)
+    }
+
+    /// Counts one reference to each cluster of a range; ranges outside the file are damage.
     fn count(&mut self, offset: u64, bytes: u64, what: &str) -> bool {
         let bits = self.geometry.cluster_bits;
         let end = offset.saturating_add(bytes);
-        let limit = self.file_bytes.checked_next_multiple_of(self.geometry.cluster_bytes()).unwrap_or(u64::MAX);
         if bytes == 0 {
             return true;
         }
-        if end > limit {
+        if end > self.limit() {
             self.report
                 .corrupt(format!("{what} at {offset:#x} lies past the end of the file ({} bytes)", self.file_bytes));
             return false;
@@ -175,6 +215,7 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
 
     fn tables(&mut self, header: &Header) -> Result<(), CheckError<E>> {
         self.l1(SnapshotL1 { offset: header.l1_offset, entries: header.l1_entries }, true)?;
+        self.bitmaps(header)?;
         if header.snapshot_count == 0 {
             return Ok(());
         }
@@ -195,12 +236,20 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
             self.report.corrupt(format!("an L1 table at {:#x} lies past the end of the file", l1.offset));
             return Ok(());
         }
+        if l1_bytes > 0 && !self.walked.insert(l1.offset) {
+            self.report.corrupt(format!("the L1 table at {:#x} is used twice", l1.offset));
+            return Ok(());
+        }
         let table = self.bytes(l1.offset, l1_bytes)?;
         self.count(l1.offset, l1_bytes, "an L1 table");
         let mut seen = HashSet::new();
-        for raw in table.chunks_exact(8).filter_map(|raw| crate::be64(raw, 0)) {
+        for (at, raw) in (l1.offset..).step_by(8).zip(words(&table)) {
+            let drop = EntryFix { at, raw: 0, bitmap: None };
             match L1Entry::decode(raw, &self.geometry) {
-                Err(error) => self.report.corrupt(error.to_string()),
+                Err(error) => {
+                    self.report.corrupt(error.to_string());
+                    self.report.fix(drop);
+                }
                 Ok(L1Entry { table: None, .. }) => {}
                 Ok(L1Entry { table: Some(offset), .. }) if !seen.insert(offset) => {
                     self.report.corrupt(format!("the L2 table at {offset:#x} is used twice"));
@@ -208,6 +257,8 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
                 Ok(L1Entry { table: Some(offset), .. }) => {
                     if self.count(offset, self.geometry.cluster_bytes(), "an L2 table") {
                         self.l2(offset, active)?;
+                    } else {
+                        self.report.fix(drop);
                     }
                 }
             }
@@ -218,72 +269,155 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
     fn l2(&mut self, offset: u64, active: bool) -> Result<(), CheckError<E>> {
         let geometry = self.geometry;
         let table = self.bytes(offset, geometry.cluster_bytes())?;
-        for raw in table.chunks_exact(8).filter_map(|raw| crate::be64(raw, 0)) {
-            let entry = match L2Entry::decode(raw, &geometry) {
-                Ok(entry) => entry,
+        let entry_bytes = geometry.l2_entry_bytes() as usize;
+        let mut next_contiguous = None;
+        for (at, entry) in (offset..).step_by(entry_bytes).zip(table.chunks_exact(entry_bytes)) {
+            let (raw, bitmap) = (crate::be64(entry, 0).unwrap_or(0), crate::be64(entry, 8).unwrap_or(0));
+            if raw == 0 && bitmap == 0 {
+                continue;
+            }
+            let freed = match freed(raw, bitmap, &geometry) {
+                Ok(freed) => freed,
                 Err(error) => {
                     self.report.corrupt(error.to_string());
+                    self.report.fix(zero_fix(at, &geometry, &error));
                     continue;
                 }
             };
-            if let Some(Freed { offset, bytes }) = entry.freed(&geometry) {
-                self.count(offset, bytes, "a data cluster");
-                self.report.allocated_clusters += u64::from(active);
+            let Some(Freed { offset, bytes }) = freed else { continue };
+            if !self.count(offset, bytes, "a data cluster") {
+                let nowhere = EntryError::UnalignedData { raw, cluster_bytes: geometry.cluster_bytes() };
+                self.report.fix(zero_fix(at, &geometry, &nowhere));
+                continue;
+            }
+            if !active {
+                continue;
+            }
+            self.report.allocated_clusters += 1;
+            if raw & super::COMPRESSED != 0 {
+                self.report.compressed_clusters += 1;
+                self.report.fragmented_clusters += 1;
+            } else {
+                self.report.fragmented_clusters += u64::from(next_contiguous.is_some_and(|next| next != offset));
+                next_contiguous = Some(offset + geometry.cluster_bytes());
             }
         }
         Ok(())
     }
 
-    /// An entry that claims to own its cluster lets a writer change it in place, so the claim must be true.
-    fn copied_flags(&mut self, header: &Header) -> Result<(), CheckError<E>> {
+    /// The directory of bitmaps, their tables, and the clusters with their bits.
+    fn bitmaps(&mut self, header: &Header) -> Result<(), CheckError<E>> {
+        let extension = match BitmapExtension::of(header) {
+            Ok(Some(extension)) => extension,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                self.report.corrupt(error.to_string());
+                return Ok(());
+            }
+        };
+        let bytes = extension.directory_bytes.min(BITMAP_DIRECTORY_MAX_BYTES);
+        if !self.count(extension.directory_offset, bytes, "the bitmap directory") {
+            return Ok(());
+        }
+        let directory = self.bytes(extension.directory_offset, bytes)?;
+        let bitmaps = match parse_bitmaps(header, extension.count, &directory) {
+            Ok(bitmaps) => bitmaps,
+            Err(error) => {
+                self.report.corrupt(error.to_string());
+                return Ok(());
+            }
+        };
+        for bitmap in bitmaps {
+            let table_bytes = u64::from(bitmap.table_entries) * 8;
+            if !self.count(bitmap.table_offset, table_bytes, "a bitmap table") {
+                continue;
+            }
+            let table = self.bytes(bitmap.table_offset, table_bytes)?;
+            for raw in words(&table) {
+                match BitmapTableEntry::decode(raw, &self.geometry) {
+                    Ok(BitmapTableEntry::At(offset)) => {
+                        self.count(offset, self.geometry.cluster_bytes(), "bits of a bitmap");
+                    }
+                    Ok(BitmapTableEntry::Clear | BitmapTableEntry::Set) => {}
+                    Err(error) => self.report.corrupt(error.to_string()),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// An entry that claims to own its cluster lets a writer change it in place, so the claim must be true. QEMU
+    /// takes the reverse for an error too: `both`.
+    fn copied_flags(&mut self, header: &Header, both: bool) -> Result<(), CheckError<E>> {
         let geometry = self.geometry;
-        let limit = self.file_bytes.checked_next_multiple_of(geometry.cluster_bytes()).unwrap_or(u64::MAX);
+        let limit = self.limit();
         if header.l1_offset.saturating_add(u64::from(header.l1_entries) * 8) > limit {
             return Ok(());
         }
         let l1 = self.bytes(header.l1_offset, u64::from(header.l1_entries) * 8)?;
         let mut seen = HashSet::new();
-        for raw in l1.chunks_exact(8).filter_map(|raw| crate::be64(raw, 0)) {
+        for (index, raw) in (0u64..).zip(words(&l1)) {
             let Ok(L1Entry { table: Some(table), copied }) = L1Entry::decode(raw, &geometry) else { continue };
             if table >= limit || !seen.insert(table) {
                 continue;
             }
-            self.owned_once(table, copied, "L2 table");
+            if self.flag_is_wrong(table, copied, both) {
+                let refcount = self.counted(table);
+                self.report.corrupt(format!(
+                    "ERROR OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={raw:x} refcount={refcount}"
+                ));
+            }
             let l2 = self.bytes(table, geometry.cluster_bytes())?;
-            for raw in l2.chunks_exact(8).filter_map(|raw| crate::be64(raw, 0)) {
-                if let Ok(L2Entry::Data { host, copied } | L2Entry::Zero { host: Some(host), copied }) =
-                    L2Entry::decode(raw, &geometry)
+            for entry in l2.chunks_exact(geometry.l2_entry_bytes() as usize) {
+                let raw = crate::be64(entry, 0).unwrap_or(0);
+                if let Some((host, copied)) = owned_cluster(raw, &geometry)
+                    && host < limit
+                    && self.flag_is_wrong(host, copied, both)
                 {
-                    self.owned_once(host, copied, "data cluster");
+                    let refcount = self.counted(host);
+                    self.report
+                        .corrupt(format!("ERROR OFLAG_COPIED data cluster: l2_entry={raw:x} refcount={refcount}"));
                 }
             }
         }
         Ok(())
     }
 
-    fn owned_once(&mut self, host: u64, copied: bool, what: &str) {
-        let references = self.report.counts.get(host >> self.geometry.cluster_bits);
-        if copied && references > 1 {
-            self.report.corrupt(format!("the {what} at {host:#x} is marked as owned, but has {references} references"));
-        }
+    /// The refcount of a cluster as stored.
+    fn counted(&self, host: u64) -> u64 {
+        let cluster = host >> self.geometry.cluster_bits;
+        self.report.miscounted.get(&cluster).copied().unwrap_or(self.report.counts.get(cluster))
+    }
+
+    fn flag_is_wrong(&self, host: u64, copied: bool, both: bool) -> bool {
+        let cluster = host >> self.geometry.cluster_bits;
+        let references = self.report.counts.get(cluster);
+        if both { copied != (self.counted(host) == 1) } else { copied && references > 1 }
     }
 
     fn refcount_table(&mut self, header: &Header) -> Result<Vec<u64>, CheckError<E>> {
         let geometry = self.geometry;
         let bytes = u64::from(header.reftable_clusters) * geometry.cluster_bytes();
         if !self.count(header.reftable_offset, bytes, "the refcount table") {
+            self.report.refcounts_unusable = true;
             return Ok(Vec::new());
         }
         let raw = self.bytes(header.reftable_offset, bytes)?;
-        let mut table: Vec<u64> =
-            raw.chunks_exact(8).filter_map(|raw| crate::be64(raw, 0)).map(|raw| raw & OFFSET_MASK).collect();
+        let mut table: Vec<u64> = words(&raw).map(|raw| raw & OFFSET_MASK).collect();
         let mut seen = HashSet::new();
         for (index, offset) in table.iter_mut().enumerate().filter(|(_, offset)| **offset != 0) {
             let usable = geometry.is_aligned(*offset) && seen.insert(*offset);
             if !usable || !self.count(*offset, geometry.cluster_bytes(), "a refcount block") {
                 self.report.corrupt(format!("refcount table entry {index} ({offset:#x}) is not usable"));
+                self.report.refcounts_unusable = true;
                 *offset = 0;
             } else {
+                // What else is in the block's cluster is damage that only new blocks end.
+                let references = self.report.counts.get(*offset >> geometry.cluster_bits);
+                if references != 1 {
+                    self.report.refcounts_unusable = true;
+                    self.report.corrupt(format!("ERROR refcount block {index} refcount={references}"));
+                }
                 self.report.refblocks.push(*offset);
             }
         }
@@ -293,30 +427,79 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
     fn compare(&mut self, table: &[u64]) -> Result<(), CheckError<E>> {
         let bits = self.geometry.refblock_bits();
         let order = self.geometry.refcount_order;
+        self.report.end_cluster = self.report.counts.end();
         for (block_index, offset) in table.iter().enumerate().filter(|(_, offset)| **offset != 0) {
             let block = self.bytes(*offset, self.geometry.cluster_bytes())?;
             let first = (block_index as u64) << bits;
             for index in 0..self.geometry.refblock_entries() {
+                let cluster = first + index;
                 let counted = refcount::get(&block, order, index as usize).unwrap_or(0);
-                let referenced = self.report.counts.get(first + index);
+                let referenced = self.report.counts.get(cluster);
+                if counted > 0 {
+                    self.report.end_cluster = self.report.end_cluster.max(cluster + 1);
+                }
+                if counted == referenced {
+                    continue;
+                }
+                if referenced > 0 && self.report.miscounted.len() < MISCOUNTED_MAX {
+                    self.report.miscounted.insert(cluster, counted);
+                }
+                let numbers = format!("cluster {cluster} refcount={counted} reference={referenced}");
                 if counted < referenced {
-                    self.report
-                        .corrupt(format!("cluster {}: refcount {counted}, {referenced} references", first + index));
-                } else if counted > referenced {
+                    self.report.corrupt(format!("ERROR {numbers}"));
+                } else {
                     self.report.leaks += 1;
-                    self.report.note(format!(
-                        "cluster {}: leaked, refcount {counted}, {referenced} references",
-                        first + index
-                    ));
+                    self.report.note(format!("Leaked {numbers}"));
                 }
             }
         }
         let uncovered = |cluster: u64| table.get((cluster >> bits) as usize).is_none_or(|offset| *offset == 0);
-        let missing: Vec<u64> =
-            self.report.counts.iter().map(|(cluster, _)| cluster).filter(|c| uncovered(*c)).collect();
-        for cluster in missing {
-            self.report.corrupt(format!("cluster {cluster} is in use, but no refcount block covers it"));
+        let missing: Vec<(u64, u64)> = self.report.counts.iter().filter(|(cluster, _)| uncovered(*cluster)).collect();
+        for (cluster, referenced) in missing {
+            self.report.refcounts_unusable = true;
+            if self.report.miscounted.len() < MISCOUNTED_MAX {
+                self.report.miscounted.insert(cluster, 0);
+            }
+            self.report.corrupt(format!("ERROR cluster {cluster} refcount=0 reference={referenced}"));
         }
         Ok(())
+    }
+}
+
+fn words(table: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    table.chunks_exact(8).filter_map(|raw| crate::be64(raw, 0))
+}
+
+/// What an L2 entry refers to.
+fn freed(raw: u64, bitmap: u64, geometry: &Geometry) -> Result<Option<Freed>, EntryError> {
+    Ok(match geometry.extended_l2 {
+        true => ExtendedEntry::decode(raw, bitmap, geometry)?.freed(geometry),
+        false => L2Entry::decode(raw, geometry)?.freed(geometry),
+    })
+}
+
+/// The cluster that an entry may own, and whether it says so.
+pub fn owned_cluster(raw: u64, geometry: &Geometry) -> Option<(u64, bool)> {
+    match L2Entry::decode(raw, geometry) {
+        Ok(L2Entry::Data { host, copied } | L2Entry::Zero { host: Some(host), copied }) => Some((host, copied)),
+        _ => None,
+    }
+}
+
+/// The flag of an entry as `owned` wants it.
+pub fn with_copied(raw: u64, owned: bool) -> u64 {
+    if owned { raw | COPIED } else { raw & !COPIED }
+}
+
+/// An entry that reads as zeroes instead of one that cannot be right. Version 2 has none: nothing is mapped there.
+fn zero_fix(at: u64, geometry: &Geometry, error: &EntryError) -> EntryFix {
+    match (geometry.extended_l2, error) {
+        // What the bitmap says twice is data; what is said to be data in no cluster is zeroes.
+        (true, EntryError::Subclusters { raw, bitmap }) if raw & OFFSET_MASK != 0 => {
+            let subclusters = Subclusters { data: *bitmap as u32, zero: (bitmap >> 32) as u32 & !(*bitmap as u32) };
+            EntryFix { at, raw: *raw, bitmap: Some(subclusters.bitmap()) }
+        }
+        (true, _) => EntryFix { at, raw: 0, bitmap: Some(Subclusters::ALL_ZERO.bitmap()) },
+        (false, _) => EntryFix { at, raw: if geometry.version >= 3 { ZERO } else { 0 }, bitmap: None },
     }
 }
