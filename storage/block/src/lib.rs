@@ -30,6 +30,7 @@ pub mod spec;
 #[allow(unsafe_code)]
 mod sys;
 mod vdi;
+mod vhdx;
 mod vmdk;
 mod vpc;
 mod zeroes;
@@ -51,5 +52,6 @@ pub use node::{Extent, ExtentKind};
 pub use qcow2::{MaintenanceError, Qcow2Image, Repair, Repaired, SnapshotTime, repair_backend, repair_image};
 pub use sys::{ReadBufs, WriteBufs};
 pub use vdi::{VdiOptions, create_vdi};
+pub use vhdx::{VhdxOptions, create_vhdx};
 pub use vmdk::{VmdkOptions, create_vmdk, vmdk_descriptor, vmdk_extent_names};
 pub use vpc::{VpcOptions, create_vpc};
