@@ -99,6 +99,56 @@ fn snapshots_made_here_are_what_qemu_sees() {
 }
 
 #[test]
+fn a_snapshot_is_shown_without_a_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create(&path, "cluster_size=4k");
+    let mut model = vec![0; SIZE_BYTES as usize];
+    scribble(&disk(&path), &mut model, 1);
+    qemu_img(&["snapshot", "-c", "s", path.to_str().unwrap()]);
+    let at_snapshot = model.clone();
+    let changed = disk(&path);
+    scribble(&changed, &mut model, 2);
+    changed.resize(SIZE_BYTES / 2, true, block::Preallocation::Off).unwrap();
+    assert!(changed.qcow2().unwrap().show_snapshot("s").is_err(), "open for writing");
+    drop(changed);
+    let before = std::fs::read(&path).unwrap();
+    let opts = OpenOptions { read_only: true, ..OpenOptions::default() };
+    let mut shown = support::open_chain(&[(&path, Format::Qcow2)], &opts);
+    assert!(shown.qcow2().unwrap().show_snapshot("t").is_err());
+    shown.qcow2().unwrap().show_snapshot("s").unwrap();
+    assert!(support::contents(&mut shown) == at_snapshot);
+    drop(shown);
+    assert!(std::fs::read(&path).unwrap() == before);
+}
+
+#[test]
+fn an_emptied_image_shows_its_backing_file() {
+    for snapshot in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, base) = (dir.path().join("a.qcow2"), dir.path().join("base.raw"));
+        let below: Vec<u8> = (0..SIZE_BYTES).map(|i| (i / 999) as u8).collect();
+        std::fs::write(&base, &below).unwrap();
+        qemu_img(&["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", path.to_str().unwrap()]);
+        let disk = support::open_chain(&[(&path, Format::Qcow2), (&base, Format::Raw)], &OpenOptions::default());
+        let mut model = below.clone();
+        scribble(&disk, &mut model, 4);
+        if snapshot {
+            disk.qcow2().unwrap().create_snapshot("s", &TIME).unwrap();
+        }
+        disk.qcow2().unwrap().make_empty().unwrap();
+        let mut disk = disk;
+        assert!(support::contents(&mut disk) == below);
+        drop(disk);
+        check(&path, "emptied");
+        assert!(raw_of(&path, None) == below);
+        if snapshot {
+            assert!(raw_of(&path, Some("s")) == model);
+        }
+    }
+}
+
+#[test]
 fn snapshots_of_qemu_are_used_here() {
     for (options, seed) in OPTIONS.iter().zip(0x2222u64..) {
         let dir = tempfile::tempdir().unwrap();

@@ -75,6 +75,15 @@ impl Qcow2Image {
         })
     }
 
+    /// Unmaps everything, so that the backing file shows: what follows when all was committed to it. Snapshots stay.
+    pub fn make_empty(&self) -> Result<(), BlockError> {
+        self.node.rewrite(|rewrite| {
+            let l1 = rewrite.old_l1.clone();
+            rewrite.drop_references(&l1)?;
+            rewrite.set_active(vec![0; l1.len()], false)
+        })
+    }
+
     pub(super) fn refuse(&self, source: MaintenanceError) -> BlockError {
         BlockError::Maintenance { path: PathBuf::from(self.path()), source }
     }

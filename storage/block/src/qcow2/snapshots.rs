@@ -69,6 +69,28 @@ impl Qcow2Image {
         })
     }
 
+    /// Makes an image that was opened read only show a snapshot instead of the disk as it is, with its size then. `name` is
+    /// an identifier or a name. Nothing in the file changes; no request may be under way.
+    pub fn show_snapshot(&self, name: &str) -> Result<(), BlockError> {
+        let mut tables = self.node.tables.lock();
+        if !tables.options.read_only {
+            let reason = "it is open for writing, which would change a snapshot";
+            return Err(self.refuse(MaintenanceError::Unsupported { what: "what is shown", reason }));
+        }
+        let tables = &mut *tables;
+        let place = Place { file: &*tables.file, path: &tables.path };
+        let table = read_table(place, &tables.header)?;
+        let found = find_by_id_or_name(&table.snapshots, name.as_bytes());
+        let Some(snapshot) = found.and_then(|index| table.snapshots.get(index)) else {
+            return Err(self.refuse(MaintenanceError::SnapshotNotFound { name: name.to_owned() }));
+        };
+        let l1 = tables.load_table("L1 table of a snapshot", snapshot.l1.offset, u64::from(snapshot.l1.entries))?;
+        tables.l1 = l1;
+        tables.geometry.size_bytes = snapshot.disk_bytes.min(i64::MAX as u64);
+        self.node.set_size(tables.geometry.size_bytes);
+        Ok(())
+    }
+
     /// Deletes the first snapshot of a name.
     pub fn delete_snapshot(&self, name: &str) -> Result<(), BlockError> {
         self.delete(name, |snapshots| find_by_name(snapshots, name.as_bytes()))
