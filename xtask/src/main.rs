@@ -23,7 +23,7 @@ cargo xtask <task> [options]
   demo --clean        removes what a demo left
   test [--long]       everything that must hold: tidy, formatting, lints, all tests (--long: the slow ones too)
   guest               builds the demo guest (kernel, initrd, disk) into target/guest and says where
-  bench NAME          boot, manage, vmm: our figure, the peer's from the same run, the ratio
+  bench NAME          boot, image, manage, vmm: our figure, the peer's from the same run, the ratio
   lab [--exits]       real KVM inside an emulated machine: probe, tiny guests, demo guest (--exits: counts of a boot)
   oracle [options]    the software CPU against this processor, without bound until it differs or is stopped
                       (--seed N, --cases N per form, --only NAME, --seconds N)
@@ -65,8 +65,9 @@ fn task() -> Result<()> {
         }
         "bench" => {
             let name = if args.is_empty() { String::new() } else { args.remove(0) };
+            let only = if name == "image" && !args.is_empty() { Some(args.remove(0)) } else { None };
             no_more(&args)?;
-            bench::go(consent, &name)
+            bench::go(consent, &name, only.as_deref())
         }
         "demo" => {
             let (check, clean) = (take_flag(&mut args, "--check"), take_flag(&mut args, "--clean"));

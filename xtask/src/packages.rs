@@ -42,6 +42,8 @@ pub const TEST: &[Need] = &[
 ];
 /// To count system calls in long tests.
 pub const LONG: &[Need] = &[need("strace", "strace", "ending the daemon before each of its system calls")];
+/// To know the largest resident size of a program.
+pub const TIME: &[Need] = &[need("time", "time", "measuring the memory of a program")];
 /// To measure against QEMU.
 pub const QEMU: &[Need] = &[Need {
     program: "qemu-system-x86_64",

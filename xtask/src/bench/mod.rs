@@ -1,5 +1,6 @@
 //! Benchmarks: our figure, the peer's measured in the same run, the ratio.
 
+mod image;
 mod manage;
 mod manage_daemon;
 mod memory;
@@ -25,13 +26,14 @@ const RUNS: usize = 5;
 /// No single run takes longer.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Runs the benchmark `name`.
-pub fn go(consent: Consent, name: &str) -> Result<()> {
+/// Runs the benchmark `name`; of `image`, the lines that `only` is a part of.
+pub fn go(consent: Consent, name: &str, only: Option<&str>) -> Result<()> {
     match name {
         "boot" => boot(consent),
         "vmm" => vmm(consent),
         "manage" => manage::go(consent),
-        _ => bail!("there is no benchmark {name:?}: there are boot, manage and vmm"),
+        "image" => image::go(consent, only),
+        _ => bail!("there is no benchmark {name:?}: there are boot, image, manage and vmm"),
     }
 }
 

@@ -1,0 +1,347 @@
+//! `bench image`: what people do with qemu-img, by both tools in turn.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::bench::median;
+use crate::packages::{self, Consent};
+use crate::run::{cargo, run, say, target};
+use crate::usage;
+
+const MIB: u64 = 1 << 20;
+/// Size of the disk that is copied around.
+const DISK_MIB: u64 = 2048;
+/// Runs of each tool, interleaved; the median counts.
+const RUNS: usize = 3;
+
+/// What must be there before a run.
+enum Before {
+    Nothing,
+    /// `w.qcow2` is a copy of the disk.
+    Copy,
+    /// The same, with a snapshot `s1`.
+    Snapshot,
+    /// `b.qcow2` is empty, `w.qcow2` is a copy of the disk on top of it.
+    Overlay,
+    /// `w.qcow2` is empty on top of the disk.
+    EmptyOverlay,
+    /// `w.qcow2` is empty.
+    Empty,
+}
+
+/// What a result must be equal to `base.raw` in.
+const SAME: Option<&str> = Some("out");
+
+struct Job {
+    name: &'static str,
+    /// Arguments; `out` is a name that does not exist yet.
+    args: &'static str,
+    before: Before,
+    /// The file whose contents must be the disk's afterwards.
+    same: Option<&'static str>,
+}
+
+const fn job(name: &'static str, args: &'static str, same: Option<&'static str>) -> Job {
+    Job { name, args, before: Before::Nothing, same }
+}
+
+const fn on(before: Before, name: &'static str, args: &'static str, same: Option<&'static str>) -> Job {
+    Job { name, args, before, same }
+}
+
+const JOBS: &[Job] = &[
+    job("create-qcow2", "create -q -f qcow2 out 2048M", None),
+    job("create-qcow2-1T", "create -q -f qcow2 out 1T", None),
+    job("create-qcow2-prealloc-metadata", "create -q -f qcow2 -o preallocation=metadata out 2048M", None),
+    job("create-qcow2-falloc", "create -q -f qcow2 -o preallocation=falloc out 2048M", None),
+    job("raw-to-qcow2", "convert -f raw -O qcow2 base.raw out", SAME),
+    job("raw-to-qcow2-W", "convert -W -f raw -O qcow2 base.raw out", SAME),
+    job("raw-to-qcow2-direct", "convert -t none -T none -f raw -O qcow2 base.raw out", SAME),
+    job("qcow2-to-raw", "convert -f qcow2 -O raw r.qcow2 out", SAME),
+    job("qcow2-to-raw-direct", "convert -t none -T none -f qcow2 -O raw r.qcow2 out", SAME),
+    job("raw-to-raw", "convert -f raw -O raw base.raw out", SAME),
+    job("to-qcow2-zlib-m2", "convert -c -m 2 -f raw -O qcow2 base.raw out", SAME),
+    job("to-qcow2-zstd-m2", "convert -c -m 2 -f raw -O qcow2 -o compression_type=zstd base.raw out", SAME),
+    job("zlib-qcow2-to-raw", "convert -f qcow2 -O raw z.qcow2 out", SAME),
+    job("zstd-qcow2-to-raw", "convert -f qcow2 -O raw zs.qcow2 out", SAME),
+    job("to-vmdk-streamOptimized", "convert -f raw -O vmdk -o subformat=streamOptimized base.raw out", SAME),
+    job("vmdk-streamOptimized-to-qcow2", "convert -f vmdk -O qcow2 s.vmdk out", SAME),
+    job("to-vhdx", "convert -f raw -O vhdx base.raw out", SAME),
+    job("info-json", "info --output=json r.qcow2", None),
+    job("check", "check -q r.qcow2", None),
+    job("map-json", "map --output=json r.qcow2", None),
+    job("measure", "measure -f raw -O qcow2 base.raw", None),
+    job("compare-raw-qcow2", "compare -q -f raw -F qcow2 base.raw r.qcow2", None),
+    on(Before::Copy, "snapshot-create", "snapshot -c s1 w.qcow2", None),
+    on(Before::Snapshot, "snapshot-apply", "snapshot -a s1 w.qcow2", None),
+    on(Before::Snapshot, "snapshot-delete", "snapshot -d s1 w.qcow2", None),
+    on(Before::Copy, "resize-grow", "resize -q w.qcow2 4G", None),
+    on(Before::Overlay, "commit", "commit -q -f qcow2 w.qcow2", Some("b.qcow2")),
+    on(Before::EmptyOverlay, "rebase-flatten", "rebase -q -f qcow2 -b {} w.qcow2", Some("w.qcow2")),
+    on(
+        Before::Empty,
+        "bench-4k-alloc-write-writeback",
+        "bench -c 4096 -d 16 -s 4096 -S 65536 -w -t writeback -f qcow2 w.qcow2",
+        None,
+    ),
+    on(
+        Before::Copy,
+        "bench-4k-overwrite-writeback",
+        "bench -c 16384 -d 16 -s 4096 -S 69632 -w -t writeback -f qcow2 w.qcow2",
+        None,
+    ),
+    job("bench-4k-read-writeback", "bench -c 16384 -d 16 -s 4096 -S 69632 -t writeback -f qcow2 r.qcow2", None),
+    on(
+        Before::Empty,
+        "bench-4k-alloc-write-none",
+        "bench -c 4096 -d 16 -s 4096 -S 65536 -w -t none -f qcow2 w.qcow2",
+        None,
+    ),
+    on(
+        Before::Copy,
+        "bench-4k-overwrite-none",
+        "bench -c 16384 -d 16 -s 4096 -S 69632 -w -t none -f qcow2 w.qcow2",
+        None,
+    ),
+    job("bench-4k-read-none", "bench -c 16384 -d 16 -s 4096 -S 69632 -t none -f qcow2 r.qcow2", None),
+    on(
+        Before::Empty,
+        "bench-4k-alloc-write-flush64",
+        "bench -c 4096 -d 16 -s 4096 -S 65536 -w --flush-interval=64 -t none -f qcow2 w.qcow2",
+        None,
+    ),
+];
+
+/// One run of one tool.
+#[derive(Clone, Copy, Default)]
+struct Cost {
+    wall_s: f64,
+    cpu_s: f64,
+    rss_mib: f64,
+    out_mib: f64,
+}
+
+/// Medians of both tools for a job.
+struct Outcome {
+    name: &'static str,
+    ours: Cost,
+    peer: Cost,
+}
+
+pub fn go(consent: Consent, only: Option<&str>) -> Result<()> {
+    packages::ensure(&[packages::BUILD, packages::TEST, packages::TIME], consent)?;
+    say("building vireo-img without checks (release)");
+    run(cargo().args(["build", "--release", "-p", "img"]))?;
+    let ours = target().join("release/vireo-img");
+    let dir = target().join("bench-image");
+    fs::create_dir_all(&dir)?;
+    say("making the disk: 2 GiB, half of it holes, a quarter random, a quarter text");
+    prepare(&dir)?;
+    println!(
+        "\nimage: {:<31} {:>9} {:>9} {:>6} | {:>9} {:>9} {:>6} | {:>6} {:>6} {:>6} | {:>6}",
+        "CPU s:", "vireo", "qemu-img", "ratio", "wall s", "qemu-img", "ratio", "RSS", "qemu", "ratio", "bytes"
+    );
+    let mut outcomes = Vec::new();
+    for job in JOBS.iter().filter(|job| only.is_none_or(|only| job.name.contains(only))) {
+        match outcome(&dir, job, &ours) {
+            Ok(outcome) => {
+                print_line(&outcome);
+                outcomes.push(outcome);
+            }
+            Err(error) => println!("image: {:<31} FAILS: {error:#}", job.name),
+        }
+    }
+    summary(&outcomes);
+    if only.is_some() {
+        say(format!("the disk stays in {} for the next run of some lines", dir.display()));
+        return Ok(());
+    }
+    fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
+}
+
+fn outcome(dir: &Path, job: &Job, ours: &Path) -> Result<Outcome> {
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        a.push(run_once(dir, job, ours)?);
+        b.push(run_once(dir, job, Path::new("qemu-img"))?);
+    }
+    let middle = |costs: &[Cost]| {
+        let pick = |f: fn(&Cost) -> f64| median(costs.iter().map(f).collect());
+        Cost {
+            wall_s: pick(|c| c.wall_s),
+            cpu_s: pick(|c| c.cpu_s),
+            rss_mib: pick(|c| c.rss_mib),
+            out_mib: pick(|c| c.out_mib),
+        }
+    };
+    Ok(Outcome { name: job.name, ours: middle(&a), peer: middle(&b) })
+}
+
+fn print_line(Outcome { name, ours, peer }: &Outcome) {
+    println!(
+        "image: {name:<31} {:>9.4} {:>9.4} {:>6.2} | {:>9.3} {:>9.3} {:>6.2} | {:>6.1} {:>6.1} {:>6.2} | {:>6.3}",
+        ours.cpu_s,
+        peer.cpu_s,
+        ours.cpu_s / peer.cpu_s,
+        ours.wall_s,
+        peer.wall_s,
+        ours.wall_s / peer.wall_s,
+        ours.rss_mib,
+        peer.rss_mib,
+        ours.rss_mib / peer.rss_mib,
+        if peer.out_mib > 0.0 { ours.out_mib / peer.out_mib } else { 1.0 },
+    );
+}
+
+fn summary(outcomes: &[Outcome]) {
+    let geometric = |f: fn(&Cost) -> f64| {
+        let logs: Vec<f64> = outcomes.iter().map(|o| (f(&o.ours) / f(&o.peer)).ln()).collect();
+        (logs.iter().sum::<f64>() / logs.len().max(1) as f64).exp()
+    };
+    println!(
+        "\ngeometric means: CPU {:.2}, wall {:.2}, RSS {:.2}",
+        geometric(|c| c.cpu_s),
+        geometric(|c| c.wall_s),
+        geometric(|c| c.rss_mib)
+    );
+    for Outcome { name, ours, peer } in outcomes {
+        for (what, ratio, bar) in [
+            ("CPU", ours.cpu_s / peer.cpu_s, 1.0),
+            ("wall", ours.wall_s / peer.wall_s, 1.0),
+            ("RSS", ours.rss_mib / peer.rss_mib, 0.5),
+        ] {
+            if ratio > bar {
+                println!("over the bar of {bar}: {what} of {name}, {ratio:.2}");
+            }
+        }
+    }
+}
+
+/// Makes what jobs read, once, with the peer's tool.
+fn prepare(dir: &Path) -> Result<()> {
+    let base = dir.join("base.raw");
+    if !base.exists() {
+        let partial = dir.join("base.partial");
+        make_disk(&partial)?;
+        fs::rename(&partial, &base)?;
+    }
+    for args in [
+        "convert -f raw -O qcow2 base.raw r.qcow2",
+        "convert -c -m 2 -W -f raw -O qcow2 base.raw z.qcow2",
+        "convert -c -m 2 -W -f raw -O qcow2 -o compression_type=zstd base.raw zs.qcow2",
+        "convert -f raw -O vmdk -o subformat=streamOptimized base.raw s.vmdk",
+    ] {
+        if !dir.join(args.rsplit(' ').next().unwrap_or_default()).exists() {
+            run(Command::new("qemu-img").current_dir(dir).args(args.split(' ')))?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs of 1 to 16 MiB: half of them holes, a quarter random bytes, a quarter words. The same in every run.
+fn make_disk(path: &Path) -> Result<()> {
+    let mut state = 0x0123_4567_89ab_cdefu64;
+    let mut next = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let words: Vec<String> =
+        (0..4096).map(|_| (0..2 + next() % 9).map(|_| char::from(b'a' + (next() % 26) as u8)).collect()).collect();
+    let file = File::create(path)?;
+    file.set_len(DISK_MIB * MIB)?;
+    let mut at = 0;
+    while at < DISK_MIB {
+        let run_mib = (1 + next() % 16).min(DISK_MIB - at);
+        let kind = next() % 4;
+        for mib in at..at + if kind < 2 { 0 } else { run_mib } {
+            let mut bytes = Vec::with_capacity(MIB as usize + 128);
+            while bytes.len() < MIB as usize {
+                if kind == 2 {
+                    bytes.extend(next().to_le_bytes());
+                    continue;
+                }
+                for _ in 0..12 {
+                    bytes.extend(words[(next() % 4096) as usize].as_bytes());
+                    bytes.push(b' ');
+                }
+                bytes.push(b'\n');
+            }
+            file.write_all_at(&bytes[..MIB as usize], mib * MIB)?;
+        }
+        at += run_mib;
+    }
+    Ok(())
+}
+
+fn run_once(dir: &Path, job: &Job, tool: &Path) -> Result<Cost> {
+    for name in ["out", "w.qcow2", "b.qcow2", "rss"] {
+        remove(&dir.join(name))?;
+    }
+    let peer = |args: &str| run(Command::new("qemu-img").current_dir(dir).args(args.split(' ')));
+    match job.before {
+        Before::Nothing => {}
+        Before::Copy | Before::Snapshot | Before::Overlay => {
+            run(Command::new("cp").current_dir(dir).args(["--sparse=always", "r.qcow2", "w.qcow2"]))?;
+        }
+        Before::EmptyOverlay => peer("create -q -f qcow2 -b r.qcow2 -F qcow2 w.qcow2")?,
+        Before::Empty => peer(&format!("create -q -f qcow2 w.qcow2 {DISK_MIB}M"))?,
+    }
+    match job.before {
+        Before::Snapshot => peer("snapshot -c s1 w.qcow2")?,
+        Before::Overlay => {
+            peer(&format!("create -q -f qcow2 b.qcow2 {DISK_MIB}M"))?;
+            peer("rebase -q -u -f qcow2 -F qcow2 -b b.qcow2 w.qcow2")?;
+        }
+        _ => {}
+    }
+    let cost = measure(dir, job, tool)?;
+    if let Some(file) = job.same {
+        let same = Command::new("qemu-img")
+            .current_dir(dir)
+            .args(["compare", "-q", "-f", "raw", "base.raw", file])
+            .status()?;
+        if !same.success() {
+            bail!("{} by {}: {file} does not hold what base.raw holds", job.name, tool.display());
+        }
+    }
+    Ok(cost)
+}
+
+/// Time and memory. A process keeps the largest resident size of the one it was forked from, so a small one, GNU
+/// time, stands between and says what the tool had.
+fn measure(dir: &Path, job: &Job, tool: &Path) -> Result<Cost> {
+    let args = job.args.split(' ').map(|arg| if arg == "{}" { "" } else { arg });
+    let mut command = Command::new("/usr/bin/time");
+    command.current_dir(dir).args(["-q", "-o", "rss", "-f", "%M"]).arg(tool).args(args);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let start = Instant::now();
+    let mut child = command.spawn().context("cannot start /usr/bin/time")?;
+    let mut said = String::new();
+    if let Some(mut stderr) = child.stderr.take() {
+        std::io::Read::read_to_string(&mut stderr, &mut said)?;
+    }
+    let (status, used) = usage::wait(&child)?;
+    let wall_s = start.elapsed().as_secs_f64();
+    if !status.success() {
+        bail!("{} {}: {status}: {}", tool.display(), job.args, said.trim());
+    }
+    let rss = fs::read_to_string(dir.join("rss"))?;
+    let rss_kib: f64 = rss.trim().parse().with_context(|| format!("GNU time said {rss:?}"))?;
+    let out: PathBuf = dir.join(job.same.unwrap_or("out"));
+    let out_mib = fs::metadata(out).map_or(0.0, |meta| meta.blocks() as f64 * 512.0 / MIB as f64);
+    Ok(Cost { wall_s, cpu_s: used.cpu_s, rss_mib: rss_kib / 1024.0, out_mib })
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
