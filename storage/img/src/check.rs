@@ -30,7 +30,7 @@ const OPTIONS: &[Opt] = &[
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
     let json = parsed.json()?;
-    open::cache_named("source", parsed.value("cache")?, block::CacheMode::Writeback)?;
+    open::cache_named("source ", parsed.value("cache")?, block::CacheMode::Writeback)?;
     let named = Named::of(parsed, file, "format")?;
     match parsed.value("repair")? {
         None => {}

@@ -10,7 +10,7 @@ use block::{
 };
 
 use crate::Command;
-use crate::error::{ImgError, Rule};
+use crate::error::{ImgError, MakeError, Rule};
 use crate::getopt::{OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::optlist::{self, Def, OptList, Value};
 use crate::qcow2_options::Qcow2Options;
@@ -56,7 +56,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     if !parsed.has("quiet") {
         println!("{}", request.announcement());
     }
-    request.make()?;
+    request.make(true).map_err(|source| ImgError::Create { name: request.label.clone(), source })?;
     Ok(0)
 }
 
@@ -65,7 +65,8 @@ fn image_size(word: &str) -> Result<u64, ImgError> {
     size::disk_bytes(word).map_err(|error| ImgError::size(error, "image size", word))
 }
 
-fn print_help(format: &str, with_file: bool) -> Result<u8, ImgError> {
+/// `-o help`.
+pub fn print_help(format: &str, with_file: bool) -> Result<u8, ImgError> {
     let defs = optlist::names_of(format).ok_or_else(|| ImgError::Plain(Rule::UnknownFormat(format.to_owned())))?;
     if with_file {
         print!("{}", optlist::help("Supported options", &defs));
@@ -90,9 +91,17 @@ pub struct Request {
 }
 
 impl Request {
-    /// Reads the name, the format and the lists of options.
+    /// Reads the name, the format and the lists of options. Errors begin with the name.
     pub fn new(file: &OsStr, format: &str, lists: &[&str]) -> Result<Request, ImgError> {
-        let label = file.to_string_lossy().into_owned();
+        Request::read(file, file.to_string_lossy().into_owned(), format, lists)
+    }
+
+    /// The same; errors do not name the file.
+    pub fn unnamed(file: &OsStr, format: &str, lists: &[&str]) -> Result<Request, ImgError> {
+        Request::read(file, String::new(), format, lists)
+    }
+
+    fn read(file: &OsStr, label: String, format: &str, lists: &[&str]) -> Result<Request, ImgError> {
         let rule = |rule| ImgError::Rule { subject: label.clone(), rule };
         let known = optlist::names_of(format).zip(format.parse().ok());
         let (defs, format) = known.ok_or_else(|| rule(Rule::UnknownFormat(format.to_owned())))?;
@@ -169,11 +178,17 @@ impl Request {
         &self.path
     }
 
-    /// Creates the image. The contents of a file that is there are lost once nothing but the host can fail.
-    pub fn make(&self) -> Result<(), ImgError> {
+    /// Sets an option.
+    pub fn set(&mut self, name: &str, value: Value) {
+        self.list.put(&self.defs, name, value);
+    }
+
+    /// Creates the image. The contents of a file that is there are lost once nothing but the host can fail. With
+    /// `durable` it is on stable storage when this returns.
+    pub fn make(&self, durable: bool) -> Result<(), MakeError> {
         let size = self.list.number("size").unwrap_or(0);
         if size > i64::MAX as u64 - 511 {
-            return Err(self.rule(Rule::Negative));
+            return Err(MakeError::Rule(Rule::Negative));
         }
         match self.format {
             Format::Raw => {
@@ -181,28 +196,28 @@ impl Request {
                     None | Some("off") => Preallocation::Off,
                     Some("falloc") => Preallocation::Falloc,
                     Some("full") => Preallocation::Full,
-                    Some(other) => return Err(self.rule(Rule::Preallocation(other.to_owned()))),
+                    Some(other) => return Err(MakeError::Rule(Rule::Preallocation(other.to_owned()))),
                 };
-                self.put(|file| format_raw(file, &self.path, size, mode))
+                self.put(durable, |file| format_raw(file, &self.path, size, mode))
             }
             Format::Qcow2 => {
-                let options = self.qcow2_options(size)?;
-                self.put(|file| format_qcow2(file, &self.path, size, &options))
+                let options = self.qcow2_options(size).map_err(MakeError::Rule)?;
+                self.put(durable, |file| format_qcow2(file, &self.path, size, &options))
             }
         }
     }
 
-    fn qcow2_options(&self, size: u64) -> Result<Qcow2Create, ImgError> {
-        let options = Qcow2Options::read(&self.list).map_err(|rule| self.rule(rule))?;
+    fn qcow2_options(&self, size: u64) -> Result<Qcow2Create, Rule> {
+        let options = Qcow2Options::read(&self.list)?;
         if !options.can_map(size) {
-            return Err(self.rule(Rule::TooLarge(self.format.name().to_owned())));
+            return Err(Rule::TooLarge(self.format.name().to_owned()));
         }
         for (name, given) in [
             ("data_file", self.list.has("data_file")),
             ("encrypt.format", options.luks || self.list.switch("encryption") == Some(true)),
         ] {
             if given {
-                return Err(self.rule(Rule::Option(name.to_owned())));
+                return Err(Rule::Option(name.to_owned()));
             }
         }
         let backing = self
@@ -221,16 +236,16 @@ impl Request {
         })
     }
 
-    fn put(&self, format: impl FnOnce(&HostFile) -> Result<(), BlockError>) -> Result<(), ImgError> {
-        let failed = |source| ImgError::Create { name: self.label.clone(), source };
+    fn put(&self, durable: bool, format: impl FnOnce(&HostFile) -> Result<(), BlockError>) -> Result<(), MakeError> {
         if self.path.is_dir() {
-            return Err(self.rule(Rule::Directory(self.label.clone())));
+            return Err(MakeError::Rule(Rule::Directory(self.path.display().to_string())));
         }
         let stands = self.path.exists();
-        let file = open_for_new(&self.path).map_err(failed)?;
-        let host = |source| ImgError::CreateHost { name: self.label.clone(), source };
-        let file = HostFile::new(file).map_err(host)?;
-        let done = format(&file).map_err(failed).and_then(|()| file.sync_data().map_err(host));
+        let file = HostFile::new(open_for_new(&self.path).map_err(MakeError::Block)?).map_err(MakeError::Host)?;
+        let mut done = format(&file).map_err(MakeError::Block);
+        if durable {
+            done = done.and_then(|()| file.sync_data().map_err(MakeError::Host));
+        }
         if done.is_err() && !stands {
             // The first error is what matters; a file that cannot be removed is there to be seen.
             let _ = std::fs::remove_file(&self.path);

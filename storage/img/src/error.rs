@@ -42,27 +42,28 @@ pub enum ImgError {
     NotText { option: &'static str },
     #[error("{name} expects {possible}, not '{found}'")]
     Value { name: &'static str, possible: &'static str, found: String },
-    #[error("Invalid {cache} cache option: {found}")]
+    #[error("Invalid {cache}cache option: {found}")]
     Cache { cache: &'static str, found: String },
     #[error("Invalid {what} specified: '{found}'.")]
     Number { what: &'static str, found: String },
     #[error("Invalid {what} specified. Must be between {min} and {max}.")]
     NumberRange { what: &'static str, min: u64, max: u64 },
     // --- names and values of -o
-    #[error("{subject}: Invalid parameter '{name}'")]
+    #[error("{}Invalid parameter '{name}'", prefix(subject))]
     Parameter { subject: String, name: String },
-    #[error("{subject}: Parameter '{name}' expects 'on' or 'off'")]
+    #[error("{}Parameter '{name}' expects 'on' or 'off'", prefix(subject))]
     ParameterSwitch { subject: String, name: &'static str },
-    #[error("{subject}: Parameter '{name}' expects a number")]
+    #[error("{}Parameter '{name}' expects a number", prefix(subject))]
     ParameterNumber { subject: String, name: &'static str },
     #[error(
-        "{subject}: Parameter '{name}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E \
-         means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
+        "{}Parameter '{name}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E means \
+         kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.",
+        prefix(subject)
     )]
     ParameterSize { subject: String, name: &'static str },
-    #[error("{subject}: Value '{found}' is out of range for parameter '{name}'")]
+    #[error("{}Value '{found}' is out of range for parameter '{name}'", prefix(subject))]
     ParameterRange { subject: String, name: &'static str, found: String },
-    #[error("{subject}: {rule}")]
+    #[error("{}{rule}", prefix(subject))]
     Rule { subject: String, rule: Rule },
     // --- secrets
     #[error("object type '{0}' is not supported; 'secret' is")]
@@ -92,13 +93,23 @@ pub enum ImgError {
     Open { name: String, source: BlockError },
     #[error("Could not open '{name}': {reason}")]
     OpenRule { name: String, reason: Rule },
-    #[error("{name}: {}", why(source))]
-    Create { name: String, source: BlockError },
+    #[error("{name}: {source}")]
+    Create { name: String, source: MakeError },
+    #[error("{name}: error while converting {format}: {source}")]
+    Converting { name: String, format: String, source: MakeError },
+    #[error("error while copying: {}\nThe target '{target}' is incomplete.", why(source))]
+    Incomplete { target: String, source: BlockError },
+    #[error("error while reading at byte {at}: {}", why(source))]
+    Reading { at: u64, source: BlockError },
+    #[error("error while writing at byte {at}: {}", host(source))]
+    Writing { at: u64, source: io::Error },
+    #[error("Error while comparing: {}", why(source))]
+    Comparing { source: BlockError },
     #[error("{name}: Could not create '{name}': {}", host(source))]
     CreateHost { name: String, source: io::Error },
     #[error("Failed to read block status: {}", why(source))]
     BlockStatus { source: BlockError },
-    #[error("{}\n{}: Invalid options for file format '{format}'", source.to_string().trim_start_matches(": "), crate::program())]
+    #[error("{source}\n{}: Invalid options for file format '{format}'", crate::program())]
     OptionsOf { format: String, source: Box<ImgError> },
     #[error("{doing}: {}", why(source))]
     Failed { doing: String, source: BlockError },
@@ -108,9 +119,23 @@ pub enum ImgError {
     NoChecks,
     #[error("the answer cannot be written: {}", host(.0))]
     Output(#[from] io::Error),
-    /// Said already; the code is all that is left.
-    #[error("")]
-    Code(u8),
+    /// Another exit code than that of the error.
+    #[error("{source}")]
+    WithCode { code: u8, source: Box<ImgError> },
+}
+
+/// Why an image was not created.
+#[derive(Debug, thiserror::Error)]
+pub enum MakeError {
+    /// Options that cannot be.
+    #[error("{0}")]
+    Rule(Rule),
+    /// The engine refused.
+    #[error("{}", why(.0))]
+    Block(BlockError),
+    /// The host refused.
+    #[error("{}", host(.0))]
+    Host(io::Error),
 }
 
 /// Rules that hold whatever the image; the texts are qemu-img's.
@@ -219,6 +244,21 @@ pub enum Rule {
     KeySecret,
     #[error("File contains external, encrypted or compressed clusters.")]
     MapNotPlain,
+    #[error("filesystem does not support O_DIRECT")]
+    NoDirect,
+    #[error("{0}")]
+    Requires(&'static str),
+    #[error(
+        "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to 16777216. Select 0 to \
+         disable sparse detection (fully allocates output)."
+    )]
+    SparseSize,
+    #[error("the sources together are larger than 2^63 bytes")]
+    SourcesTooLarge,
+    #[error("output file is smaller than input file")]
+    TargetTooSmall,
+    #[error("Use of backing file requires explicit backing format")]
+    ConvertBackingFormat,
     #[error("This file format does not support {0}")]
     FormatLacks(&'static str),
 }
@@ -236,7 +276,7 @@ impl ImgError {
     pub fn exit_code(&self) -> u8 {
         match self {
             ImgError::NoChecks => 63,
-            ImgError::Code(code) => *code,
+            ImgError::WithCode { code, .. } => *code,
             _ => 1,
         }
     }
@@ -245,6 +285,7 @@ impl ImgError {
     pub fn usage_of(&self) -> Option<&'static str> {
         match self {
             ImgError::NoCommand | ImgError::NoSuchCommand(_) => Some(""),
+            ImgError::WithCode { source, .. } => source.usage_of(),
             ImgError::NoSuchOption { command, .. }
             | ImgError::NoValue { command, .. }
             | ImgError::ValueUnwanted { command, .. }
@@ -267,6 +308,10 @@ pub fn host(error: &io::Error) -> String {
         Some(at) => text.get(..at).unwrap_or(&text).to_owned(),
         None => text,
     }
+}
+
+fn prefix(subject: &str) -> String {
+    if subject.is_empty() { String::new() } else { format!("{subject}: ") }
 }
 
 fn spec(error: &SpecError) -> String {

@@ -7,6 +7,8 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod compare;
+mod convert;
 mod create;
 mod error;
 mod getopt;
@@ -16,11 +18,13 @@ mod map;
 mod measure;
 mod open;
 mod optlist;
+mod progress;
 mod qcow2_options;
 mod rebase;
 mod secret;
 mod size;
 mod snapshot;
+mod stream;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -47,6 +51,8 @@ pub struct Command {
 
 const COMMANDS: &[&Command] = &[
     &check::COMMAND,
+    &compare::COMMAND,
+    &convert::COMMAND,
     &create::COMMAND,
     &info::COMMAND,
     &map::COMMAND,
@@ -77,7 +83,6 @@ fn main() -> ExitCode {
     let done = run(std::env::args_os().skip(1).collect());
     match done {
         Ok(code) => ExitCode::from(code),
-        Err(ImgError::Code(code)) => ExitCode::from(code),
         Err(error) => {
             let mut text = format!("{}: {error}\n", program());
             if let Some(command) = error.usage_of() {

@@ -4,7 +4,9 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use block::spec::{BackingSpec, ImageSpec};
-use block::{BlockError, CacheMode, ChainFile, Disk, Format, OpenOptions, inspect, resolve_chain_probing};
+use block::{
+    BlockError, CacheMode, ChainFile, Disk, Format, OpenOptions, inspect, resolve_chain_probing, use_direct_io,
+};
 
 use crate::error::{ImgError, Rule};
 use crate::getopt::Parsed;
@@ -57,7 +59,7 @@ pub fn format_named(label: &str, name: &str) -> Result<Format, ImgError> {
     }
 }
 
-/// A cache mode by name; `which` is `source` or `destination` in the message.
+/// A cache mode by name; `which`, with a blank behind it, says in the message whose.
 pub fn cache_named(which: &'static str, name: Option<&str>, default: CacheMode) -> Result<CacheMode, ImgError> {
     match name {
         None => Ok(default),
@@ -134,6 +136,14 @@ fn warn_of_probing(label: &str) {
 /// Makes a disk of open files.
 pub fn over(named: &Named, chain: Vec<ChainFile>, access: Access) -> Result<Disk, ImgError> {
     let format = chain.first().map_or(Format::Raw, |top| top.format);
+    if access.cache == CacheMode::None {
+        for layer in &chain {
+            use_direct_io(&layer.file).map_err(|_| ImgError::OpenRule {
+                name: layer.path_label.display().to_string(),
+                reason: Rule::NoDirect,
+            })?;
+        }
+    }
     let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..OpenOptions::default() };
     Disk::open(chain, &options).map_err(|source| ImgError::Open { name: named.label.clone(), source })
 }

@@ -41,8 +41,8 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
             what: "Must specify backing file (-b) or use unsafe mode (-u)",
         });
     }
-    let cache = open::cache_named("destination", parsed.value("cache")?, CacheMode::Writeback)?;
-    open::cache_named("source", parsed.value("backing-cache")?, CacheMode::Writeback)?;
+    let cache = open::cache_named("destination ", parsed.value("cache")?, CacheMode::Writeback)?;
+    open::cache_named("source ", parsed.value("backing-cache")?, CacheMode::Writeback)?;
     let named = Named::of(parsed, file, "format")?;
     if !unsafe_mode {
         return Err(ImgError::NotSupported("rebase without -u"));

@@ -327,3 +327,131 @@ fn rebase_is_called_by_libvirt_and_cinder() {
         ",
     );
 }
+
+/// Images with data, holes and zeroes of every kind, for those who copy and compare.
+const FILLED: &str = "
+    peer create -q -f qcow2 base.qcow2 8M
+    io -c 'write -P 1 0 1M' -c 'write -P 2 3M 100k' -c 'write -z 5M 256k' base.qcow2
+    peer create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2 10M
+    io -c 'write -P 3 512k 64k' -c 'write -z 0 64k' -c 'write -P 4 9M 3k' top.qcow2
+    peer create -q raw.img 4M
+    io -f raw -c 'write -P 5 1M 1M' -c 'write -P 0 2M 1M' -c 'write -P 6 3500k 512' raw.img
+";
+
+#[test]
+fn convert_is_called_by_everyone() {
+    check(&format!(
+        "{FILLED}
+        # nova
+        run convert -t none -O raw -f qcow2 top.qcow2 n1.raw
+        same n1.raw
+        run convert -t writeback -O qcow2 -f raw raw.img n2.qcow2
+        same n2.qcow2
+        run convert -t none -O qcow2 -c -f qcow2 top.qcow2 n3.qcow2
+        same n3.qcow2
+        # cinder
+        run convert -O raw -t none -f qcow2 -S 0 base.qcow2 c1.raw
+        same c1.raw
+        # Proxmox
+        ok convert -p -f qcow2 -O raw -t none -T none top.qcow2 p1.raw
+        same p1.raw
+        # libvirt
+        run convert -f qcow2 -O qcow2 -o preallocation=metadata,compat=1.1,lazy_refcounts base.qcow2 l1.qcow2
+        same l1.qcow2
+        # vdsm: json names, into an image that is there
+        peer create -q -f qcow2 v1.qcow2 10M
+        ok convert -p -t none -T none -f qcow2 -O qcow2 -W -n top.qcow2 v1.qcow2
+        same v1.qcow2
+        # people
+        run convert -O qcow2 top.qcow2 h1.qcow2
+        same h1.qcow2
+        run convert top.qcow2 -O qcow2 -c -o compression_type=zstd,cluster_size=128k h2.qcow2 -m 2 -W
+        same h2.qcow2
+        run convert -O qcow2 -B base.qcow2 -F qcow2 top.qcow2 h3.qcow2
+        same h3.qcow2
+        run convert -O qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2 top.qcow2 h4.qcow2
+        same h4.qcow2
+        run convert raw.img base.qcow2 both.raw
+        same both.raw
+        run convert -O qcow2 -o size=16M raw.img larger.qcow2
+        same larger.qcow2
+        run convert -C -O raw raw.img range.raw
+        same range.raw
+        run convert -q -p raw.img quiet.raw
+        run convert --image-opts -O raw driver=qcow2,file.driver=file,file.filename=top.qcow2 opts.raw
+        same opts.raw
+        peer create -q -f qcow2 there.qcow2 10M
+        run convert -n --target-image-opts top.qcow2 driver=qcow2,file.filename=there.qcow2
+        same there.qcow2
+        run convert -n --target-is-zero -O qcow2 raw.img there.qcow2
+        "
+    ));
+}
+
+#[test]
+fn convert_refuses_what_qemu_img_refuses() {
+    check(&format!(
+        "{FILLED}
+        peer create -q -f qcow2 big.qcow2 16M
+        fail 1 convert -O foo base.qcow2 out
+        fail 1 convert -f foo base.qcow2 out
+        fail 1 convert nope out
+        fail 1 convert -O raw -c base.qcow2 out
+        fail 1 convert -O qcow2 -o foo=1 base.qcow2 out
+        fail 1 convert -O qcow2 -o cluster_size=3k base.qcow2 out
+        fail 1 convert -n -O raw base.qcow2 nope2
+        fail 1 convert -n -O raw base.qcow2 raw.img
+        fail 1 convert -n -O qcow2 base.qcow2 raw.img
+        fail 1 convert --target-is-zero -O raw base.qcow2 out
+        fail 1 convert -O qcow2 -B base.qcow2 top.qcow2 out
+        fail 1 convert -O raw -B base.qcow2 -F qcow2 top.qcow2 out
+        fail 1 convert -O qcow2 -B nope -F qcow2 top.qcow2 out
+        fail 1 convert -m 0 base.qcow2 out
+        fail 1 convert -m 17 base.qcow2 out
+        fail 1 convert -S abc base.qcow2 out
+        fail 1 convert -S 1000 base.qcow2 out
+        fail 1 convert -t foo base.qcow2 out
+        fail 1 convert -T foo base.qcow2 out
+        fail 1 convert -C -c -O qcow2 base.qcow2 out
+        fail 1 convert -C -S 4k base.qcow2 out
+        fail 1 convert raw.img raw.img
+        fail 1 convert -O qcow2 base.qcow2 base.qcow2
+        fail 1 convert -O qcow2 top.qcow2 base.qcow2
+        fail 1 convert -n -o size=1 base.qcow2 big.qcow2
+        fail 1 convert --skip-broken-bitmaps -O qcow2 base.qcow2 out
+        fail 1 convert -r abc base.qcow2 out
+        fail 1 convert --target-image-opts base.qcow2 driver=qcow2,file.filename=big.qcow2
+        fail 1 convert -O qcow2 -o preallocation=metadata -c base.qcow2 out
+        usage convert
+        usage convert base.qcow2
+        usage convert -s x base.qcow2 out
+        usage convert --image-opts -f raw driver=raw,file.filename=raw.img out
+        same base.qcow2
+        same raw.img
+        "
+    ));
+}
+
+#[test]
+fn compare_is_called_by_vdsm() {
+    check(&format!(
+        "{FILLED}
+        peer convert -O qcow2 raw.img same.qcow2
+        peer convert -O raw top.qcow2 top.raw
+        peer create -q other.img 4M
+        io -f raw -c 'write -P 5 1M 1M' -c 'write -P 7 3500k 512' other.img
+        run compare -f raw -F qcow2 raw.img same.qcow2
+        run compare top.qcow2 top.raw
+        ok compare -p top.qcow2 top.raw
+        run compare -U top.qcow2 top.qcow2
+        ok compare -q raw.img same.qcow2
+        code 1 compare raw.img base.qcow2
+        code 1 compare raw.img other.img
+        code 1 compare -q raw.img other.img
+        code 1 compare -s base.qcow2 top.qcow2
+        fail 2 compare raw.img nope
+        fail 2 compare -f qcow2 raw.img base.qcow2
+        fail 2 compare -T foo raw.img base.qcow2
+        "
+    ));
+}

@@ -1,0 +1,270 @@
+//! `convert`: copies images into a new one, of another format if asked.
+
+use std::ffi::OsString;
+
+use block::{CacheMode, CopyOptions, Disk};
+
+use crate::Command;
+use crate::create::Request;
+use crate::error::{ImgError, Rule};
+use crate::getopt::{FORCE_SHARE, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
+use crate::open::{self, Access, Named};
+use crate::optlist::{self, Value};
+use crate::progress::Progress;
+use crate::size::{self, SizeError};
+use crate::stream;
+
+/// `convert`.
+pub const COMMAND: Command = Command {
+    name: "convert",
+    about: "Copy an image to another, with optional format conversion",
+    operands: "FILENAME [FILENAME2 [...]] TARGET",
+    options: OPTIONS,
+    run,
+};
+
+const OPTIONS: &[Opt] = &[
+    QUIET,
+    PROGRESS,
+    opt('f', &["source-format"], "FMT", "format of the sources; without it the files are looked at"),
+    flag('\0', &["source-image-opts", "image-opts"], "source names are driver=...,file.filename=..."),
+    opt(
+        'l',
+        &["source-snapshot"],
+        "SNAPSHOT",
+        "copy this internal snapshot: snapshot.name=..., snapshot.id=..., or either",
+    ),
+    opt('T', &["source-cache"], "CACHE", "cache mode of the sources (writeback)"),
+    opt('O', &["target-format"], "FMT", "format of the target; raw if not given"),
+    flag('\0', &["target-image-opts"], "the target's name is driver=...,file.filename=... (needs -n)"),
+    opt('o', &["target-options"], "NAME=VALUE,...", "options of the target; '-o help' lists them"),
+    flag('c', &["compress"], "compress the target"),
+    opt('t', &["target-cache"], "CACHE", "cache mode of the target (unsafe)"),
+    opt('B', &["backing"], "FILE", "the target shows FILE where the source's top image holds nothing"),
+    opt('F', &["backing-format"], "FMT", "format of the backing file"),
+    flag('n', &["no-create"], "the target exists already"),
+    flag('\0', &["target-is-zero"], "the target reads as zeroes everywhere (needs -n)"),
+    opt('S', &["sparse-size"], "SIZE", "shortest run of zeroes that becomes a hole (4k); 0: none, all space is taken"),
+    flag('\0', &["bitmaps"], "copy persistent bitmaps too"),
+    flag('\0', &["skip-broken-bitmaps"], "leave out bitmaps that are not consistent"),
+    FORCE_SHARE,
+    opt('r', &["rate"], "RATE", "most bytes in a second"),
+    opt('m', &["parallel"], "COUNT", "requests at once, 1 to 16 (8)"),
+    flag('C', &["copy-range-offloading"], "let the host copy"),
+    flag('\0', &["salvage"], "read errors are warnings, and zeroes in the target"),
+    flag('W', &["oob-writes"], "let writes overtake each other"),
+    OBJECT,
+];
+
+/// Smallest run of zeroes looked for in data when `-S` is not given.
+const SPARSE_BYTES: u64 = 4096;
+/// Largest `-S`.
+const SPARSE_MAX_BYTES: u64 = 16 << 20;
+
+fn run(parsed: &Parsed) -> Result<u8, ImgError> {
+    let format = parsed.value("target-format")?;
+    let lists = parsed.values("target-options")?;
+    if optlist::wants_help(&lists) {
+        return crate::create::print_help(format.unwrap_or("raw"), parsed.words.last().is_some());
+    }
+    check_options(parsed)?;
+    let options = copy_options(parsed)?;
+    let rate = parsed.value("rate")?.map(|text| number(text, "rate limit")).transpose()?;
+    let target_cache = open::cache_named("", parsed.value("target-cache")?, CacheMode::Unsafe)?;
+    let source_cache = open::cache_named("source ", parsed.value("source-cache")?, CacheMode::Writeback)?;
+    let Some((target, sources)) = parsed.words.split_last().filter(|(_, sources)| !sources.is_empty()) else {
+        return Err(ImgError::Needed { command: "convert", what: "Must specify image file name" });
+    };
+    let access = Access { cache: source_cache, ..Access::read(parsed) };
+    let sources = open_sources(parsed, sources, access)?;
+    let total = sources.iter().try_fold(0u64, |sum, disk| sum.checked_add(disk.size_bytes()));
+    let total = total.ok_or(ImgError::Plain(Rule::SourcesTooLarge))?;
+    if stream::is_stream(target) {
+        return to_stream(parsed, &sources, target, total, rate);
+    }
+    let (target, created) = open_target(parsed, target, format, total, target_cache)?;
+    if total > target.size_bytes() {
+        return Err(ImgError::Plain(Rule::TargetTooSmall));
+    }
+    let options = CopyOptions {
+        target_is_zero: (created.is_zero && options.sparse_bytes > 0) || parsed.has("target-is-zero"),
+        top_only: created.has_backing,
+        ..options
+    };
+    let progress = Progress::of(parsed, rate);
+    let mut before = 0;
+    for source in &sources {
+        let options = CopyOptions { target_offset: before, ..options.clone() };
+        block::copy(source, &target, &options, &|done, _| {
+            progress.report(before + done, total);
+            true
+        })
+        .map_err(|source| ImgError::Incomplete { target: created.label.clone(), source })?;
+        before += source.size_bytes();
+    }
+    target.flush().map_err(|source| ImgError::Incomplete { target: created.label.clone(), source })?;
+    progress.end();
+    Ok(0)
+}
+
+/// Options that need or exclude each other, in qemu-img's order.
+fn check_options(parsed: &Parsed) -> Result<(), ImgError> {
+    let rule = |rule| Err(ImgError::Plain(rule));
+    let has = |name| parsed.has(name);
+    if has("source-image-opts") && has("source-format") {
+        return Err(ImgError::Exclusive { command: "convert", one: "image-opts", other: "format" });
+    }
+    if has("target-image-opts") && has("target-format") {
+        return Err(ImgError::Exclusive { command: "convert", one: "image-opts", other: "format" });
+    }
+    if has("target-image-opts") && !has("no-create") {
+        return rule(Rule::Requires("--target-image-opts requires use of -n flag"));
+    }
+    if has("target-is-zero") && !has("no-create") {
+        return rule(Rule::Requires("--target-is-zero requires use of -n flag"));
+    }
+    if has("skip-broken-bitmaps") && !has("bitmaps") {
+        return rule(Rule::Requires("Use of --skip-broken-bitmaps requires --bitmaps"));
+    }
+    if has("copy-range-offloading") && has("compress") {
+        return rule(Rule::Requires("Cannot enable copy offloading when -c is used"));
+    }
+    if has("copy-range-offloading") && has("sparse-size") {
+        return rule(Rule::Requires("Cannot enable copy offloading when -S is used"));
+    }
+    if has("no-create") && has("target-options") {
+        return rule(Rule::Requires("-o has no effect when skipping image creation"));
+    }
+    for (option, name) in
+        [("source-snapshot", "convert -l"), ("bitmaps", "convert --bitmaps"), ("salvage", "convert --salvage")]
+    {
+        if has(option) {
+            return Err(ImgError::NotSupported(name));
+        }
+    }
+    Ok(())
+}
+
+fn copy_options(parsed: &Parsed) -> Result<CopyOptions, ImgError> {
+    let mut options = CopyOptions {
+        workers: default_workers(),
+        out_of_order: parsed.has("oob-writes"),
+        compressed: parsed.has("compress"),
+        sparse_bytes: SPARSE_BYTES,
+        ..CopyOptions::default()
+    };
+    if let Some(text) = parsed.value("parallel")? {
+        let count: Option<usize> = text.parse().ok().filter(|count| (1..=16).contains(count));
+        let count = count.ok_or(ImgError::NumberRange { what: "number of coroutines", min: 1, max: 16 })?;
+        options.workers = options.workers.min(count);
+    }
+    if let Some(text) = parsed.value("sparse-size")? {
+        let bytes = number(text, "buffer size for sparse output")?;
+        if bytes % 512 != 0 || bytes > SPARSE_MAX_BYTES {
+            return Err(ImgError::Plain(Rule::SparseSize));
+        }
+        options.sparse_bytes = bytes;
+    }
+    Ok(options)
+}
+
+/// One thread for each processor: more would only take turns.
+pub fn default_workers() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).clamp(1, 16)
+}
+
+fn number(text: &str, what: &'static str) -> Result<u64, ImgError> {
+    size::disk_bytes(text).map_err(|error| match error {
+        SizeError::Text => ImgError::Number { what, found: text.to_owned() },
+        SizeError::Range => ImgError::NumberRange { what, min: 0, max: i64::MAX as u64 },
+    })
+}
+
+fn open_sources(parsed: &Parsed, names: &[OsString], access: Access) -> Result<Vec<Disk>, ImgError> {
+    let format = parsed.value("source-format")?;
+    let open = |name: &OsString| {
+        let named = Named::new(name, parsed.has("source-image-opts"), format)?;
+        open::disk(&named, access)
+    };
+    names.iter().map(open).collect()
+}
+
+/// What the target is before the copy.
+struct Target {
+    label: String,
+    /// It reads as zeroes.
+    is_zero: bool,
+    /// It shows a backing file.
+    has_backing: bool,
+}
+
+fn open_target(
+    parsed: &Parsed,
+    name: &OsString,
+    format: Option<&str>,
+    total: u64,
+    cache: CacheMode,
+) -> Result<(Disk, Target), ImgError> {
+    let label = name.to_string_lossy().into_owned();
+    if parsed.has("no-create") {
+        let image_opts = parsed.has("target-image-opts");
+        let format = if image_opts { format } else { Some(format.unwrap_or("raw")) };
+        let named = Named::new(name, image_opts, format)?;
+        let disk = open::disk(&named, Access::write(cache))?;
+        let has_backing = parsed.has("backing");
+        return Ok((disk, Target { label, is_zero: false, has_backing }));
+    }
+    let format = format.unwrap_or("raw");
+    let mut request = Request::unnamed(name, format, &parsed.values("target-options")?)?;
+    request.add_backing(parsed.value("backing")?, parsed.value("backing-format")?)?;
+    let has_backing = request.list.has("backing_file");
+    if has_backing && !request.list.has("backing_fmt") {
+        return Err(ImgError::Plain(Rule::ConvertBackingFormat));
+    }
+    if parsed.has("compress") {
+        check_compressible(&request, format)?;
+    }
+    // Whatever -o says: qemu-img takes the source's too.
+    request.set("size", Value::Number(total));
+    let converting = |source| ImgError::Converting { name: label.clone(), format: format.to_owned(), source };
+    request.make(false).map_err(converting)?;
+    let is_file = request.path().is_file();
+    let named = Named::new(name, false, Some(format))?;
+    let disk = open::disk(&named, Access::write(cache))?;
+    Ok((disk, Target { label, is_zero: is_file && !has_backing, has_backing }))
+}
+
+fn check_compressible(request: &Request, format: &str) -> Result<(), ImgError> {
+    if format != "qcow2" && format != "vmdk" {
+        return Err(ImgError::Plain(Rule::Requires("Compression not supported for this file format")));
+    }
+    if request.list.text("preallocation").is_some_and(|mode| mode != "off") {
+        return Err(ImgError::Plain(Rule::Requires("Compression and preallocation not supported at the same time")));
+    }
+    if request.list.has("encrypt.format") {
+        return Err(ImgError::Plain(Rule::Requires("Compression and encryption not supported at the same time")));
+    }
+    Ok(())
+}
+
+/// Into a pipe: from the first byte to the last, raw.
+fn to_stream(
+    parsed: &Parsed,
+    sources: &[Disk],
+    target: &OsString,
+    total: u64,
+    rate: Option<u64>,
+) -> Result<u8, ImgError> {
+    if parsed.value("target-format")?.unwrap_or("raw") != "raw" {
+        return Err(ImgError::Plain(Rule::Requires("only a raw image can be written to a pipe")));
+    }
+    let progress = Progress::of(parsed, rate);
+    let mut out = stream::open(target)?;
+    let mut before = 0;
+    for source in sources {
+        stream::copy(source, &mut out, &mut |done| progress.report(before + done, total))?;
+        before += source.size_bytes();
+    }
+    progress.end();
+    Ok(0)
+}
