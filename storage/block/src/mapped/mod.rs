@@ -7,6 +7,8 @@
 //! Durability: a block's data, then (after `fdatasync`) the entry that refers to it. Entries stay in memory until
 //! a flush. After a crash, what lies behind the last block that a table knows is overwritten.
 
+#[cfg(test)]
+mod crash_tests;
 mod node;
 mod pages;
 mod store;

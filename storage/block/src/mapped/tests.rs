@@ -92,7 +92,7 @@ pub(crate) fn open_vmdk_beside(path: &Path, read_only: bool) -> Result<VmdkNode,
 }
 
 /// Creates an empty image as our tool does it, from options in qemu-img's words.
-fn create(format: &str, options: &str, path: &Path, size_bytes: u64) {
+pub(crate) fn create(format: &str, options: &str, path: &Path, size_bytes: u64) {
     let file = host_file(path, true);
     match format {
         "vdi" => create_vdi(&*file, path, size_bytes, &VdiOptions { is_static: options == "static=on" }),
