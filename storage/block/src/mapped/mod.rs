@@ -9,6 +9,8 @@
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod hostile_tests;
 mod node;
 mod pages;
 mod store;

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use image::vmdk::layout::Subformat;
+
 use crate::error::BlockError;
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
@@ -109,7 +111,13 @@ pub(crate) fn create(format: &str, options: &str, path: &Path, size_bytes: u64) 
         }
         "vmdk" => {
             let zeroed_grain = options == "zeroed_grain=on";
-            create_vmdk(&*file, path, size_bytes, &VmdkOptions { zeroed_grain, ..VmdkOptions::default() })
+            let subformat = if options.contains("streamOptimized") {
+                Subformat::StreamOptimized
+            } else {
+                Subformat::MonolithicSparse
+            };
+            let options = VmdkOptions { zeroed_grain, subformat, ..VmdkOptions::default() };
+            create_vmdk(&*file, path, size_bytes, &options)
         }
         other => panic!("{other}"),
     }

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use image::vmdk::{
-    Access, DESCRIPTOR_MAX_BYTES, Descriptor, ExtentKind as LineKind, SECTOR_BYTES, SparseHeader, VmdkError,
-    deflate_grain, replace_cid,
+    Access, DESCRIPTOR_MAX_BYTES, Descriptor, ExtentKind as LineKind, GD_ENTRIES_MAX, SECTOR_BYTES, SparseHeader,
+    VmdkError, deflate_grain, replace_cid,
 };
 
 use crate::error::BlockError;
@@ -165,6 +165,7 @@ fn open_parts(
     }
     let mut files = extents.into_iter();
     let mut start = 0;
+    let mut gd_entries = 0;
     let mut parts = Vec::with_capacity(descriptor.extents.len());
     for line in &descriptor.extents {
         let bytes = line.sectors * SECTOR_BYTES;
@@ -190,6 +191,10 @@ fn open_parts(
             LineKind::Sparse => {
                 let file = next_file()?;
                 let header = sparse_header(&file)?.ok_or_else(|| file.refused(VmdkError::Magic))?;
+                gd_entries += header.gd_entries();
+                if gd_entries > GD_ENTRIES_MAX {
+                    return Err(store.refused(VmdkError::GdTooLarge { entries: gd_entries, max: GD_ENTRIES_MAX }));
+                }
                 if header.capacity_sectors < line.sectors {
                     return Err(store.refused(too_short(header.capacity_sectors)));
                 }

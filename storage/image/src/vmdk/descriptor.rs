@@ -1,10 +1,12 @@
 //! The text descriptor: identity, extents, and the "disk data base" with geometry and adapter.
 
+use std::collections::HashSet;
+
 use super::{DESCRIPTOR_MAX_BYTES, SECTOR_BYTES, VmdkError};
 
 const SIGNATURE: &str = "# Disk DescriptorFile";
-/// Extents of 2 GiB for a disk of 64 TiB.
-const EXTENTS_MAX: usize = 32768;
+/// Extents of 2 GiB for a disk of 8 TiB. Each takes a file descriptor.
+const EXTENTS_MAX: usize = 4096;
 
 /// What may be done with an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +79,7 @@ impl Descriptor {
         let mut found =
             Descriptor { cid: 0, parent_cid: u32::MAX, create_type: String::new(), parent_name: None, extents: vec![] };
         let mut sectors = 0u64;
+        let mut sparse_names = HashSet::new();
         for (i, line) in text.lines().enumerate() {
             let line_number = i + 1;
             let line = line.trim();
@@ -90,6 +93,10 @@ impl Descriptor {
                     .ok_or(VmdkError::ExtentSum)?;
                 if found.extents.len() >= EXTENTS_MAX {
                     return Err(VmdkError::TooManyExtents { max: EXTENTS_MAX });
+                }
+                // Tables of one file, loaded for each of thousands of extents, would take memory without end.
+                if extent.kind == ExtentKind::Sparse && !sparse_names.insert(extent.name.clone()) {
+                    return Err(VmdkError::ExtentTwice { line: line_number, name: extent.name });
                 }
                 found.extents.push(extent);
             } else if let Some((key, value)) = line.split_once('=') {
@@ -256,6 +263,9 @@ fn text_that_is_no_descriptor_is_refused() {
     }
     let many = format!("{SIGNATURE}\n{}", "RW 1 ZERO\n".repeat(EXTENTS_MAX + 1));
     assert_eq!(Descriptor::parse(many.as_bytes()), Err(VmdkError::TooManyExtents { max: EXTENTS_MAX }));
+    let twice = format!("{SIGNATURE}\nRW 1 SPARSE \"a\"\nRW 1 SPARSE \"a\"\n");
+    let error = VmdkError::ExtentTwice { line: 3, name: "a".to_owned() };
+    assert_eq!(Descriptor::parse(twice.as_bytes()), Err(error));
     let sum = format!("{SIGNATURE}\nRW {0} ZERO\nRW {0} ZERO\n", i64::MAX as u64 / 512);
     assert_eq!(Descriptor::parse(sum.as_bytes()), Err(VmdkError::ExtentSum));
     let large = vec![b'#'; (1 << 20) + 1];

@@ -26,7 +26,8 @@ const COMPRESS_DEFLATE: u16 = 1;
 /// QEMU's limits, so that both open the same images.
 const GRAIN_SECTORS_MAX: u64 = 0x20_0000;
 const GTES_MAX: u32 = 512;
-const GD_ENTRIES_MAX: u64 = (32 << 20) / 4;
+/// Most entries of a grain directory: 32 MiB.
+pub const GD_ENTRIES_MAX: u64 = (32 << 20) / 4;
 /// A compressed grain is unpacked whole in memory, so it gets a limit of its own. Every writer uses 128.
 const COMPRESSED_GRAIN_SECTORS_MAX: u64 = 4096;
 

@@ -2,8 +2,8 @@
 //! A stream has its directory at the end instead, as VMware writes it and ESX demands it.
 
 use super::{
-    FLAG_COMPRESSED, FLAG_LINE_ENDS, FLAG_MARKERS, FLAG_REDUNDANT, FLAG_ZERO_GRAINS, GD_AT_END, SECTOR_BYTES,
-    SparseHeader, VmdkError, stream_end,
+    FLAG_COMPRESSED, FLAG_LINE_ENDS, FLAG_MARKERS, FLAG_REDUNDANT, FLAG_ZERO_GRAINS, GD_AT_END, GD_ENTRIES_MAX,
+    SECTOR_BYTES, SparseHeader, VmdkError, stream_end,
 };
 use crate::bytes::NewFile;
 
@@ -93,8 +93,7 @@ pub fn lay_out(new: &NewImage) -> Result<NewFile, VmdkError> {
     let too_large = VmdkError::Size { size_bytes: new.size_bytes };
     let size_bytes = new.size_bytes.checked_next_multiple_of(SECTOR_BYTES).ok_or(too_large.clone())?;
     let capacity_sectors = size_bytes / SECTOR_BYTES;
-    // 32 MiB of grain directory, the most that QEMU opens.
-    if capacity_sectors.div_ceil(GRAIN_SECTORS * u64::from(GT_ENTRIES)) > (32 << 20) / 4 {
+    if capacity_sectors.div_ceil(GRAIN_SECTORS * u64::from(GT_ENTRIES)) > GD_ENTRIES_MAX {
         return Err(too_large);
     }
     let descriptor = describe(new, capacity_sectors)?;

@@ -13,7 +13,8 @@ use thiserror::Error;
 
 pub use descriptor::{Access, Descriptor, ExtentKind, ExtentLine, replace_cid};
 pub use header::{
-    FLAG_COMPRESSED, FLAG_LINE_ENDS, FLAG_MARKERS, FLAG_REDUNDANT, FLAG_ZERO_GRAINS, HEADER_BYTES, SparseHeader,
+    FLAG_COMPRESSED, FLAG_LINE_ENDS, FLAG_MARKERS, FLAG_REDUNDANT, FLAG_ZERO_GRAINS, GD_ENTRIES_MAX, HEADER_BYTES,
+    SparseHeader,
 };
 pub use stream::{
     FOOTER_AREA_BYTES, GRAIN_MARKER_BYTES, Marker, compressed_span, deflate_grain, grain_header, inflate_grain,
@@ -96,6 +97,8 @@ pub enum VmdkError {
              paths are refused, because an image could name any file of the host with them"
     )]
     ExtentName { line: usize, name: String },
+    #[error("line {line} of the descriptor: the sparse extent '{name}' is there twice")]
+    ExtentTwice { line: usize, name: String },
     #[error("the descriptor has more than {max} extents")]
     TooManyExtents { max: usize },
     #[error("the extents together are larger than 2^63 bytes")]
