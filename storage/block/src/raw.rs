@@ -2,16 +2,19 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::create::{Preallocation, preallocate};
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
 use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node};
+use crate::qcow2::MaintenanceError;
 use crate::sys::{ReadBufs, WriteBufs};
 
 pub(crate) struct RawNode {
     file: Arc<dyn FileBackend>,
     path: PathBuf,
-    size_bytes: u64,
+    size_bytes: AtomicU64,
     /// Never wait for stable storage.
     no_sync: bool,
 }
@@ -20,7 +23,7 @@ impl RawNode {
     pub(crate) fn open(file: Arc<dyn FileBackend>, path: PathBuf, no_sync: bool) -> Result<RawNode, BlockError> {
         let bytes = file.len_bytes().map_err(|e| BlockError::io(&path, Action::Stat, e))?;
         let size_bytes = bytes.min(i64::MAX as u64 - 511).next_multiple_of(512);
-        Ok(RawNode { file, path, size_bytes, no_sync })
+        Ok(RawNode { file, path, size_bytes: AtomicU64::new(size_bytes), no_sync })
     }
 
     fn done<T>(&self, action: Action, result: std::io::Result<T>) -> Result<T, BlockError> {
@@ -30,7 +33,7 @@ impl RawNode {
 
 impl Node for RawNode {
     fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::Relaxed)
     }
 
     fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
@@ -65,6 +68,23 @@ impl Node for RawNode {
 
     fn flush(&self) -> Result<(), BlockError> {
         if self.no_sync { Ok(()) } else { self.done(Action::Sync, self.file.sync_data()) }
+    }
+
+    /// A block device keeps its size; the host says so.
+    fn resize(&self, _below: Below<'_>, to_bytes: u64, shrink: bool, room: Preallocation) -> Result<(), BlockError> {
+        let from_bytes = self.size_bytes();
+        if to_bytes < from_bytes && !shrink {
+            let source = MaintenanceError::ShrinkNotAllowed { from_bytes, to_bytes };
+            return Err(BlockError::Maintenance { path: self.path.clone(), source });
+        }
+        let rounded = to_bytes.min(i64::MAX as u64 - 511).next_multiple_of(512);
+        // The last sector may be a part of one, as in any raw file.
+        self.done(Action::Write, self.file.set_len_bytes(to_bytes.min(rounded)))?;
+        if rounded > from_bytes {
+            preallocate(&*self.file, &self.path, from_bytes..rounded, room)?;
+        }
+        self.size_bytes.store(rounded, Ordering::Relaxed);
+        Ok(())
     }
 
     fn cluster_bytes(&self) -> u64 {

@@ -2,14 +2,14 @@
 
 use std::io::{Write, stdout};
 
-use block::{Checked, Format, check_image, inspect};
-use serde_json::json;
+use block::{CacheMode, Checked, Format, Repair, check_image, repair_image};
+use serde_json::{Value, json};
 
 use crate::Command;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, QUIET, opt};
 use crate::json::write_json;
-use crate::open::{self, Named};
+use crate::open::{self, Access, Named};
 
 /// `check`.
 pub const COMMAND: Command =
@@ -32,32 +32,40 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let json = parsed.json()?;
     open::cache_named("source ", parsed.value("cache")?, block::CacheMode::Writeback)?;
     let named = Named::of(parsed, file, "format")?;
-    match parsed.value("repair")? {
-        None => {}
+    let repair = match parsed.value("repair")? {
+        None => None,
         Some("leaks" | "all") if parsed.has("force-share") => {
             return Err(ImgError::OpenRule { name: named.label, reason: Rule::ShareWrite });
         }
-        Some("leaks" | "all") => return Err(ImgError::NotSupported("check -r")),
+        Some("leaks") => Some(Repair::Leaks),
+        Some("all") => Some(Repair::All),
         Some(other) => {
-            return Err(ImgError::Value {
-                name: "--repair (-r)",
-                possible: "'leaks' or 'all'",
-                found: other.to_owned(),
-            });
+            return Err(ImgError::RepairWhat { command: "check", found: other.to_owned() });
         }
-    }
-    let path = named.plain_path()?;
-    let open = |source| ImgError::Open { name: named.label.clone(), source };
-    let info = inspect(path, named.spec.driver).map_err(open)?;
-    if info.format == Format::Raw {
+    };
+    let access = match repair {
+        None => Access::read(parsed),
+        Some(_) => Access::write(CacheMode::Writeback),
+    };
+    let top = open::top(&named, access)?;
+    if top.format != Format::Qcow2 {
         return Err(ImgError::NoChecks);
     }
-    let checked = check_image(path).map_err(|source| ImgError::Failed { doing: "Check failed".to_owned(), source })?;
+    let failed = |source| ImgError::Failed { doing: "Check failed".to_owned(), source };
+    let (checked, fixed) = match repair {
+        None => (check_image(&top.path_label).map_err(failed)?, Fixed::default()),
+        Some(what) => {
+            let done = repair_image(top, what).map_err(failed)?;
+            print_findings(&done.before);
+            (done.after, Fixed { leaks: done.leaks_fixed, corruptions: done.corruptions_fixed })
+        }
+    };
+    print_findings(&checked);
     let mut out = stdout().lock();
     if json {
-        write_json(&mut out, &as_json(&named.label, &checked))?;
+        write_json(&mut out, &as_json(&named.label, &checked, fixed))?;
     } else if !parsed.has("quiet") {
-        out.write_all(as_text(&checked).as_bytes())?;
+        out.write_all(as_text(&checked, fixed).as_bytes())?;
     }
     Ok(match &checked {
         c if c.corruptions > 0 => 2,
@@ -66,15 +74,32 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     })
 }
 
-fn as_json(file: &str, checked: &Checked) -> serde_json::Value {
+/// What a repair mended.
+#[derive(Clone, Copy, Debug, Default)]
+struct Fixed {
+    leaks: u64,
+    corruptions: u64,
+}
+
+fn print_findings(checked: &Checked) {
+    for finding in &checked.findings {
+        eprintln!("{finding}");
+    }
+}
+
+fn as_json(file: &str, checked: &Checked, fixed: Fixed) -> Value {
     let mut value = json!({
         "image-end-offset": checked.image_end_bytes, "total-clusters": checked.total_clusters, "check-errors": 0,
         "filename": file, "format": "qcow2",
     });
     for (name, count) in [
         ("allocated-clusters", checked.allocated_clusters),
+        ("fragmented-clusters", checked.fragmented_clusters),
+        ("compressed-clusters", checked.compressed_clusters),
         ("corruptions", checked.corruptions),
         ("leaks", checked.leaks),
+        ("corruptions-fixed", fixed.corruptions),
+        ("leaks-fixed", fixed.leaks),
     ] {
         if count > 0 {
             value[name] = json!(count);
@@ -83,9 +108,16 @@ fn as_json(file: &str, checked: &Checked) -> serde_json::Value {
     value
 }
 
-fn as_text(checked: &Checked) -> String {
-    let mut text: String = checked.findings.iter().map(|finding| format!("{finding}\n")).collect();
+fn as_text(checked: &Checked, fixed: Fixed) -> String {
     let Checked { corruptions, leaks, .. } = checked;
+    let mut text = String::new();
+    if fixed.leaks > 0 || fixed.corruptions > 0 {
+        text += &format!(
+            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n\
+             Double checking the fixed image now...\n",
+            fixed.leaks, fixed.corruptions
+        );
+    }
     if *corruptions > 0 {
         text += &format!(
             "\n{corruptions} errors were found on the image.\n\
@@ -101,9 +133,15 @@ fn as_text(checked: &Checked) -> String {
     if *corruptions == 0 && *leaks == 0 {
         text += "No errors were found on the image.\n";
     }
-    if checked.allocated_clusters > 0 && checked.total_clusters > 0 {
-        let (used, all) = (checked.allocated_clusters, checked.total_clusters);
-        text += &format!("{used}/{all} = {:.2}% allocated\n", used as f64 * 100.0 / all as f64);
+    let (used, all) = (checked.allocated_clusters, checked.total_clusters);
+    if used > 0 && all > 0 {
+        let share = |part: u64, whole: u64| part as f64 * 100.0 / whole as f64;
+        text += &format!(
+            "{used}/{all} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\n",
+            share(used, all),
+            share(checked.fragmented_clusters, used),
+            share(checked.compressed_clusters, used)
+        );
     }
     if checked.image_end_bytes > 0 {
         text += &format!("Image end offset: {}\n", checked.image_end_bytes);

@@ -40,8 +40,8 @@ pub enum ImgError {
     Needed { command: &'static str, what: &'static str },
     #[error("the value of --{option} is not UTF-8 text")]
     NotText { option: &'static str },
-    #[error("{name} expects {possible}, not '{found}'")]
-    Value { name: &'static str, possible: &'static str, found: String },
+    #[error("--repair (-r) expects 'leaks' or 'all' not '{found}'")]
+    RepairWhat { command: &'static str, found: String },
     #[error("Invalid {cache}cache option: {found}")]
     Cache { cache: &'static str, found: String },
     #[error("Invalid {what} specified: '{found}'.")]
@@ -103,6 +103,8 @@ pub enum ImgError {
     Reading { at: u64, source: BlockError },
     #[error("error while writing at byte {at}: {}", host(source))]
     Writing { at: u64, source: io::Error },
+    #[error("{}", why(source))]
+    Resize { source: BlockError },
     #[error("Error while comparing: {}", why(source))]
     Comparing { source: BlockError },
     #[error("{name}: Could not create '{name}': {}", host(source))]
@@ -212,7 +214,11 @@ pub enum Rule {
     ShareWrite,
     #[error("Image does not have a backing file")]
     NoBackingFile,
-    #[error("Use the --shrink option to perform a shrink operation.")]
+    #[error(
+        "Use the --shrink option to perform a shrink operation.\n{}: warning: Shrinking an image will delete all data \
+         beyond the shrunken image's end. Before performing such an operation, make sure there is no important data there.",
+        crate::program()
+    )]
     Shrink,
     #[error("New image size must be positive")]
     NotPositive,
@@ -294,6 +300,7 @@ impl ImgError {
             | ImgError::Extra { command, .. }
             | ImgError::OutputFormat { command, .. }
             | ImgError::Exclusive { command, .. }
+            | ImgError::RepairWhat { command, .. }
             | ImgError::MixedActions { command }
             | ImgError::Needed { command, .. } => Some(command),
             _ => None,

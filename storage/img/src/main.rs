@@ -21,6 +21,7 @@ mod optlist;
 mod progress;
 mod qcow2_options;
 mod rebase;
+mod resize;
 mod secret;
 mod size;
 mod snapshot;
@@ -58,6 +59,7 @@ const COMMANDS: &[&Command] = &[
     &map::COMMAND,
     &measure::COMMAND,
     &rebase::COMMAND,
+    &resize::COMMAND,
     &snapshot::COMMAND,
 ];
 
@@ -112,7 +114,10 @@ fn run(args: Vec<OsString>) -> Result<u8, ImgError> {
     let Some(command) = COMMANDS.iter().find(|command| name == command.name) else {
         return Err(ImgError::NoSuchCommand(name.to_string_lossy().into_owned()));
     };
-    let args: Vec<OsString> = args.collect();
+    let mut args: Vec<OsString> = args.collect();
+    if command.name == resize::COMMAND.name {
+        args = resize::keep_size(args);
+    }
     if asks_help(command, &args) {
         return print(&help(command));
     }

@@ -103,7 +103,12 @@ pub fn chain(named: &Named, access: Access) -> Result<Vec<ChainFile>, ImgError> 
     if named.spec.backing != BackingSpec::FromHeader {
         return Err(ImgError::NotSupported("an image name with 'backing'"));
     }
-    resolve_chain_probing(named.plain_path()?, named.spec.driver, !access.write, !access.share).map_err(failed)
+    let chain = resolve_chain_probing(named.plain_path()?, named.spec.driver, !access.write, !access.share);
+    let chain = chain.map_err(failed)?;
+    if access.write && named.spec.driver.is_none() && chain.first().is_some_and(|top| top.format == Format::Raw) {
+        warn_of_probing(&named.label);
+    }
+    Ok(chain)
 }
 
 /// Opens the top file only, for commands that do not look below it.

@@ -455,3 +455,77 @@ fn compare_is_called_by_vdsm() {
         "
     ));
 }
+
+#[test]
+fn resize_is_called_by_nova_cinder_libvirt_and_proxmox() {
+    check(&format!(
+        "{FILLED}
+        # nova, cinder
+        run resize -f qcow2 base.qcow2 20971520
+        same base.qcow2
+        run resize -f raw raw.img 1G
+        same raw.img
+        # libvirt
+        run resize --shrink base.qcow2 5242880
+        same base.qcow2
+        run resize top.qcow2 10486272
+        same top.qcow2
+        # Proxmox
+        run resize --preallocation=metadata -f qcow2 base.qcow2 12582912
+        same base.qcow2
+        run resize -f raw --preallocation=falloc raw.img +64k
+        same raw.img
+        # people
+        run resize base.qcow2 +10G
+        same base.qcow2
+        run resize --shrink base.qcow2 -1G
+        same base.qcow2
+        run resize -f raw --shrink raw.img 1.5M
+        same raw.img
+        run resize raw.img +0
+        ok resize -q top.qcow2 +64k
+        same top.qcow2
+        fail 1 resize base.qcow2 5M
+        fail 1 resize base.qcow2 0
+        fail 1 resize base.qcow2 -100G
+        fail 1 resize base.qcow2 abc
+        fail 1 resize base.qcow2 9E
+        fail 1 resize --shrink base.qcow2 1000
+        fail 1 resize -f raw --preallocation=metadata raw.img +1M
+        fail 1 resize -f raw --preallocation=foo raw.img +1M
+        fail 1 resize -f raw --preallocation=full --shrink raw.img 1M
+        fail 1 resize nope 1M
+        usage resize base.qcow2
+        same base.qcow2
+        "
+    ));
+}
+
+#[test]
+fn check_repairs_as_qemu_img_does() {
+    check(
+        "
+        peer create -q -f qcow2 a.qcow2 10M
+        io -c 'write -P 1 0 1M' -c 'write -c -P 2 2M 64k' a.qcow2
+        run check a.qcow2
+        # the refcount of the L1 table becomes 0, that of a cluster behind the end 1
+        copy a.qcow2 broken.qcow2
+        poke broken.qcow2 131078 0000
+        copy a.qcow2 leaking.qcow2
+        grow leaking.qcow2 2097152
+        poke leaking.qcow2 131132 0001
+        code 2 check broken.qcow2
+        code 3 check leaking.qcow2
+        code 2 check --output=json broken.qcow2
+        code 3 check --output=json leaking.qcow2
+        copy leaking.qcow2 leaking2.qcow2
+        code 0 check -r leaks leaking.qcow2
+        same leaking.qcow2
+        json check -r leaks --output=json leaking2.qcow2
+        json check --output=json leaking2.qcow2
+        code 0 check -r all broken.qcow2
+        same broken.qcow2
+        code 0 check -q -r all broken.qcow2
+        ",
+    );
+}

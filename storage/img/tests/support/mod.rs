@@ -12,6 +12,7 @@
 //! - `io`: qemu-io's commands for a file, run by the peer's qemu-io in both directories.
 //! - `peer`: the peer's qemu-img runs in both directories.
 //! - `file NAME TEXT`: a file with this text in both.
+//! - `copy FROM TO`, `poke NAME OFFSET HEX`, `grow NAME BYTES`: files are copied and changed in both.
 //! - `same NAME`: the images are equal in content and in what `info` says; the peer's check finds nothing wrong.
 
 use std::path::{Path, PathBuf};
@@ -69,6 +70,30 @@ impl Twins {
             "file" => {
                 for dir in [&self.ours, &self.theirs] {
                     std::fs::write(dir.join(&words[0]), &words[1]).unwrap();
+                }
+                Ok(())
+            }
+            "copy" => {
+                for dir in [&self.ours, &self.theirs] {
+                    std::fs::copy(dir.join(&words[0]), dir.join(&words[1])).unwrap();
+                }
+                Ok(())
+            }
+            "grow" => {
+                for dir in [&self.ours, &self.theirs] {
+                    let file = std::fs::OpenOptions::new().write(true).open(dir.join(&words[0])).unwrap();
+                    file.set_len(words[1].parse().unwrap()).unwrap();
+                }
+                Ok(())
+            }
+            "poke" => {
+                for dir in [&self.ours, &self.theirs] {
+                    let mut bytes = std::fs::read(dir.join(&words[0])).unwrap();
+                    let at: usize = words[1].parse().unwrap();
+                    let hex = |i: usize| u8::from_str_radix(&words[2][i..i + 2], 16).unwrap();
+                    let new: Vec<u8> = (0..words[2].len()).step_by(2).map(hex).collect();
+                    bytes[at..at + new.len()].copy_from_slice(&new);
+                    std::fs::write(dir.join(&words[0]), bytes).unwrap();
                 }
                 Ok(())
             }
