@@ -3,6 +3,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::tests::{Rng, check_with_qemu, create, read_all, write};
@@ -27,6 +28,8 @@ enum Op {
 #[derive(Default)]
 struct LogFile {
     state: Mutex<(Vec<u8>, Vec<Op>)>,
+    /// Seed of failures; 0 for none.
+    faults: AtomicU64,
 }
 
 /// Applies an operation; of a write, those sectors of the file that `sector` agrees to.
@@ -64,7 +67,7 @@ fn apply(bytes: &mut Vec<u8>, op: &Op, sector: &mut dyn FnMut() -> bool) {
 
 impl LogFile {
     fn of(bytes: Vec<u8>) -> Arc<LogFile> {
-        Arc::new(LogFile { state: Mutex::new((bytes, Vec::new())) })
+        Arc::new(LogFile { state: Mutex::new((bytes, Vec::new())), faults: AtomicU64::new(0) })
     }
 
     fn push(&self, op: Op) -> io::Result<()> {
@@ -73,6 +76,14 @@ impl LogFile {
         apply(bytes, &op, &mut || true);
         ops.push(op);
         Ok(())
+    }
+
+    /// Whether this request finds no space.
+    fn fails(&self) -> bool {
+        let mut rng = Rng(self.faults.load(Ordering::Relaxed));
+        let fails = rng.0 != 0 && rng.below(4) == 0;
+        self.faults.store(rng.0, Ordering::Relaxed);
+        fails
     }
 
     fn ops(&self) -> Vec<Op> {
@@ -93,6 +104,11 @@ impl FileBackend for LogFile {
     fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
         let mut bytes = vec![0; bufs.len()];
         bufs.copy_to(&mut bytes);
+        if self.fails() {
+            bytes.truncate(bytes.len() / 2 / 512 * 512);
+            self.push(Op::Write(offset, bytes))?;
+            return Err(io::Error::from_raw_os_error(28)); // ENOSPC
+        }
         self.push(Op::Write(offset, bytes))
     }
 
@@ -105,6 +121,9 @@ impl FileBackend for LogFile {
     }
 
     fn write_zeroes(&self, offset: u64, bytes: u64, _may_unmap: bool) -> io::Result<()> {
+        if self.fails() {
+            return Err(io::Error::from_raw_os_error(28));
+        }
         self.push(Op::Zero(offset, bytes))
     }
 
@@ -236,6 +255,44 @@ fn check_contents_with_qemu(format: &str, path: &std::path::Path, want: &[u8], d
     let flat = dir.join("flat.raw");
     std::fs::write(&flat, want).unwrap();
     super::tests::qemu_img(&["compare", "-f", format, "-F", "raw", path.to_str().unwrap(), flat.to_str().unwrap()]);
+}
+
+/// Repeats a request until there is space.
+fn insist(mut request: impl FnMut() -> Result<(), BlockError>) {
+    while let Err(error) = request() {
+        assert!(matches!(error, BlockError::NoSpace { .. }), "{error:?}");
+    }
+}
+
+#[test]
+fn requests_can_be_repeated_when_there_is_space_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    for (format, options) in [("vdi", ""), ("vpc", ""), ("vmdk", ""), ("vhdx", "block_size=1M")] {
+        let _ = std::fs::remove_file(&path);
+        create(format, options, &path, SIZE_BYTES as u64);
+        let file = LogFile::of(std::fs::read(&path).unwrap());
+        let node = open(format, file.clone(), false).unwrap();
+        file.faults.store(9, Ordering::Relaxed);
+        let mut want = vec![0; node.size_bytes() as usize];
+        let mut rng = Rng(3);
+        for step in 0..200u8 {
+            let first = rng.below(SECTORS as u64) as usize * 512;
+            let end = (first + 512 * (1 + rng.below(400) as usize)).min(SIZE_BYTES);
+            want[first..end].fill(step);
+            let bytes = want[first..end].to_vec();
+            insist(|| node.write(&[], first as u64, &WriteBufs::from_slice(&bytes)));
+            if rng.below(9) == 0 {
+                insist(|| node.flush());
+            }
+        }
+        insist(|| node.flush());
+        assert!(read_all(&*node).unwrap() == want, "{format}");
+        file.faults.store(0, Ordering::Relaxed);
+        drop(node);
+        std::fs::write(&path, &file.state.lock().unwrap().0).unwrap();
+        check_with_qemu(format, &path, &want, dir.path());
+    }
 }
 
 #[test]

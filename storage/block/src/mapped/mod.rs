@@ -116,6 +116,8 @@ struct State {
     stale_end: u64,
     /// How far blocks can reach.
     file_bytes: u64,
+    /// Places of blocks that could not be written.
+    free: Vec<u64>,
     /// Blocks that are being given a place.
     in_flight: Vec<Range<u64>>,
     /// The image has been changed since it was opened.
@@ -167,6 +169,7 @@ impl<T: BlockTable> Mapped<T> {
             end: options.end,
             stale_end: file_bytes,
             file_bytes,
+            free: Vec::new(),
             in_flight: Vec::new(),
             begun: false,
             grown: false,

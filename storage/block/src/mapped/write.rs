@@ -95,9 +95,13 @@ impl<T: BlockTable> Mapped<T> {
         let block_bytes = self.table.block_bytes();
         let (lead_bytes, stride) = self.table.stride();
         let first = at / block_bytes;
+        let reused = state.free.last().copied();
         // With something in front of each block, they are written one by one.
-        let count = if lead_bytes > 0 { 1 } else { (at + run.bytes - 1) / block_bytes - first + 1 };
-        let host = state.end;
+        let count = match (lead_bytes, reused) {
+            (0, None) => (at + run.bytes - 1) / block_bytes - first + 1,
+            _ => 1,
+        };
+        let host = reused.unwrap_or(state.end);
         let mut raw = [0; 8];
         let last_host = host.saturating_add((count - 1) * stride).saturating_add(lead_bytes);
         for (block, data) in [(first, host + lead_bytes), (first + count - 1, last_host)] {
@@ -107,7 +111,11 @@ impl<T: BlockTable> Mapped<T> {
                 return Err(self.store.refused(self.table.immutable(block)));
             }
         }
-        state.end = host + count * stride;
+        if reused.is_some() {
+            state.free.pop();
+        } else {
+            state.end = host + count * stride;
+        }
         state.file_bytes = state.file_bytes.max(state.end);
         state.grown = true;
         state.in_flight.push(first..first + count);
@@ -154,20 +162,22 @@ impl<T: BlockTable> Mapped<T> {
         Ok(())
     }
 
-    /// New blocks are written: they get their entries. Blocks that could not be written leave their space unused.
+    /// New blocks are written: they get their entries. The places of blocks that could not be written are for the
+    /// next ones.
     fn land(&self, new: &Reserved, written: Result<(), BlockError>) -> Result<(), BlockError> {
         let (lead_bytes, stride) = self.table.stride();
         let mut state = self.lock();
+        let mut done = 0;
         let landed = written.and_then(|()| {
-            (0..new.count).try_for_each(|i| {
-                let host = new.host + i * stride + lead_bytes;
-                self.set_entry(&mut state, new.first + i, Entry::At(host))
-            })
+            while done < new.count {
+                let host = new.host + done * stride + lead_bytes;
+                self.set_entry(&mut state, new.first + done, Entry::At(host))?;
+                done += 1;
+            }
+            Ok(())
         });
         state.in_flight.retain(|range| range.start != new.first);
-        if landed.is_err() && state.end == new.host + new.count * stride {
-            state.end = new.host;
-        }
+        state.free.extend((done..new.count).map(|i| new.host + i * stride));
         drop(state);
         self.landed.notify_all();
         landed

@@ -65,10 +65,10 @@ impl Journal {
                 file_bytes: store.len_bytes()?,
                 sectors: &sectors,
             };
-            let entry = entry.serialise();
-            state.sequence += 1;
-            store.write_slice(offset + at, &entry)?;
+            store.write_slice(offset + at, &entry.serialise())?;
             store.sync()?;
+            // Only now: one that failed is repeated in the same half.
+            state.sequence += 1;
             for page in pages {
                 store.write_slice(page.offset, &page.bytes)?;
             }
