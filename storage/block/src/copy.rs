@@ -34,8 +34,9 @@ pub struct CopyOptions {
     pub sparse_bytes: u64,
     /// The target reads as zeroes where nothing was written: zeroes need no writing.
     pub target_is_zero: bool,
-    /// Copy only what the top image of the source holds: what is below is below the target too.
-    pub top_only: bool,
+    /// Copy only what this many images of the source hold, from the top one on: what is below them is below the
+    /// target too. `usize::MAX` copies all.
+    pub layers: usize,
     /// Where the copy starts in the target.
     pub target_offset: u64,
 }
@@ -49,7 +50,7 @@ impl Default for CopyOptions {
             compressed: false,
             sparse_bytes: 4096,
             target_is_zero: false,
-            top_only: false,
+            layers: usize::MAX,
             target_offset: 0,
         }
     }
@@ -177,7 +178,8 @@ impl Shared<'_> {
             let ChainExtent { depth, extent } =
                 self.source.extent(offset, (size_bytes - offset).min(ZERO_STEP_BYTES))?;
             let mut bytes = extent.bytes;
-            let left_below = self.opts.top_only && (depth > 0 || extent.kind == ExtentKind::Below);
+            let is_part = self.opts.layers != usize::MAX;
+            let left_below = is_part && (depth >= self.opts.layers || extent.kind == ExtentKind::Below);
             let nothing = left_below || (extent.kind != ExtentKind::Data && self.opts.target_is_zero);
             if self.opts.compressed {
                 // A cluster that is partly data is read whole.

@@ -88,7 +88,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     }
     let options = CopyOptions {
         target_is_zero: (created.is_zero && options.sparse_bytes > 0) || parsed.has("target-is-zero"),
-        top_only: created.has_backing,
+        layers: if created.has_backing { 1 } else { usize::MAX },
         ..options
     };
     let progress = Progress::of(parsed, rate);

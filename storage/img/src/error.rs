@@ -105,6 +105,18 @@ pub enum ImgError {
     Writing { at: u64, source: io::Error },
     #[error("{}", why(source))]
     Resize { source: BlockError },
+    #[error("error while writing at byte {at}: {}", why(source))]
+    WritingDisk { at: u64, source: BlockError },
+    #[error("{name}: error while creating output image: {source}")]
+    CreatingOutput { name: String, source: MakeError },
+    #[error("Failed request: {}", why(source))]
+    BenchFailed { source: BlockError },
+    #[error("{name}: {}", why(source))]
+    Commit { name: String, source: BlockError },
+    #[error("Could not open new backing file '{name}': {}", why(source))]
+    NewBacking { name: String, source: BlockError },
+    #[error("{name}: {}\nThe image still has its old backing file, and holds what it held.", why(source))]
+    Rebase { name: String, source: BlockError },
     #[error("Error while comparing: {}", why(source))]
     Comparing { source: BlockError },
     #[error("{name}: Could not create '{name}': {}", host(source))]
@@ -250,6 +262,16 @@ pub enum Rule {
     KeySecret,
     #[error("File contains external, encrypted or compressed clusters.")]
     MapNotPlain,
+    #[error("unrecognized operand {0}")]
+    DdOperand(String),
+    #[error("Invalid aio option: {0}")]
+    Aio(String),
+    #[error("aio=native was specified, but it requires cache.direct=on, which was not specified.")]
+    NativeNeedsDirect,
+    #[error("Did not find '{base}' in the backing chain of '{name}'")]
+    NotInChain { base: String, name: String },
+    #[error("Invalid format name: '{0}'")]
+    FormatName(String),
     #[error("filesystem does not support O_DIRECT")]
     NoDirect,
     #[error("{0}")]

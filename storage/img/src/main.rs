@@ -6,10 +6,13 @@
 //! never with half of the work.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
+mod dd;
 mod error;
 mod getopt;
 mod info;
@@ -51,10 +54,13 @@ pub struct Command {
 }
 
 const COMMANDS: &[&Command] = &[
+    &bench::COMMAND,
     &check::COMMAND,
+    &commit::COMMAND,
     &compare::COMMAND,
     &convert::COMMAND,
     &create::COMMAND,
+    &dd::COMMAND,
     &info::COMMAND,
     &map::COMMAND,
     &measure::COMMAND,

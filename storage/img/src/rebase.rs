@@ -1,11 +1,13 @@
 //! `rebase`: another backing file.
 
-use block::{CacheMode, Format, Qcow2Image};
+use block::{BlockError, CacheMode, Disk, ExtentKind, Format, Qcow2Image};
 
 use crate::Command;
+use crate::create::beside;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
-use crate::open::{self, Access, Named, format_named};
+use crate::open::{self, Access, Named};
+use crate::progress::Progress;
 
 /// `rebase`.
 pub const COMMAND: Command = Command {
@@ -34,38 +36,193 @@ const OPTIONS: &[Opt] = &[
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
     let backing = parsed.value("backing")?;
-    let unsafe_mode = parsed.has("backing-unsafe");
-    if backing.is_none() && !unsafe_mode {
+    let name_only = parsed.has("backing-unsafe");
+    if backing.is_none() && !name_only {
         return Err(ImgError::Needed {
             command: "rebase",
             what: "Must specify backing file (-b) or use unsafe mode (-u)",
         });
     }
     let cache = open::cache_named("destination ", parsed.value("cache")?, CacheMode::Writeback)?;
-    open::cache_named("source ", parsed.value("backing-cache")?, CacheMode::Writeback)?;
+    let read_cache = open::cache_named("source ", parsed.value("backing-cache")?, CacheMode::Writeback)?;
     let named = Named::of(parsed, file, "format")?;
-    if !unsafe_mode {
-        return Err(ImgError::NotSupported("rebase without -u"));
-    }
     let access = Access { share: parsed.has("force-share"), ..Access::write(cache) };
-    let top = open::top(&named, access)?;
-    let name = backing.unwrap_or_default();
-    let refused = |reason| ImgError::Plain(Rule::Backing { name: name.to_owned(), reason });
+    let new = New { name: backing.unwrap_or_default(), format: parsed.value("backing-format")? };
+    if name_only {
+        return rename(&named, access, &new);
+    }
+    let disk = open::disk(&named, access)?;
+    let Some(image) = disk.qcow2() else { return Err(new.refused("Operation not supported")) };
+    if let Some(format) = new.format {
+        format.parse::<Format>().map_err(|_| ImgError::Plain(Rule::FormatName(format.to_owned())))?;
+    }
+    let reading = Access { write: false, share: parsed.has("force-share"), cache: read_cache };
+    let old_disk = open_old(&named, &image, reading)?;
+    let new_disk = open_new(&named, &new, reading)?;
+    if !new.name.is_empty() && new.format.is_none() {
+        return Err(new.refused("backing format must be specified"));
+    }
+    let progress = Progress::of(parsed, None);
+    let work = Work { disk: &disk, old: old_disk.as_ref(), new: new_disk.as_ref(), compress: parsed.has("compress") };
+    let failed = |source| ImgError::Rebase { name: named.label.clone(), source };
+    work.run(&progress).map_err(failed)?;
+    // What the image took over is on the disk before it stops showing the old file.
+    disk.flush().map_err(failed)?;
+    new.put(&image)?;
+    progress.end();
+    Ok(0)
+}
+
+/// The new backing file, as it will be stored.
+struct New<'a> {
+    name: &'a str,
+    format: Option<&'a str>,
+}
+
+impl New<'_> {
+    fn refused(&self, reason: &'static str) -> ImgError {
+        ImgError::Plain(Rule::Backing { name: self.name.to_owned(), reason })
+    }
+
+    fn put(&self, image: &Qcow2Image) -> Result<(), ImgError> {
+        let name = (!self.name.is_empty()).then_some(self.name);
+        image.set_backing(name, name.and(self.format)).map_err(|source| ImgError::Failed {
+            doing: format!("Could not change the backing file to '{}'", self.name),
+            source,
+        })
+    }
+}
+
+/// `-u`: the name changes, and nothing is read.
+fn rename(named: &Named, access: Access, new: &New<'_>) -> Result<u8, ImgError> {
+    let top = open::top(named, access)?;
     if top.format != Format::Qcow2 {
-        return Err(refused("Operation not supported"));
+        return Err(new.refused("Operation not supported"));
     }
-    let format = parsed.value("backing-format")?;
-    if let Some(format) = format {
-        format_named(&named.label, format)?;
-    }
-    if !name.is_empty() && format.is_none() {
-        return Err(refused("backing format must be specified"));
+    if !new.name.is_empty() && new.format.is_none() {
+        return Err(new.refused("backing format must be specified"));
     }
     let image = Qcow2Image::open(top, false).map_err(|source| ImgError::Open { name: named.label.clone(), source })?;
-    let new = (!name.is_empty()).then_some(name);
-    image.set_backing(new, new.and(format)).map_err(|source| ImgError::Failed {
-        doing: format!("Could not change the backing file to '{name}'"),
-        source,
-    })?;
+    new.put(&image)?;
     Ok(0)
+}
+
+/// What the image shows now where it holds nothing.
+fn open_old(named: &Named, image: &Qcow2Image, access: Access) -> Result<Option<Disk>, ImgError> {
+    let header = image.header();
+    let Some(name) = header.backing_name else { return Ok(None) };
+    let at = beside(named.plain_path()?, &name);
+    open::disk(&Named::new(at.as_os_str(), false, header.backing_format.as_deref())?, access).map(Some)
+}
+
+/// What it will show.
+fn open_new(named: &Named, new: &New<'_>, access: Access) -> Result<Option<Disk>, ImgError> {
+    if new.name.is_empty() {
+        return Ok(None);
+    }
+    let at = beside(named.plain_path()?, new.name);
+    let below = Named::new(at.as_os_str(), false, new.format)?;
+    open::disk(&below, access).map(Some).map_err(|error| match error {
+        ImgError::Open { source, .. } => ImgError::NewBacking { name: new.name.to_owned(), source },
+        other => other,
+    })
+}
+
+/// Bytes looked at together at most; a multiple of every cluster size.
+const PIECE_BYTES: u64 = 2 << 20;
+
+/// Copies into an image what its old backing file shows through it and the new one would not.
+struct Work<'a> {
+    disk: &'a Disk,
+    old: Option<&'a Disk>,
+    new: Option<&'a Disk>,
+    compress: bool,
+}
+
+impl Work<'_> {
+    fn run(&self, progress: &Progress) -> Result<(), BlockError> {
+        let size = self.disk.size_bytes();
+        let (mut old, mut new) = (Vec::new(), Vec::new());
+        let mut at = 0;
+        while at < size {
+            let found = self.disk.extent(at, size - at)?;
+            let mut bytes = found.extent.bytes;
+            if found.depth > 0 || found.extent.kind == ExtentKind::Below {
+                // Neither file holds anything: what is far away is not walked in small steps.
+                bytes = self.empty_run(at, bytes)?;
+                if bytes == 0 {
+                    bytes = found.extent.bytes.min(PIECE_BYTES - at % PIECE_BYTES);
+                    self.take_over(at, bytes, &mut old, &mut new)?;
+                }
+            }
+            at += bytes;
+            progress.report(at, size);
+        }
+        Ok(())
+    }
+
+    /// How far from `at` on both files read as zeroes without being read.
+    fn empty_run(&self, at: u64, bytes: u64) -> Result<u64, BlockError> {
+        let mut bytes = bytes;
+        for disk in [self.old, self.new].into_iter().flatten() {
+            let inside = disk.size_bytes().saturating_sub(at).min(bytes);
+            if inside == 0 {
+                continue;
+            }
+            let extent = disk.extent(at, inside)?.extent;
+            if extent.kind == ExtentKind::Data {
+                return Ok(0);
+            }
+            // Past the end of a file everything is zeroes.
+            bytes = if extent.bytes == inside { bytes } else { extent.bytes };
+        }
+        Ok(bytes)
+    }
+
+    fn take_over(&self, at: u64, bytes: u64, old: &mut Vec<u8>, new: &mut Vec<u8>) -> Result<(), BlockError> {
+        read_padded(self.old, at, bytes, old)?;
+        read_padded(self.new, at, bytes, new)?;
+        if old == new {
+            return Ok(());
+        }
+        let unit = self.disk.cluster_bytes().max(512);
+        let mut start = 0;
+        while start < bytes {
+            // Whole clusters, counted from the start of the disk.
+            let end = bytes.min(start + unit - (at + start) % unit);
+            let part = |room: &'_ [u8]| room.get(start as usize..end as usize).map(<[u8]>::to_vec).unwrap_or_default();
+            let held = part(old);
+            if held != part(new) {
+                self.write(at + start, &held)?;
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), BlockError> {
+        let unit = self.disk.cluster_bytes().max(1);
+        let whole = at % unit == 0 && bytes.len() as u64 == unit;
+        // Without a backing file an unmapped cluster is zeroes already, and stays unmapped: not enough for a file to come.
+        if self.old.is_some() && bytes.iter().all(|byte| *byte == 0) {
+            return self.disk.write_zeroes(at, bytes.len() as u64, true);
+        }
+        let mut packed = Vec::new();
+        if self.compress && whole && self.disk.pack(bytes, &mut packed)? {
+            return self.disk.write_packed(at, &packed, unit);
+        }
+        self.disk.write(at, bytes)
+    }
+}
+
+/// Reads a part of a disk that may be shorter, or not there.
+fn read_padded(disk: Option<&Disk>, at: u64, bytes: u64, room: &mut Vec<u8>) -> Result<(), BlockError> {
+    room.clear();
+    room.resize(bytes as usize, 0);
+    let Some(disk) = disk else { return Ok(()) };
+    let inside = disk.size_bytes().saturating_sub(at).min(bytes);
+    match room.get_mut(..inside as usize) {
+        Some(part) if inside > 0 => disk.read(at, part),
+        _ => Ok(()),
+    }
 }

@@ -25,11 +25,21 @@ pub fn open(name: &OsStr) -> Result<File, ImgError> {
 
 /// Writes all of a disk. `told` hears how many bytes are written.
 pub fn copy(disk: &Disk, out: &mut File, told: &mut dyn FnMut(u64)) -> Result<(), ImgError> {
+    copy_part(disk, 0..disk.size_bytes(), out, told)
+}
+
+/// Writes a part of a disk.
+pub fn copy_part(
+    disk: &Disk,
+    range: std::ops::Range<u64>,
+    out: &mut File,
+    told: &mut dyn FnMut(u64),
+) -> Result<(), ImgError> {
     let mut room = vec![0; PIECE_BYTES as usize];
-    let mut at = 0;
-    while at < disk.size_bytes() {
+    let mut at = range.start;
+    while at < range.end {
         let failed = |source| ImgError::Reading { at, source };
-        let run = disk.extent(at, disk.size_bytes() - at).map_err(failed)?.extent;
+        let run = disk.extent(at, range.end - at).map_err(failed)?.extent;
         let bytes = run.bytes.min(PIECE_BYTES);
         let piece = room.get_mut(..bytes as usize).unwrap_or_default();
         match run.kind {
@@ -38,7 +48,7 @@ pub fn copy(disk: &Disk, out: &mut File, told: &mut dyn FnMut(u64)) -> Result<()
         }
         out.write_all(piece).map_err(|source| ImgError::Writing { at, source })?;
         at += bytes;
-        told(at);
+        told(at - range.start);
     }
     Ok(())
 }

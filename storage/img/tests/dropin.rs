@@ -529,3 +529,115 @@ fn check_repairs_as_qemu_img_does() {
         ",
     );
 }
+
+#[test]
+fn commit_is_called_by_cinder_and_proxmox() {
+    check(&format!(
+        "{FILLED}
+        peer create -q -f qcow2 -b top.qcow2 -F qcow2 third.qcow2 12M
+        io -c 'write -P 7 2M 200k' -c 'write -z 512k 64k' -c 'write -P 8 11M 64k' third.qcow2
+        peer create -q -f qcow2 -b raw.img -F raw over.qcow2
+        io -c 'write -P 9 0 1M' -c 'write -z 1M 64k' over.qcow2
+        run commit -d third.qcow2
+        same third.qcow2
+        same top.qcow2
+        run commit third.qcow2
+        same third.qcow2
+        ok commit -q -p -b base.qcow2 third.qcow2
+        same base.qcow2
+        ok commit -p top.qcow2
+        same base.qcow2
+        same top.qcow2
+        run commit -f qcow2 over.qcow2
+        same over.qcow2
+        same raw.img
+        fail 1 commit base.qcow2
+        fail 1 commit -b nope third.qcow2
+        fail 1 commit -b third.qcow2 third.qcow2
+        fail 1 commit nope
+        fail 1 commit -t foo third.qcow2
+        fail 1 commit -r abc third.qcow2
+        usage commit
+        "
+    ));
+}
+
+#[test]
+fn rebase_copies_what_the_new_file_does_not_hold() {
+    check(&format!(
+        "{FILLED}
+        peer create -q -f qcow2 -b top.qcow2 -F qcow2 third.qcow2 12M
+        io -c 'write -P 7 2M 200k' -c 'write -z 512k 64k' third.qcow2
+        copy third.qcow2 fourth.qcow2
+        copy third.qcow2 fifth.qcow2
+        peer create -q -f qcow2 alone.qcow2 6M
+        io -c 'write -P 7 2M 200k' alone.qcow2
+        peer create -q -f qcow2 -o compat=0.10,cluster_size=4k -b base.qcow2 -F qcow2 old.qcow2
+        # nova, Proxmox
+        run rebase -b base.qcow2 -F qcow2 -f qcow2 third.qcow2
+        same third.qcow2
+        run rebase -b '' third.qcow2
+        same third.qcow2
+        run rebase -b raw.img -F raw fourth.qcow2
+        same fourth.qcow2
+        ok rebase -p -c -b '' fifth.qcow2
+        same fifth.qcow2
+        run rebase -b base.qcow2 -F qcow2 alone.qcow2
+        same alone.qcow2
+        run rebase -b raw.img -F raw old.qcow2
+        same old.qcow2
+        fail 1 rebase -b nope -F qcow2 top.qcow2
+        fail 1 rebase -b base.qcow2 top.qcow2
+        fail 1 rebase -b base.qcow2 -F foo top.qcow2
+        fail 1 rebase -b top.qcow2 -F qcow2 top.qcow2
+        fail 1 rebase -b base.qcow2 -F qcow2 raw.img
+        same top.qcow2
+        "
+    ));
+}
+
+#[test]
+fn dd_is_called_by_proxmox_and_libguestfs() {
+    check(&format!(
+        "{FILLED}
+        run dd -f qcow2 -O raw bs=64k if=top.qcow2 of=a.raw
+        same a.raw
+        run dd if=base.qcow2 of=head.raw bs=512 count=512
+        same head.raw
+        run dd -O qcow2 if=raw.img of=part.qcow2 bs=1M count=2 skip=1
+        same part.qcow2
+        run dd bs=100 count=7 skip=3 if=raw.img of=odd.raw
+        same odd.raw
+        fail 1 dd if=base.qcow2
+        fail 1 dd bs=0 if=base.qcow2 of=x
+        fail 1 dd bs=abc if=base.qcow2 of=x
+        fail 1 dd count=-1 if=base.qcow2 of=x
+        fail 1 dd foo=1 if=base.qcow2 of=x
+        fail 1 dd if=nope of=x
+        fail 1 dd if=base.qcow2 of=base.qcow2
+        usage dd -n if=base.qcow2 of=x
+        same base.qcow2
+        "
+    ));
+}
+
+#[test]
+fn bench_measures_and_refuses() {
+    check(&format!(
+        "{FILLED}
+        ok bench -c 100 base.qcow2
+        ok bench -c 100 -w --pattern 5 --flush-interval 10 -d 4 -s 64k -S 128k -o 1M base.qcow2
+        same base.qcow2
+        ok bench -c 100 -t none -n -d 8 top.qcow2
+        fail 1 bench -c 0 base.qcow2
+        fail 1 bench -c 10 -s 0 base.qcow2
+        fail 1 bench -c 10 --flush-interval 10 base.qcow2
+        fail 1 bench -c 10 -w --flush-interval 10 -d 64 base.qcow2
+        fail 1 bench -c 10 --pattern 300 -w base.qcow2
+        fail 1 bench -c 10 -i foo base.qcow2
+        fail 1 bench -c 10 -n base.qcow2
+        fail 1 bench -c abc base.qcow2
+        code 1 bench -c 1 -o 5G base.qcow2
+        "
+    ));
+}
