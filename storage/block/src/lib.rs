@@ -19,6 +19,7 @@ mod copy;
 mod create;
 mod disk;
 mod error;
+mod foreign;
 mod host_file;
 mod io;
 mod mapped;
@@ -43,6 +44,7 @@ pub use create::{
 };
 pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};
+pub use foreign::{ForeignFormat, ForeignImage, ForeignInfo, ForeignReport};
 pub use host_file::{HostFile, use_direct_io};
 pub use image::Format;
 pub use image::qcow2::CompressionType;
@@ -53,5 +55,5 @@ pub use qcow2::{MaintenanceError, Qcow2Image, Repair, Repaired, SnapshotTime, re
 pub use sys::{ReadBufs, WriteBufs};
 pub use vdi::{VdiOptions, create_vdi};
 pub use vhdx::{VhdxOptions, create_vhdx};
-pub use vmdk::{VmdkOptions, create_vmdk, vmdk_descriptor, vmdk_extent_names};
+pub use vmdk::{VmdkExtentInfo, VmdkInfo, VmdkOptions, create_vmdk, vmdk_descriptor, vmdk_extent_names};
 pub use vpc::{VpcOptions, create_vpc};

@@ -7,6 +7,7 @@ use image::vdi::{ALLOCATED_OFFSET, BLOCK_BYTES, Block, HEADER_BYTES, Header, New
 use image::{FormatError, NewFile};
 
 use crate::error::BlockError;
+use crate::foreign::{ForeignReport, Places};
 use crate::io::FileBackend;
 use crate::mapped::{BlockTable, DirtyPage, Entry, MapOptions, Mapped, MappedNode, Slot, Store, random_uuid, refused};
 
@@ -125,6 +126,29 @@ impl BlockTable for VdiTable {
         }
         Ok(())
     }
+}
+
+/// Looks for blocks with two owners or outside the disk, and for a wrong number of allocated ones, in QEMU's words.
+pub(crate) fn check_vdi(file: Arc<dyn FileBackend>, path: PathBuf) -> Result<ForeignReport, BlockError> {
+    let node = open_vdi(file, path, true, true)?;
+    let disk = node.disk();
+    let header = &disk.table.header;
+    let mut report = ForeignReport::default();
+    let mut places = Places::new(disk.store.len_bytes()?, BLOCK_BYTES);
+    let mut allocated = 0u32;
+    disk.check(&mut report, &mut |_, entry, report| {
+        if let Entry::At(host) = entry {
+            allocated += 1;
+            let position = (host - u64::from(header.data_offset)) / BLOCK_BYTES;
+            if !places.claim(host) {
+                report.add(|| format!("block index {position} also used by {position}"));
+            }
+        }
+    })?;
+    if allocated != header.allocated {
+        report.add(|| format!("allocated blocks mismatch, is {allocated}, should be {}", header.allocated));
+    }
+    Ok(report)
 }
 
 /// How a vdi is created.

@@ -24,6 +24,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use image::FormatError;
 
 use crate::error::BlockError;
+use crate::foreign::ForeignReport;
 use crate::node::{Below, Extent, ExtentKind, read_chain};
 use crate::sys::ReadBufs;
 
@@ -160,6 +161,20 @@ struct Run {
     bytes: u64,
 }
 
+/// Why there is no entry.
+enum Found {
+    /// The image contradicts itself there.
+    Contradiction(FormatError),
+    /// The host failed.
+    Failure(BlockError),
+}
+
+impl From<FormatError> for Found {
+    fn from(error: FormatError) -> Found {
+        Found::Contradiction(error)
+    }
+}
+
 impl<T: BlockTable> Mapped<T> {
     pub(crate) fn new(store: Store, table: T, options: &MapOptions) -> Result<Mapped<T>, BlockError> {
         let file_bytes = store.len_bytes()?;
@@ -202,16 +217,23 @@ impl<T: BlockTable> Mapped<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn entry(&self, state: &mut State, block: u64) -> Result<(Entry, u64), BlockError> {
-        match self.table.slot(block).map_err(|e| self.store.refused(e))? {
+    /// The entry of a block, and the next block that may have another one.
+    fn entry(&self, state: &mut State, block: u64) -> Result<(Entry, u64), Found> {
+        match self.table.slot(block)? {
             Slot::NoTable(next) => Ok((Entry::Absent, next.max(block + 1))),
             Slot::Page(page, at) => {
-                let page = state.pages.get(&self.store, page)?;
+                let page = state.pages.get(&self.store, page).map_err(Found::Failure)?;
                 let raw = page.get(at..at + self.table.entry_bytes()).unwrap_or_default();
-                let entry = self.table.decode(block, raw, state.file_bytes);
-                Ok((entry.map_err(|e| self.store.refused(e))?, block + 1))
+                Ok((self.table.decode(block, raw, state.file_bytes)?, block + 1))
             }
         }
+    }
+
+    fn known(&self, entry: Result<(Entry, u64), Found>) -> Result<(Entry, u64), BlockError> {
+        entry.map_err(|found| match found {
+            Found::Contradiction(error) => self.store.refused(error),
+            Found::Failure(error) => error,
+        })
     }
 
     /// The run at `offset`, which is inside the disk, at most `bytes` long.
@@ -219,7 +241,7 @@ impl<T: BlockTable> Mapped<T> {
         let block_bytes = self.table.block_bytes();
         let within = offset % block_bytes;
         let first = offset / block_bytes;
-        let (entry, mut next) = self.entry(state, first)?;
+        let (entry, mut next) = self.known(self.entry(state, first))?;
         let last = (offset + bytes.max(1) - 1) / block_bytes;
         let (_, stride) = self.table.stride();
         while next <= last && next - first < RUN_BLOCKS_MAX {
@@ -228,7 +250,7 @@ impl<T: BlockTable> Mapped<T> {
                 Entry::At(_) | Entry::Packed(_) => break,
                 absent => absent,
             };
-            let (got, after) = self.entry(state, next)?;
+            let (got, after) = self.known(self.entry(state, next))?;
             if got != want {
                 break;
             }
@@ -240,6 +262,32 @@ impl<T: BlockTable> Mapped<T> {
             other => other,
         };
         Ok(Run { entry, bytes: run_bytes.min(bytes) })
+    }
+
+    /// Looks at every entry: `each` gets those that make sense, the others become findings.
+    pub(crate) fn check(
+        &self,
+        report: &mut ForeignReport,
+        each: &mut dyn FnMut(u64, Entry, &mut ForeignReport),
+    ) -> Result<(), BlockError> {
+        let blocks = self.size_bytes.div_ceil(self.block_bytes());
+        let mut block = 0;
+        while block < blocks {
+            match self.entry(&mut self.lock(), block) {
+                Ok((entry, next)) => {
+                    if entry != Entry::Absent {
+                        each(block, entry, report);
+                    }
+                    block = next;
+                }
+                Err(Found::Contradiction(error)) => {
+                    report.add(|| error.to_string());
+                    block += 1;
+                }
+                Err(Found::Failure(error)) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// See [`crate::node::Node::extent`].

@@ -7,10 +7,10 @@ use image::NewFile;
 use super::{BlockTable, Mapped};
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
-use crate::node::{Below, Extent, Node};
+use crate::node::{Below, Extent, ExtentKind, Node};
 use crate::sys::{ReadBufs, WriteBufs};
 
-/// A layer that is one [`Mapped`].
+/// A layer that is one [`Mapped`], of a format without backing files: nothing shows through from below.
 pub(crate) struct MappedNode<T: BlockTable> {
     disk: Mapped<T>,
 }
@@ -18,6 +18,10 @@ pub(crate) struct MappedNode<T: BlockTable> {
 impl<T: BlockTable> MappedNode<T> {
     pub(crate) fn new(disk: Mapped<T>) -> MappedNode<T> {
         MappedNode { disk }
+    }
+
+    pub(crate) fn disk(&self) -> &Mapped<T> {
+        &self.disk
     }
 }
 
@@ -27,19 +31,21 @@ impl<T: BlockTable> Node for MappedNode<T> {
     }
 
     fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
-        self.disk.extent(offset, bytes)
+        let extent = self.disk.extent(offset, bytes)?;
+        let kind = if extent.kind == ExtentKind::Below { ExtentKind::Zero } else { extent.kind };
+        Ok(Extent { kind, ..extent })
     }
 
-    fn read(&self, below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
-        self.disk.read(below, offset, bufs)
+    fn read(&self, _below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
+        self.disk.read(&[], offset, bufs)
     }
 
-    fn write(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
-        self.disk.write(below, offset, bufs)
+    fn write(&self, _below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
+        self.disk.write(&[], offset, bufs)
     }
 
-    fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
-        self.disk.write_zeroes(below, offset, bytes, may_unmap)
+    fn write_zeroes(&self, _below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
+        self.disk.write_zeroes(&[], offset, bytes, may_unmap)
     }
 
     fn discard(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use image::vmdk::layout::Subformat;
 
 use crate::error::BlockError;
+use crate::foreign::{ForeignFormat, ForeignImage, ForeignReport, open_foreign};
 use crate::host_file::HostFile;
-use crate::io::FileBackend;
 use crate::node::{ExtentKind, Node};
 use crate::sys::{ReadBufs, WriteBufs};
-use crate::vdi::{VdiOptions, create_vdi, open_vdi};
-use crate::vhdx::{VhdxOptions, create_vhdx, open_vhdx};
-use crate::vmdk::{VmdkNode, VmdkOptions, create_vmdk, open_vmdk, vmdk_extent_names};
-use crate::vpc::{VpcOptions, create_vpc, open_vpc};
+use crate::vdi::{VdiOptions, create_vdi};
+use crate::vhdx::{VhdxOptions, create_vhdx};
+use crate::vmdk::{VmdkOptions, create_vmdk};
+use crate::vpc::{VpcOptions, create_vpc};
 
 /// xorshift64*: the same numbers for the same seed, everywhere.
 pub(crate) struct Rng(pub(crate) u64);
@@ -68,29 +68,20 @@ pub(crate) fn host_file(path: &Path, writable: bool) -> Arc<HostFile> {
     Arc::new(HostFile::new(file).unwrap())
 }
 
-/// Opens an image. Nothing here crashes the host, so nothing waits for stable storage.
-pub(crate) fn open(format: &str, path: &Path, read_only: bool) -> Result<Arc<dyn Node>, BlockError> {
-    let file = host_file(path, !read_only);
-    let path = path.to_owned();
-    Ok(match format {
-        "vdi" => Arc::new(open_vdi(file, path, read_only, true)?),
-        "vpc" => Arc::new(open_vpc(file, path, read_only, true)?),
-        "vhdx" => Arc::new(open_vhdx(file, path, read_only, true)?),
-        "vmdk" => Arc::new(open_vmdk_beside(&path, read_only)?),
-        other => panic!("{other}"),
-    })
+/// An image with its extent files, which are in its directory.
+pub(crate) fn image_at(format: &str, path: &Path, read_only: bool) -> Result<ForeignImage, BlockError> {
+    let format = ForeignFormat::ALL.into_iter().find(|known| known.name() == format).unwrap();
+    let mut image = ForeignImage::new(host_file(path, !read_only), path, format);
+    for name in image.extent_names()? {
+        let path = path.with_file_name(name);
+        image.extents.push((host_file(&path, !read_only), path));
+    }
+    Ok(image)
 }
 
-/// Opens a vmdk with the extent files in its directory.
-pub(crate) fn open_vmdk_beside(path: &Path, read_only: bool) -> Result<VmdkNode, BlockError> {
-    let file = host_file(path, !read_only);
-    let names = vmdk_extent_names(file.clone(), path)?;
-    let extent = |name: &String| {
-        let path = path.with_file_name(name);
-        let file: Arc<dyn FileBackend> = host_file(&path, !read_only);
-        (file, path)
-    };
-    open_vmdk(file, path.to_owned(), names.iter().map(extent).collect(), read_only, true)
+/// Opens an image. Nothing here crashes the host, so nothing waits for stable storage.
+pub(crate) fn open(format: &str, path: &Path, read_only: bool) -> Result<Arc<dyn Node>, BlockError> {
+    open_foreign(image_at(format, path, read_only)?, read_only, true)
 }
 
 /// Creates an empty image as our tool does it, from options in qemu-img's words.
@@ -219,6 +210,8 @@ pub(crate) fn qemu_io(format: &str, path: &Path, commands: &[&str]) {
 
 pub(crate) fn check_with_qemu(format: &str, path: &Path, want: &[u8], dir: &Path) {
     let name = path.to_str().unwrap();
+    let ours = image_at(format, path, true).unwrap().check().unwrap();
+    assert_eq!(ours, (format != "vpc").then(ForeignReport::default));
     if format != "vpc" {
         let text = qemu_img(&["check", "-f", format, name]);
         assert!(text.contains("No errors"), "{text}");
@@ -336,4 +329,80 @@ fn check_bitmaps(file: &[u8]) {
         assert!(file[at..at + 512].iter().all(|byte| *byte == 0xff), "block at {at:#x}");
     }
     assert!(file[..512] == file[file.len() - 512..]);
+}
+
+#[test]
+fn a_check_finds_what_qemu_img_finds() {
+    let dir = Place::new();
+    let (raw, path) = (dir.at("a.raw"), dir.at("image"));
+    std::fs::write(&raw, source(5 << 20)).unwrap();
+    // Entries of two blocks, their bytes, and a value that is no place in the file.
+    for (format, options, first, second, bytes, wrong) in [
+        ("vdi", "static=off", 512, 516, 4, 0x77u64),
+        ("vhdx", "block_size=1M", 2 << 20, (2 << 20) + 8, 8, 6 | 1 << 40),
+        ("vmdk", "subformat=monolithicSparse", 27 * 512, 27 * 512 + 4, 4, 0x7fff_ffff),
+    ] {
+        qemu_img(&["convert", "-O", format, "-o", options, raw.to_str().unwrap(), path.to_str().unwrap()]);
+        let whole = std::fs::read(&path).unwrap();
+        let report = |file: &[u8]| {
+            std::fs::write(&path, file).unwrap();
+            image_at(format, &path, true).unwrap().check().unwrap().unwrap()
+        };
+        assert_eq!(report(&whole), ForeignReport::default());
+        let mut file = whole.clone();
+        let at = (0..64)
+            .map(|i| second + i * bytes)
+            .find(|at| file[*at..*at + 4] != file[first..first + 4] && file[*at] != 0);
+        file.copy_within(first..first + bytes, at.unwrap());
+        assert!(report(&file).corruptions > 0, "{format}: two owners");
+        let mut file = whole.clone();
+        file[first..first + bytes].copy_from_slice(&wrong.to_le_bytes()[..bytes]);
+        assert!(report(&file).corruptions > 0, "{format}: no place");
+        if format != "vhdx" {
+            assert_ne!(qemu_img_status(&["check", "-f", format, path.to_str().unwrap()]).0, 0);
+        }
+    }
+}
+
+#[test]
+fn images_are_described_as_qemu_img_describes_them() {
+    let dir = Place::new();
+    let path = dir.at("a.img");
+    for (format, options) in KINDS.iter().copied().chain([
+        ("vmdk", "subformat=streamOptimized"),
+        ("vmdk", "subformat=monolithicFlat"),
+        ("vmdk", "subformat=twoGbMaxExtentSparse"),
+    ]) {
+        let mut args = vec!["create", "-q", "-f", format, path.to_str().unwrap(), "2100M"];
+        if !options.is_empty() {
+            args.extend(["-o", options]);
+        }
+        if !options.contains("fixed") && !options.contains("static") {
+            qemu_img(&args);
+        } else {
+            args[5] = "3M";
+            qemu_img(&args);
+        }
+        let text = qemu_img(&["info", "-f", format, path.to_str().unwrap()]);
+        let field = |name: &str| {
+            let line = text.lines().map(str::trim).find_map(|line| line.strip_prefix(name));
+            line.and_then(|rest| rest.strip_prefix(": ")).map(str::to_owned)
+        };
+        let info = image_at(format, &path, true).unwrap().inspect().unwrap();
+        assert!(field("virtual size").unwrap().ends_with(&format!("({} bytes)", info.size_bytes)), "{text}");
+        let cluster_bytes = (info.cluster_bytes != 0).then(|| info.cluster_bytes.to_string());
+        assert_eq!(field("cluster_size"), cluster_bytes, "{format} {options}");
+        if let Some(vmdk) = info.vmdk {
+            assert_eq!(field("cid"), Some(vmdk.cid.to_string()));
+            assert_eq!(field("parent cid"), Some(vmdk.parent_cid.to_string()));
+            assert_eq!(field("create type"), Some(vmdk.create_type));
+            let names = text.lines().filter_map(|line| line.strip_prefix("            filename: "));
+            let names: Vec<PathBuf> = names.map(PathBuf::from).collect();
+            let paths: Vec<PathBuf> = vmdk.extents.iter().filter_map(|extent| extent.path.clone()).collect();
+            assert_eq!(names, paths);
+            let kinds = text.lines().filter_map(|line| line.strip_prefix("            format: "));
+            assert_eq!(kinds.collect::<Vec<_>>(), vmdk.extents.iter().map(|extent| extent.kind).collect::<Vec<_>>());
+            assert_eq!(text.contains("compressed: true"), vmdk.extents[0].compressed);
+        }
+    }
 }

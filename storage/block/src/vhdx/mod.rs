@@ -14,6 +14,7 @@ use image::vhdx::metadata::METADATA_BYTES;
 use image::vhdx::{ALIGN_BYTES, Bat, Block, HEADERS_BYTES, Header, Metadata, Regions};
 
 use crate::error::BlockError;
+use crate::foreign::{ForeignReport, Places};
 use crate::io::FileBackend;
 use crate::mapped::{
     BlockTable, DirtyPage, Entry, MapOptions, Mapped, MappedNode, Slot, Store, random_uuid, refused, write_new,
@@ -125,6 +126,22 @@ impl BlockTable for VhdxTable {
     fn close(&self, store: &Store) -> Result<(), BlockError> {
         self.journal.close(store)
     }
+}
+
+/// Looks for entries that make no sense and for blocks with two owners. A log that has to be replayed is no damage.
+pub(crate) fn check_vhdx(file: Arc<dyn FileBackend>, path: PathBuf) -> Result<ForeignReport, BlockError> {
+    let node = open_vhdx(file, path, true, true)?;
+    let mut report = ForeignReport::default();
+    let disk = node.disk();
+    let mut places = Places::new(disk.store.len_bytes()?, disk.block_bytes());
+    disk.check(&mut report, &mut |block, entry, report| {
+        if let Entry::At(offset) = entry {
+            if !places.claim(offset) {
+                report.add(|| format!("block {block} is at {offset:#x}, where another block is"));
+            }
+        }
+    })?;
+    Ok(report)
 }
 
 /// How a vhdx is created. The defaults are qemu-img's.

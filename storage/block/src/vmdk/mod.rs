@@ -15,8 +15,9 @@ use image::vmdk::{
 };
 
 use crate::error::BlockError;
+use crate::foreign::{ForeignReport, Places};
 use crate::io::FileBackend;
-use crate::mapped::{Mapped, Store};
+use crate::mapped::{Entry, Mapped, Store};
 use crate::node::{Below, Extent, ExtentKind, Node};
 use crate::sys::{ReadBufs, WriteBufs};
 use sparse::{GrainTables, open_sparse, read_header};
@@ -51,7 +52,9 @@ pub(crate) struct VmdkNode {
     /// In the order of the disk, without gaps.
     parts: Vec<Part>,
     identity: Identity,
-    backing_name: Option<String>,
+    descriptor: Option<Descriptor>,
+    /// The image is one file.
+    descriptor_is_embedded: bool,
 }
 
 /// The descriptor, whose CID changes with the first write.
@@ -123,10 +126,7 @@ pub(crate) fn open_vmdk(
     let store = Store { file: file.clone(), path: path.clone(), no_sync };
     let header = sparse_header(&store)?;
     let (descriptor, place) = find_descriptor(&store, header.as_ref())?;
-    let backing_name = descriptor
-        .as_ref()
-        .filter(|descriptor| descriptor.parent_cid != u32::MAX)
-        .and_then(|descriptor| descriptor.parent_name.clone());
+    let descriptor_is_embedded = header.is_some();
     let parts = match (header, &descriptor) {
         (Some(header), _) => {
             let whole = Store { file, path: path.clone(), no_sync };
@@ -137,7 +137,7 @@ pub(crate) fn open_vmdk(
     };
     let size_bytes = parts.iter().map(|part| part.bytes).sum();
     let identity = Identity { store, place, changed: Mutex::new(false) };
-    Ok(VmdkNode { path, size_bytes, parts, identity, backing_name })
+    Ok(VmdkNode { path, size_bytes, parts, identity, descriptor, descriptor_is_embedded })
 }
 
 fn open_single(store: Store, header: SparseHeader, read_only: bool) -> Result<Part, BlockError> {
@@ -268,6 +268,72 @@ impl VmdkNode {
             return Err(BlockError::ReadOnly { path: self.path.clone() });
         }
         self.identity.change()
+    }
+}
+
+/// What only a vmdk says about itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmdkInfo {
+    /// Changes with the contents.
+    pub cid: u32,
+    /// The parent's CID when the image was made; `0xffff_ffff` without a parent.
+    pub parent_cid: u32,
+    /// `monolithicSparse` and others; empty for an extent without a descriptor.
+    pub create_type: String,
+    /// In the order of the disk.
+    pub extents: Vec<VmdkExtentInfo>,
+}
+
+/// An extent of a vmdk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmdkExtentInfo {
+    /// Size of its part of the disk.
+    pub size_bytes: u64,
+    /// Its file; `None` where the descriptor says that there are zeroes.
+    pub path: Option<PathBuf>,
+    /// Grain size; 0 for a flat one.
+    pub cluster_bytes: u64,
+    /// `SPARSE`, `FLAT` or `ZERO`; empty for an image in one file.
+    pub kind: &'static str,
+    /// Whether its grains are compressed.
+    pub compressed: bool,
+}
+
+impl VmdkNode {
+    /// What the image says about itself.
+    pub(crate) fn info(&self) -> VmdkInfo {
+        let single = self.descriptor_is_embedded;
+        let extents = self.parts.iter().map(|part| VmdkExtentInfo {
+            size_bytes: part.bytes,
+            path: part.kind.path().cloned(),
+            cluster_bytes: part.kind.grain_bytes().unwrap_or(0),
+            kind: if single { "" } else { part.kind.name() },
+            compressed: part.kind.is_compressed(),
+        });
+        VmdkInfo {
+            cid: self.descriptor.as_ref().map_or(0, |descriptor| descriptor.cid),
+            parent_cid: self.descriptor.as_ref().map_or(u32::MAX, |descriptor| descriptor.parent_cid),
+            create_type: self.descriptor.as_ref().map_or_else(String::new, |descriptor| descriptor.create_type.clone()),
+            extents: extents.collect(),
+        }
+    }
+
+    /// Looks for entries that make no sense and for grains with two owners.
+    pub(crate) fn check(&self) -> Result<ForeignReport, BlockError> {
+        let mut report = ForeignReport::default();
+        for part in &self.parts {
+            let PartKind::Sparse(disk) = &part.kind else { continue };
+            let unit = if disk.table.is_compressed() { SECTOR_BYTES } else { disk.block_bytes() };
+            let mut places = Places::new(disk.store.len_bytes()?, unit);
+            disk.check(&mut report, &mut |grain, entry, report| {
+                if let Entry::At(offset) | Entry::Packed(offset) = entry {
+                    if !places.claim(offset) {
+                        report.add(|| format!("grain {grain} is at {offset:#x}, where another grain is"));
+                    }
+                }
+            })?;
+        }
+        Ok(report)
     }
 }
 
@@ -407,11 +473,37 @@ impl Node for VmdkNode {
     }
 
     fn backing_name(&self) -> Option<String> {
-        self.backing_name.clone()
+        let descriptor = self.descriptor.as_ref().filter(|descriptor| descriptor.parent_cid != u32::MAX);
+        descriptor.and_then(|descriptor| descriptor.parent_name.clone())
     }
 }
 
 impl PartKind {
+    fn name(&self) -> &'static str {
+        match self {
+            PartKind::Flat(..) => "FLAT",
+            PartKind::Zero => "ZERO",
+            PartKind::Sparse(_) | PartKind::Stream(_) => "SPARSE",
+        }
+    }
+
+    fn path(&self) -> Option<&PathBuf> {
+        match self {
+            PartKind::Flat(store, _) => Some(&store.path),
+            PartKind::Zero => None,
+            PartKind::Sparse(disk) => Some(&disk.store.path),
+            PartKind::Stream(stream) => Some(stream.path()),
+        }
+    }
+
+    fn is_compressed(&self) -> bool {
+        match self {
+            PartKind::Flat(..) | PartKind::Zero => false,
+            PartKind::Sparse(disk) => disk.table.is_compressed(),
+            PartKind::Stream(_) => true,
+        }
+    }
+
     fn grain_bytes(&self) -> Option<u64> {
         match self {
             PartKind::Flat(..) | PartKind::Zero => None,

@@ -73,6 +73,10 @@ pub(super) fn open_sparse(
 }
 
 impl GrainTables {
+    pub(super) fn is_compressed(&self) -> bool {
+        self.header.is_compressed()
+    }
+
     fn gt_entries(&self) -> u64 {
         u64::from(self.header.gt_entries)
     }

@@ -1,6 +1,7 @@
 //! Writing a `streamOptimized` file: packed grains in ascending order, each grain table behind its grains, at the
 //! end the grain directory and the footer. A flush writes that end; what is appended later replaces it.
 
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use image::vmdk::{GRAIN_MARKER_BYTES, SECTOR_BYTES, SparseHeader, VmdkError, grain_header, pack_table, stream_end};
@@ -196,6 +197,10 @@ impl StreamWriter {
 
     pub(super) fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    pub(super) fn path(&self) -> &PathBuf {
+        &self.store.path
     }
 
     pub(super) fn allocated_bytes(&self) -> Result<u64, BlockError> {

@@ -8,8 +8,8 @@ use image::vmdk::layout::Subformat;
 use super::{VmdkOptions, create_vmdk, vmdk_descriptor};
 use crate::error::BlockError;
 use crate::mapped::tests::{
-    change, check_extents, check_with_qemu, host_file, open, open_vmdk_beside, qemu_img, qemu_img_status, qemu_io,
-    read_all, source, write,
+    change, check_extents, check_with_qemu, host_file, open, qemu_img, qemu_img_status, qemu_io, read_all, source,
+    write,
 };
 use crate::node::Node;
 use crate::sys::{ReadBufs, WriteBufs};
@@ -114,7 +114,7 @@ fn extents_in_files_beside_the_descriptor() {
         qemu_io("vmdk", &path, &["write -P 1 0 64k", "write -P 2 2046M 4M", "write -P 3 2099M 1M"]);
         let cid = || vmdk_descriptor(host_file(&path, false), &path).unwrap().unwrap().cid;
         let before = cid();
-        let node = open_vmdk_beside(&path, false).unwrap();
+        let node = open("vmdk", &path, false).unwrap();
         assert_eq!((node.size_bytes(), before == cid()), (2100 * mib, true));
         let byte = |at: u64| {
             let mut out = [9; 2];
@@ -127,7 +127,7 @@ fn extents_in_files_beside_the_descriptor() {
             assert_eq!(byte(at)[0], want, "{subformat} {at}");
         }
         // Across the border of two files.
-        write(&node, (2048 * mib) as usize - 65536 * 3, &[7; 65536 * 5]);
+        write(&*node, (2048 * mib) as usize - 65536 * 3, &[7; 65536 * 5]);
         assert_eq!((byte(2048 * mib - 1), byte(2048 * mib + 2 * 65536 - 1)), ([7, 7], [7, 2]));
         drop(node);
         assert_ne!(before, cid());
