@@ -45,6 +45,8 @@ fn any_cut_leaves_a_consistent_image() {
         Case { create: "cluster_size=1k,refcount_bits=8", backing: false, snapshot: true, l2_cache_bytes: 1 << 20 },
         Case { create: "cluster_size=4k,preallocation=metadata", backing: false, snapshot: true, l2_cache_bytes: 0 },
         Case { create: "cluster_size=64k", backing: true, snapshot: false, l2_cache_bytes: 1 << 20 },
+        Case { create: "cluster_size=16k,extended_l2=on", backing: true, snapshot: false, l2_cache_bytes: 0 },
+        Case { create: "cluster_size=16k,extended_l2=on", backing: false, snapshot: true, l2_cache_bytes: 1 << 20 },
     ];
     for (case, seed) in cases.iter().zip(0x51_7cc1u64..) {
         run(case, seed);

@@ -3,7 +3,7 @@
 
 mod support;
 
-use block::{Disk, Format, OpenOptions};
+use block::{Disk, Format, OpenOptions, Repair, repair_backend};
 use support::{MemFile, Pages, Rng, qemu_img};
 
 const SIZE_BYTES: u64 = 1 << 20;
@@ -79,7 +79,27 @@ fn exercise(pages: Pages, read_only: bool, rng: &mut Rng) -> bool {
         }
     }
     let _ = disk.write(size.saturating_sub(512), &buf[..512]);
+    if rng.below(10) == 0 {
+        maintain(&disk, rng);
+    }
     true
+}
+
+/// Operations on the image as a whole; results do not matter either.
+fn maintain(disk: &Disk, rng: &mut Rng) {
+    let Some(image) = disk.qcow2() else { return };
+    let _ = image.snapshots();
+    for _ in 0..3 {
+        match rng.below(7) {
+            0 => _ = image.create_snapshot("new", &Default::default()),
+            1 => _ = image.apply_snapshot("s"),
+            2 => _ = image.delete_snapshot("s"),
+            3 => _ = disk.resize(rng.below(4 << 20), true, block::Preallocation::Off),
+            4 => _ = disk.resize(SIZE_BYTES + rng.below(4 << 20), true, block::Preallocation::Metadata),
+            5 => _ = image.set_backing(Some("base"), Some("raw")),
+            _ => _ = image.make_empty(),
+        }
+    }
 }
 
 #[test]
@@ -90,6 +110,7 @@ fn mutated_images_do_no_harm() {
         ("cluster_size=512,refcount_bits=2", false),
         ("cluster_size=4k,compat=0.10", true),
         ("cluster_size=2M,lazy_refcounts=on", false),
+        ("cluster_size=16k,extended_l2=on", false),
     ];
     let mut opened = 0;
     for (options, compressed) in seeds {
@@ -104,6 +125,11 @@ fn mutated_images_do_no_harm() {
             }
             mutate(&mut pages, &mut rng);
             let what = format!("{options} seed {seed}");
+            let copy = MemFile::of(pages.clone());
+            let what_to_mend = if seed % 2 == 0 { Repair::All } else { Repair::Leaks };
+            let mended =
+                std::panic::catch_unwind(move || repair_backend(copy.layer(Format::Qcow2), what_to_mend).is_ok());
+            assert!(mended.is_ok(), "{what}: the repair panicked");
             let result = std::panic::catch_unwind(move || exercise(pages, seed % 3 == 0, &mut rng));
             opened += u32::from(result.unwrap_or_else(|_| panic!("{what}: panicked")));
         }

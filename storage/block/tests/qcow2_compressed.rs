@@ -7,13 +7,14 @@ use support::{MemFile, Pages, Rng, open_disk, qemu_check, qemu_img, qemu_raw};
 
 const SIZE_BYTES: u64 = (2 << 20) + 512;
 
-const OPTIONS: [&str; 6] = [
+const OPTIONS: [&str; 7] = [
     "cluster_size=64k",
     "cluster_size=64k,compression_type=zstd",
     "cluster_size=512",
     "cluster_size=4k,refcount_bits=1",
     "cluster_size=4k,compat=0.10",
     "cluster_size=2M,compression_type=zstd,refcount_bits=64",
+    "cluster_size=32k,extended_l2=on",
 ];
 
 /// Text-like bytes, with noise in every seventh cluster of 4 KiB.

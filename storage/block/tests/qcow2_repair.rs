@@ -9,12 +9,13 @@ use support::{MemFile, Pages, open_chain, open_disk, qemu_check, qemu_img, qemu_
 
 const SIZE_BYTES: u64 = 2 << 20;
 
-const OPTIONS: [&str; 5] = [
+const OPTIONS: [&str; 6] = [
     "cluster_size=64k",
     "cluster_size=4k,refcount_bits=8",
     "cluster_size=512,refcount_bits=64",
     "cluster_size=4k,compat=0.10",
     "cluster_size=4k,refcount_bits=2",
+    "cluster_size=16k,extended_l2=on",
 ];
 
 /// An image with data, some of it shared with a snapshot and some not.

@@ -7,12 +7,13 @@ use std::path::Path;
 use block::{Disk, Format, OpenOptions, Preallocation, Qcow2Image};
 use support::{MemFile, Pages, Rng, open_chain, open_disk, open_image, qemu_check, qemu_img, qemu_raw};
 
-const OPTIONS: [&str; 5] = [
+const OPTIONS: [&str; 6] = [
     "cluster_size=64k",
     "cluster_size=512",
     "cluster_size=4k,refcount_bits=1",
     "cluster_size=4k,compat=0.10",
     "cluster_size=2M,refcount_bits=64",
+    "cluster_size=16k,extended_l2=on",
 ];
 
 const ROOMS: [Preallocation; 4] =
@@ -61,7 +62,7 @@ fn open_disk_again(disk: &Disk) -> Disk {
 
 #[test]
 fn growing_hides_what_a_longer_backing_file_holds() {
-    for options in ["cluster_size=64k", "cluster_size=512", "cluster_size=4k,compat=0.10"] {
+    for options in ["cluster_size=64k", "cluster_size=512", "cluster_size=4k,compat=0.10", "extended_l2=on"] {
         for room in [Preallocation::Off, Preallocation::Metadata] {
             let dir = tempfile::tempdir().unwrap();
             let (path, base) = (dir.path().join("a.qcow2"), dir.path().join("base.raw"));

@@ -11,13 +11,14 @@ const SIZE_BYTES: u64 = 1 << 20;
 const TIME: SnapshotTime = SnapshotTime { date_sec: 1_700_000_000, date_nsec: 5, vm_clock_nsec: 0 };
 
 /// What qemu-img is asked to create: kinds of tables that differ.
-const OPTIONS: [&str; 6] = [
+const OPTIONS: [&str; 7] = [
     "cluster_size=64k",
     "cluster_size=512",
     "cluster_size=4k,refcount_bits=8",
     "cluster_size=4k,compat=0.10",
     "cluster_size=1k,refcount_bits=64,lazy_refcounts=on",
     "cluster_size=2M,refcount_bits=2",
+    "cluster_size=16k,extended_l2=on",
 ];
 
 fn create(path: &Path, options: &str) {

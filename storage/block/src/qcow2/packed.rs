@@ -113,8 +113,8 @@ impl Tables {
     }
 
     fn refer_to_packed(&mut self, offset: u64, raw: u64) -> Result<(), BlockError> {
-        let free = self.entry(offset)?.freed(&self.geometry);
-        self.set_entries(offset, std::iter::once(raw))?;
+        let free = self.freed_by(offset)?;
+        self.set_entries(offset, std::iter::once([raw, 0]))?;
         if let Some(Freed { offset, bytes }) = free {
             self.free_later(offset, bytes);
         }

@@ -99,14 +99,14 @@ impl Qcow2Node {
 }
 
 impl Tables {
-    /// What maps a guest offset, and for how many bytes from there, at most `max`, without a break.
+    /// What maps a guest offset, and for how many bytes from there, at most `max`, without a break. The host offset is
+    /// that of the first cluster.
     pub(super) fn run(&mut self, offset: u64, max: u64) -> Result<(L2Entry, u64), BlockError> {
-        let cluster_bytes = self.geometry.cluster_bytes();
-        let first = self.entry(offset)?;
-        let mut run = cluster_bytes - self.geometry.in_cluster(offset);
+        let (first, mut run) = self.piece(offset)?;
         if matches!(first, L2Entry::Compressed { .. }) {
             return Ok((first, run.min(max)));
         }
+        let first_cluster = offset - self.geometry.in_cluster(offset);
         let mut examined = 0;
         while run < max && examined < RUN_ENTRIES_MAX {
             let at = offset + run;
@@ -116,8 +116,9 @@ impl Tables {
                 run = run.saturating_add(reach - at % reach);
                 continue;
             }
-            let distance = at - (offset - self.geometry.in_cluster(offset));
-            let continues = match (first, self.entry(at)?) {
+            let distance = at - self.geometry.in_cluster(at) - first_cluster;
+            let (next, bytes) = self.piece(at)?;
+            let continues = match (first, next) {
                 (L2Entry::Data { host, .. }, L2Entry::Data { host: next, .. }) => next == host + distance,
                 (L2Entry::Zero { host: Some(host), .. }, L2Entry::Zero { host: Some(next), .. }) => {
                     next == host + distance
@@ -129,7 +130,7 @@ impl Tables {
             if !continues {
                 break;
             }
-            run += cluster_bytes;
+            run += bytes;
         }
         Ok((first, run.min(max)))
     }

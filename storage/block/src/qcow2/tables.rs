@@ -1,8 +1,9 @@
 //! L1 and L2 tables: finding an entry, and changing it in memory.
 
-use image::qcow2::{COPIED, EntryError, L1Entry, L2Entry};
+use image::qcow2::{COPIED, EntryError, ExtendedEntry, Freed, L1Entry, L2Entry};
 
 use super::Tables;
+use super::rewrite::word;
 use crate::error::BlockError;
 
 impl Tables {
@@ -15,18 +16,50 @@ impl Tables {
         L1Entry::decode(raw.unwrap_or(0), &self.geometry).map_err(|e| self.damaged(offset, e))
     }
 
-    /// What the image says about the cluster that holds a guest offset.
-    pub(super) fn entry(&mut self, offset: u64) -> Result<L2Entry, BlockError> {
-        let Some(table) = self.l1_entry(offset)?.table else { return Ok(L2Entry::Unallocated) };
+    /// The words of the L2 entry for a guest offset, the second one for entries that have a bitmap; zeroes where no
+    /// table is.
+    pub(super) fn raw_entry(&mut self, offset: u64) -> Result<[u64; 2], BlockError> {
+        let Some(table) = self.l1_entry(offset)?.table else { return Ok([0; 2]) };
         let (key, at) = self.slice_of(table, offset);
         self.load_l2(key, table)?;
-        let raw = self.l2_cache.get(key).and_then(|slice| slice.get(at..at + 8)).and_then(|raw| raw.try_into().ok());
-        L2Entry::decode(raw.map_or(0, u64::from_be_bytes), &self.geometry).map_err(|e| self.damaged(offset, e))
+        let extended = self.geometry.extended_l2;
+        let slice = self.l2_cache.get(key).and_then(|slice| slice.get(at..)).unwrap_or_default();
+        Ok([word(slice), if extended { word(slice.get(8..).unwrap_or_default()) } else { 0 }])
+    }
+
+    /// What the image says about the cluster that holds a guest offset, where entries have no bitmap.
+    pub(super) fn entry(&mut self, offset: u64) -> Result<L2Entry, BlockError> {
+        let [raw, _] = self.raw_entry(offset)?;
+        L2Entry::decode(raw, &self.geometry).map_err(|e| self.damaged(offset, e))
+    }
+
+    /// As [`Tables::entry`], where entries have a bitmap.
+    pub(super) fn extended_entry(&mut self, offset: u64) -> Result<ExtendedEntry, BlockError> {
+        let [raw, bitmap] = self.raw_entry(offset)?;
+        ExtendedEntry::decode(raw, bitmap, &self.geometry).map_err(|e| self.damaged(offset, e))
+    }
+
+    /// What the image says about a guest offset, and for how many bytes from there; at most to the end of the cluster.
+    pub(super) fn piece(&mut self, offset: u64) -> Result<(L2Entry, u64), BlockError> {
+        let within = self.geometry.in_cluster(offset);
+        if self.geometry.extended_l2 {
+            return Ok(self.extended_entry(offset)?.piece(&self.geometry, within));
+        }
+        Ok((self.entry(offset)?, self.geometry.cluster_bytes() - within))
+    }
+
+    /// What the entry for a guest offset refers to.
+    pub(super) fn freed_by(&mut self, offset: u64) -> Result<Option<Freed>, BlockError> {
+        let geometry = self.geometry;
+        match geometry.extended_l2 {
+            true => Ok(self.extended_entry(offset)?.freed(&geometry)),
+            false => Ok(self.entry(offset)?.freed(&geometry)),
+        }
     }
 
     /// Key of the cached slice for a guest offset, and the byte in it where the entry starts.
     fn slice_of(&self, table: u64, offset: u64) -> (u64, usize) {
-        let byte = self.geometry.l2_index(offset) * 8;
+        let byte = self.geometry.l2_index(offset) * self.geometry.l2_entry_bytes();
         let in_slice = byte & (self.geometry.slice_bytes() - 1);
         (table + byte - in_slice, in_slice as usize)
     }
@@ -56,7 +89,7 @@ impl Tables {
 
     /// Guest bytes from `offset` to the end of the slice that maps it.
     pub(super) fn slice_reach(&self, offset: u64) -> u64 {
-        let reach = (self.geometry.slice_bytes() / 8) << self.geometry.cluster_bits;
+        let reach = (self.geometry.slice_bytes() / self.geometry.l2_entry_bytes()) << self.geometry.cluster_bits;
         reach - (offset & (reach - 1))
     }
 
@@ -102,15 +135,22 @@ impl Tables {
     }
 
     /// Stores entries for consecutive clusters from `offset` on, all in one slice that [`Tables::own_l2`]
-    /// was called for before. On an error nothing has changed.
-    pub(super) fn set_entries(&mut self, offset: u64, entries: impl Iterator<Item = u64>) -> Result<(), BlockError> {
+    /// was called for before: the entry, and the bitmap where entries have one. On an error nothing has changed.
+    pub(super) fn set_entries(
+        &mut self,
+        offset: u64,
+        entries: impl Iterator<Item = [u64; 2]>,
+    ) -> Result<(), BlockError> {
         self.own_l2(offset)?;
         let Some(table) = self.l1_entry(offset)?.table else { return Ok(()) };
         let (key, at) = self.slice_of(table, offset);
+        let entry_bytes = self.geometry.l2_entry_bytes() as usize;
         if let Some(slice) = self.l2_cache.get_dirty(key) {
-            let targets = slice.get_mut(at..).unwrap_or_default().chunks_exact_mut(8);
-            for (target, raw) in targets.zip(entries) {
-                target.copy_from_slice(&raw.to_be_bytes());
+            let targets = slice.get_mut(at..).unwrap_or_default().chunks_exact_mut(entry_bytes);
+            for (target, words) in targets.zip(entries) {
+                for (part, word) in target.chunks_exact_mut(8).zip(words) {
+                    part.copy_from_slice(&word.to_be_bytes());
+                }
             }
         }
         Ok(())

@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 
-use image::qcow2::{Freed, L2Entry, WritePlan, plan_write};
+use image::qcow2::{
+    ExtendedEntry, Freed, L2Entry, SubclusterWrite, Subclusters, WritePlan, plan_subcluster_write, plan_write,
+};
 use parking_lot::MutexGuard;
 
 use super::{Flight, Qcow2Node, Tables};
@@ -41,6 +43,10 @@ struct Fill {
     data_alone: bool,
     /// What the entries refer to now; `None` when the clusters are reserved behind them already.
     frees: Option<Vec<Option<Freed>>>,
+    /// Which bytes from `first` on are filled: whole clusters, or with extended entries the subclusters of one.
+    around: Range<u64>,
+    /// What the subclusters of each cluster are afterwards, with extended entries.
+    after: Subclusters,
 }
 
 impl Fill {
@@ -148,14 +154,13 @@ impl Qcow2Node {
             return self.file.write_at(fill.host + within, bufs).map_err(|e| self.failed(Action::Write, e));
         }
         let end = within + bufs.len() as u64;
-        let tail_bytes = (fill.count << self.geometry.cluster_bits) - end;
-        let mut head = vec![0; within as usize];
-        let mut tail = vec![0; tail_bytes as usize];
-        self.read_around(below, offset - within, &mut head)?;
+        let mut head = vec![0; (within - fill.around.start) as usize];
+        let mut tail = vec![0; (fill.around.end - end) as usize];
+        self.read_around(below, fill.first + fill.around.start, &mut head)?;
         self.read_around(below, offset + bufs.len() as u64, &mut tail)?;
         let (head, tail) = (WriteBufs::from_slice(&head), WriteBufs::from_slice(&tail));
         let whole = WriteBufs::concat(&[&head, bufs, &tail]);
-        self.file.write_at(fill.host, &whole).map_err(|e| self.failed(Action::Write, e))
+        self.file.write_at(fill.host + fill.around.start, &whole).map_err(|e| self.failed(Action::Write, e))
     }
 
     /// What the guest sees; past the end of the disk, zeroes.
@@ -203,6 +208,9 @@ impl Tables {
     /// Decides how the first of `max` bytes at a guest offset are written, and takes clusters for them.
     fn plan(&mut self, offset: u64, max: u64) -> Result<Plan, BlockError> {
         let cluster_bytes = self.geometry.cluster_bytes();
+        if self.geometry.extended_l2 {
+            return self.plan_extended(offset, max);
+        }
         let within = self.geometry.in_cluster(offset);
         let entry = self.entry(offset)?;
         match plan_write(entry, &self.geometry) {
@@ -214,8 +222,15 @@ impl Tables {
             WritePlan::Reserved { host } if self.l1_entry(offset)?.copied => {
                 self.refuse_tables(offset, host, cluster_bytes)?;
                 let bytes = (cluster_bytes - within).min(max);
-                let data_alone = bytes == cluster_bytes;
-                let fill = Fill { first: offset - within, host, count: 1, data_alone, frees: None };
+                let fill = Fill {
+                    first: offset - within,
+                    host,
+                    count: 1,
+                    data_alone: bytes == cluster_bytes,
+                    frees: None,
+                    around: 0..cluster_bytes,
+                    after: Subclusters::ALL_DATA,
+                };
                 Ok(Plan { bytes: bytes as usize, target: Target::Fill(fill) })
             }
             _ => self.plan_new(offset, max),
@@ -262,12 +277,12 @@ impl Tables {
         let end = offset + max.min(self.slice_reach(offset));
         let mut frees: Vec<Option<Freed>> = Vec::new();
         while first + frees.len() as u64 * cluster_bytes < end && (frees.len() as u64) < RUN_CLUSTERS_MAX {
-            let entry = self.entry(first + frees.len() as u64 * cluster_bytes)?;
-            match plan_write(entry, &geometry) {
-                WritePlan::Allocate { free } => frees.push(free),
+            let at = first + frees.len() as u64 * cluster_bytes;
+            match self.needs_new(at)? {
+                Some(free) => frees.push(free),
                 // The first cluster comes here also when its table was shared and its entries changed owner.
-                _ if frees.is_empty() => frees.push(entry.freed(&geometry)),
-                _ => break,
+                None if frees.is_empty() => frees.push(self.freed_by(at)?),
+                None => break,
             }
         }
         let never_used = self.file_clusters;
@@ -279,14 +294,61 @@ impl Tables {
             Err(error) => return self.give_back(cluster, count).and(Err(error)),
         };
         let host = cluster << geometry.cluster_bits;
-        let fill = Fill { first, host, count, data_alone, frees: Some(frees) };
+        let around = 0..count * cluster_bytes;
+        let fill = Fill { first, host, count, data_alone, frees: Some(frees), around, after: Subclusters::ALL_DATA };
         Ok(Plan { bytes: bytes as usize, target: Target::Fill(fill) })
+    }
+
+    /// As [`Tables::plan`], with extended entries: one cluster at a time, or whole ones that need new room.
+    fn plan_extended(&mut self, offset: u64, max: u64) -> Result<Plan, BlockError> {
+        let geometry = self.geometry;
+        let cluster_bytes = geometry.cluster_bytes();
+        let within = geometry.in_cluster(offset);
+        let bytes = (cluster_bytes - within).min(max);
+        let table_owned = self.l1_entry(offset)?.copied;
+        let entry = self.extended_entry(offset)?;
+        let unit = geometry.subcluster_bytes();
+        let first = offset - within;
+        let (host, fill, after, frees) = match plan_subcluster_write(entry, &geometry, table_owned, within, bytes) {
+            SubclusterWrite::InPlace { host } => {
+                self.refuse_tables(offset, host, cluster_bytes)?;
+                return Ok(Plan { bytes: bytes as usize, target: Target::InPlace(host + within) });
+            }
+            SubclusterWrite::Fill { host, fill, after } => {
+                self.refuse_tables(offset, host, cluster_bytes)?;
+                (host, fill, after, None)
+            }
+            SubclusterWrite::Allocate { .. } if bytes == cluster_bytes => {
+                return self.plan_new(offset, max - max % cluster_bytes);
+            }
+            SubclusterWrite::Allocate { fill, after, free } => {
+                self.own_l2(offset)?;
+                let (cluster, _) = self.alloc_run(1)?;
+                (cluster << geometry.cluster_bits, fill, after, Some(vec![free]))
+            }
+        };
+        let around = fill.0 * unit..fill.1 * unit;
+        let data_alone = around == (within..within + bytes);
+        let fill = Fill { first, host, count: 1, data_alone, frees, around, after };
+        Ok(Plan { bytes: bytes as usize, target: Target::Fill(fill) })
+    }
+
+    /// How the entry of a cluster stands to a write of all of it in [`Tables::plan_new`]: what is freed when it gets a
+    /// new cluster; `None` when it has one of its own.
+    fn needs_new(&mut self, offset: u64) -> Result<Option<Option<Freed>>, BlockError> {
+        let geometry = self.geometry;
+        let has_own = match geometry.extended_l2 {
+            true => matches!(self.extended_entry(offset)?, ExtendedEntry::Standard { host: Some(_), copied: true, .. }),
+            false => !matches!(plan_write(self.entry(offset)?, &geometry), WritePlan::Allocate { .. }),
+        };
+        if has_own { Ok(None) } else { self.freed_by(offset).map(Some) }
     }
 
     /// The clusters are filled: entries refer to them, what they referred to before goes.
     fn refer_to(&mut self, fill: &Fill) -> Result<(), BlockError> {
         let cluster_bytes = self.geometry.cluster_bytes();
-        let entries = (0..fill.count).map(|i| L2Entry::fresh_data(fill.host + i * cluster_bytes));
+        let bitmap = fill.after.bitmap();
+        let entries = (0..fill.count).map(|i| [L2Entry::fresh_data(fill.host + i * cluster_bytes), bitmap]);
         self.set_entries(fill.first, entries)?;
         for Freed { offset, bytes } in fill.frees.iter().flatten().flatten().copied() {
             self.free_later(offset, bytes);
@@ -302,16 +364,17 @@ impl Tables {
         }
     }
 
-    /// Whether the guest sees only zeroes before and after a range in the clusters it begins and ends in.
+    /// Whether the guest sees only zeroes before and after a range in the clusters it begins and ends in. Not for
+    /// clusters with subclusters.
     fn zero_around(&mut self, offset: u64, bytes: u64) -> Result<bool, BlockError> {
         let head_is_zero = self.geometry.is_aligned(offset) || self.reads_zero(offset)?;
         let end = offset + bytes;
         Ok(head_is_zero && (self.geometry.is_aligned(end) || self.reads_zero(end - 1)?))
     }
 
-    /// Whether the guest sees only zeroes in the cluster of `offset`, without reading data.
+    /// Whether the guest sees only zeroes in the cluster of `offset`, or its subcluster, without reading data.
     pub(super) fn reads_zero(&mut self, offset: u64) -> Result<bool, BlockError> {
-        let entry = self.entry(offset)?;
+        let (entry, _) = self.piece(offset)?;
         Ok(entry.reads_zero(self.options.has_backing))
     }
 }

@@ -1,6 +1,8 @@
 //! Zeroing and discarding whole clusters by their entries; the ragged ends of a range as data.
 
-use image::qcow2::{Freed, ZeroPlan, plan_discard, plan_zero};
+use image::qcow2::{
+    ExtendedEntry, Freed, SUBCLUSTERS, Subclusters, ZeroPlan, plan_discard, plan_zero, subcluster_mask,
+};
 
 use super::{Qcow2Node, Tables};
 use crate::error::BlockError;
@@ -82,6 +84,9 @@ impl Tables {
             let reach = self.geometry.l2_reach_bytes();
             return Ok(Stop::At((at - at % reach).saturating_add(reach).min(end)));
         }
+        if self.geometry.extended_l2 {
+            return self.zero_subclusters(at, end, may_unmap);
+        }
         let cluster_bytes = self.geometry.cluster_bytes();
         let next = (at - self.geometry.in_cluster(at)).saturating_add(cluster_bytes);
         let whole = self.geometry.is_aligned(at) && (end >= next || end >= self.size_bytes());
@@ -92,14 +97,52 @@ impl Tables {
         let entry = self.entry(at)?;
         match plan_zero(entry, &self.geometry, has_backing, may_unmap) {
             ZeroPlan::Keep => {}
-            ZeroPlan::Set { raw, free } => self.replace(at, raw, free)?,
+            ZeroPlan::Set { raw, free } => self.replace(at, [raw, 0], free)?,
             ZeroPlan::WriteData => return Ok(Stop::Data { at, end: next }),
         }
         Ok(Stop::At(next))
     }
 
-    fn replace(&mut self, offset: u64, raw: u64, free: Option<Freed>) -> Result<(), BlockError> {
-        self.set_entries(offset, std::iter::once(raw))?;
+    /// Zeroes the whole subclusters of a range inside one cluster by the bitmap; what is left at its ends, as data.
+    fn zero_subclusters(&mut self, at: u64, end: u64, may_unmap: bool) -> Result<Stop, BlockError> {
+        let (geometry, unit) = (self.geometry, self.geometry.subcluster_bytes());
+        let start = at - geometry.in_cluster(at);
+        // What lies behind the end of the disk belongs to its last cluster.
+        let to_disk_end = end >= self.size_bytes();
+        let next = start.saturating_add(geometry.cluster_bytes());
+        let stop = next.min(end);
+        let (first, last) = ((at - start).div_ceil(unit), (stop - start) / unit);
+        let last = if stop == next || to_disk_end { SUBCLUSTERS } else { last };
+        if at % unit != 0 || first >= last {
+            let stop = stop.min(at - at % unit + unit);
+            return Ok(if self.reads_zero(at)? { Stop::At(stop) } else { Stop::Data { at, end: stop } });
+        }
+        let done = Stop::At((start + last * unit).min(stop));
+        let mask = subcluster_mask(first, last);
+        let [raw, _] = self.raw_entry(at)?;
+        let (host, before) = match self.extended_entry(at)? {
+            ExtendedEntry::Standard { host, subclusters, .. } => (host, subclusters),
+            ExtendedEntry::Compressed { .. } if mask == u32::MAX => {
+                let free = self.freed_by(at)?;
+                self.replace(at, [0, Subclusters::ALL_ZERO.bitmap()], free)?;
+                return Ok(done);
+            }
+            ExtendedEntry::Compressed { .. } => return Ok(Stop::Data { at, end: (start + last * unit).min(stop) }),
+        };
+        let after = before.with_zero(mask);
+        let unmap = host.is_some() && after.data == 0 && may_unmap;
+        let reads_zero = before.data & mask == 0 && (!self.options.has_backing || before.zero & mask == mask);
+        if unmap {
+            let free = self.freed_by(at)?;
+            self.replace(at, [0, after.bitmap()], free)?;
+        } else if !reads_zero {
+            self.replace(at, [raw, after.bitmap()], None)?;
+        }
+        Ok(done)
+    }
+
+    fn replace(&mut self, offset: u64, entry: [u64; 2], free: Option<Freed>) -> Result<(), BlockError> {
+        self.set_entries(offset, std::iter::once(entry))?;
         if let Some(Freed { offset, bytes }) = free {
             self.free_later(offset, bytes);
         }
@@ -123,9 +166,17 @@ impl Tables {
             let reach = self.geometry.l2_reach_bytes();
             return Ok((at - at % reach).saturating_add(reach).min(end));
         }
+        if self.geometry.extended_l2 {
+            let gone = if self.options.has_backing { Subclusters::ALL_ZERO } else { Subclusters::default() };
+            if self.raw_entry(at)? != [0, gone.bitmap()] {
+                let free = self.freed_by(at)?;
+                self.replace(at, [0, gone.bitmap()], free)?;
+            }
+            return Ok(at + self.geometry.cluster_bytes());
+        }
         let entry = self.entry(at)?;
         if let ZeroPlan::Set { raw, free } = plan_discard(entry, &self.geometry, self.options.has_backing) {
-            self.replace(at, raw, free)?;
+            self.replace(at, [raw, 0], free)?;
         }
         Ok(at + self.geometry.cluster_bytes())
     }

@@ -21,7 +21,7 @@ pub const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear feature bit 1: the external data file is a raw image of the disk.
 pub const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
-const INCOMPAT_KNOWN: u64 = INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_COMPRESSION;
+const INCOMPAT_KNOWN: u64 = INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_COMPRESSION | INCOMPAT_EXTENDED_L2;
 
 /// File offset of the incompatible feature bits (u64).
 pub const INCOMPAT_OFFSET: u64 = 72;
@@ -281,7 +281,6 @@ impl Header {
         let bit = unknown.trailing_zeros();
         let name = match 1u64 << bit {
             INCOMPAT_DATA_FILE => "external data file".to_owned(),
-            INCOMPAT_EXTENDED_L2 => "extended L2 entries".to_owned(),
             _ => self.feature_name(bit).unwrap_or_else(|| "unknown feature".to_owned()),
         };
         Err(HeaderError::Feature { bit, name })
@@ -508,7 +507,6 @@ fn every_limit_is_refused_by_name() {
         (56, &[0, 0, 0, 129], HeaderError::ReftableSize { clusters: 129 }),
         (60, &[0, 1, 0, 1], HeaderError::TooManySnapshots(65537)),
         (72, &[0, 0, 0, 0, 0, 0, 0, 4], HeaderError::Feature { bit: 2, name: "external data file".to_owned() }),
-        (72, &[0, 0, 0, 0, 0, 0, 0, 16], HeaderError::Feature { bit: 4, name: "extended L2 entries".to_owned() }),
         (72, &[0, 0, 0, 0, 0, 0, 1, 0], HeaderError::Feature { bit: 8, name: "unknown feature".to_owned() }),
         (96, &[0, 0, 0, 7], HeaderError::RefcountOrder(7)),
         (100, &[0, 0, 0, 103], HeaderError::HeaderLength { got: 103, cluster_bytes: 65536 }),
@@ -523,6 +521,14 @@ fn every_limit_is_refused_by_name() {
         bytes[*at..at + patch.len()].copy_from_slice(patch);
         assert_eq!(Header::parse(&bytes).as_ref(), Err(want), "patch at {at}");
     }
+    let small = Header {
+        geometry: Geometry { cluster_bits: 13, extended_l2: true, ..sample().geometry },
+        incompatible: INCOMPAT_EXTENDED_L2,
+        l1_entries: 1024,
+        ..sample()
+    };
+    let refusal = HeaderError::SmallExtendedClusters { cluster_bytes: 8192 };
+    assert_eq!(Header::parse(&small.serialise().unwrap()), Err(refusal));
     let bytes = sample().serialise().unwrap();
     for cut in 0..bytes.len() - 1 {
         assert!(Header::parse(&bytes[..cut]).is_err(), "cut at {cut}");
