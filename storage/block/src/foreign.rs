@@ -191,7 +191,7 @@ pub(crate) fn open_foreign(image: ForeignImage, read_only: bool, no_sync: bool) 
         ForeignFormat::Vdi => Arc::new(open_vdi(file, path, read_only, no_sync)?),
         ForeignFormat::Vmdk => Arc::new(open_vmdk(file, path, extents, read_only, no_sync)?),
         ForeignFormat::Vhdx => Arc::new(open_vhdx(file, path, read_only, no_sync)?),
-        ForeignFormat::Vpc => Arc::new(open_vpc(file, path, read_only, no_sync)?),
+        ForeignFormat::Vpc => open_vpc(file, path, read_only, no_sync)?,
     })
 }
 

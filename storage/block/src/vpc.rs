@@ -20,25 +20,19 @@ const SECTOR_BYTES: u64 = 512;
 /// 2000-01-01 00:00 UTC, where the format's time starts.
 const EPOCH_UNIX_S: u64 = 946_684_800;
 
-/// A vpc: the bytes of the disk with a footer behind them, or blocks behind a table.
-pub(crate) enum VpcNode {
-    Fixed(FixedVpc),
-    Dynamic(MappedNode<BatTable>),
-}
-
-/// Opens a vpc.
+/// Opens a vpc: the bytes of the disk with a footer behind them, or blocks behind a table.
 pub(crate) fn open_vpc(
     file: Arc<dyn FileBackend>,
     path: PathBuf,
     read_only: bool,
     no_sync: bool,
-) -> Result<VpcNode, BlockError> {
+) -> Result<Arc<dyn Node>, BlockError> {
     let store = Store { file, path, no_sync };
     let file_bytes = store.len_bytes()?;
     let (footer, footer_bytes, footer_at_end) = read_footer(&store, file_bytes)?;
     let Some(dynamic_offset) = footer.dynamic_offset else {
         footer.check_fixed(file_bytes).map_err(|e| store.refused(e))?;
-        return Ok(VpcNode::Fixed(FixedVpc { store, size_bytes: footer.size_bytes(), read_only }));
+        return Ok(Arc::new(FixedVpc { store, size_bytes: footer.size_bytes(), read_only }));
     };
     let header = store.read_vec(dynamic_offset, DYNAMIC_HEADER_BYTES as u64)?;
     let header = DynamicHeader::parse(&header, &footer, file_bytes).map_err(|e| store.refused(e))?;
@@ -53,7 +47,7 @@ pub(crate) fn open_vpc(
     };
     let lead = vec![0xff; header.bitmap_bytes() as usize];
     let table = BatTable { header, footer: footer_bytes, lead };
-    Ok(VpcNode::Dynamic(MappedNode::new(Mapped::new(store, table, &options)?)))
+    Ok(Arc::new(MappedNode::new(Mapped::new(store, table, &options)?)))
 }
 
 /// The footer, its bytes, and whether it ends the file. The copy at the start serves a dynamic disk whose end is
@@ -74,7 +68,7 @@ fn read_footer(store: &Store, file_bytes: u64) -> Result<(Footer, Vec<u8>, bool)
 }
 
 /// The block allocation table.
-pub(crate) struct BatTable {
+struct BatTable {
     header: DynamicHeader,
     /// As it is written behind the last block.
     footer: Vec<u8>,
@@ -144,7 +138,7 @@ impl BlockTable for BatTable {
 }
 
 /// A fixed disk: its bytes from the start of the file.
-pub(crate) struct FixedVpc {
+struct FixedVpc {
     store: Store,
     size_bytes: u64,
     read_only: bool,
@@ -156,79 +150,47 @@ impl FixedVpc {
     }
 }
 
-impl Node for VpcNode {
+impl Node for FixedVpc {
     fn size_bytes(&self) -> u64 {
-        match self {
-            VpcNode::Fixed(disk) => disk.size_bytes,
-            VpcNode::Dynamic(disk) => disk.size_bytes(),
-        }
+        self.size_bytes
     }
 
     fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
-        match self {
-            VpcNode::Fixed(disk) => {
-                let (bytes, data) = disk.store.extent(offset, bytes)?;
-                let kind = if data { ExtentKind::Data } else { ExtentKind::Zero };
-                Ok(Extent { bytes, kind, host: Some(offset), compressed: false })
-            }
-            VpcNode::Dynamic(disk) => disk.extent(offset, bytes),
-        }
+        let (bytes, data) = self.store.extent(offset, bytes)?;
+        let kind = if data { ExtentKind::Data } else { ExtentKind::Zero };
+        Ok(Extent { bytes, kind, host: Some(offset), compressed: false })
     }
 
-    fn read(&self, below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
-        match self {
-            VpcNode::Fixed(disk) => disk.store.read(offset, bufs),
-            VpcNode::Dynamic(disk) => disk.read(below, offset, bufs),
-        }
+    fn read(&self, _below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
+        self.store.read(offset, bufs)
     }
 
-    fn write(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
-        match self {
-            VpcNode::Fixed(disk) => disk.writable().and_then(|()| disk.store.write(offset, bufs)),
-            VpcNode::Dynamic(disk) => disk.write(below, offset, bufs),
-        }
+    fn write(&self, _below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
+        self.writable().and_then(|()| self.store.write(offset, bufs))
     }
 
-    fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
-        match self {
-            VpcNode::Fixed(disk) => disk.writable().and_then(|()| disk.store.write_zeroes(offset, bytes, may_unmap)),
-            VpcNode::Dynamic(disk) => disk.write_zeroes(below, offset, bytes, may_unmap),
-        }
+    fn write_zeroes(&self, _below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
+        self.writable().and_then(|()| self.store.write_zeroes(offset, bytes, may_unmap))
     }
 
     fn discard(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
-        match self {
-            VpcNode::Fixed(disk) => disk.writable().and_then(|()| disk.store.punch_hole(offset, bytes)),
-            VpcNode::Dynamic(disk) => disk.discard(offset, bytes),
-        }
+        self.writable().and_then(|()| self.store.punch_hole(offset, bytes))
     }
 
     fn flush(&self) -> Result<(), BlockError> {
-        match self {
-            VpcNode::Fixed(disk) => disk.store.sync(),
-            VpcNode::Dynamic(disk) => disk.flush(),
-        }
+        if self.read_only { Ok(()) } else { self.store.sync() }
     }
 
     fn cluster_bytes(&self) -> u64 {
-        match self {
-            VpcNode::Fixed(_) => 0,
-            VpcNode::Dynamic(disk) => disk.cluster_bytes(),
-        }
+        0
     }
 
     fn allocated_bytes(&self) -> Result<u64, BlockError> {
-        match self {
-            VpcNode::Fixed(disk) => disk.store.allocated_bytes(),
-            VpcNode::Dynamic(disk) => disk.allocated_bytes(),
-        }
+        self.store.allocated_bytes()
     }
 
     fn path(&self) -> &Path {
-        match self {
-            VpcNode::Fixed(disk) => &disk.store.path,
-            VpcNode::Dynamic(disk) => disk.path(),
-        }
+        &self.store.path
     }
 }
 

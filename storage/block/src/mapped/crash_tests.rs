@@ -2,19 +2,16 @@
 //! bytes. Whatever is left opens, has everything that was flushed, and shows nothing that was never written.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::tests::{Rng, check_with_qemu, create, read_all, write};
 use crate::error::BlockError;
+use crate::foreign::{ForeignFormat, ForeignImage, open_foreign};
 use crate::io::FileBackend;
 use crate::node::Node;
 use crate::sys::{ReadBufs, WriteBufs};
-use crate::vdi::open_vdi;
-use crate::vhdx::open_vhdx;
-use crate::vmdk::open_vmdk;
-use crate::vpc::open_vpc;
 
 #[derive(Clone)]
 enum Op {
@@ -141,14 +138,8 @@ impl FileBackend for LogFile {
 }
 
 fn open(format: &str, file: Arc<LogFile>, read_only: bool) -> Result<Arc<dyn Node>, BlockError> {
-    let path = PathBuf::from("memory");
-    Ok(match format {
-        "vdi" => Arc::new(open_vdi(file, path, read_only, false)?),
-        "vpc" => Arc::new(open_vpc(file, path, read_only, false)?),
-        "vhdx" => Arc::new(open_vhdx(file, path, read_only, false)?),
-        "vmdk" => Arc::new(open_vmdk(file, path, Vec::new(), read_only, false)?),
-        other => panic!("{other}"),
-    })
+    let format = ForeignFormat::ALL.into_iter().find(|known| known.name() == format).unwrap();
+    open_foreign(ForeignImage::new(file, Path::new("memory"), format), read_only, false)
 }
 
 /// What each sector of the disk may hold after a cut: what was flushed, and what was written since.
@@ -177,10 +168,8 @@ fn script(node: &dyn Node, file: &LogFile, seed: u64) -> Vec<Moment> {
             fill => write(node, first * 512, &vec![fill; count * 512]),
         }
         let moment = moments.last_mut().unwrap();
-        for sector in first..first + count {
-            moment.since[sector].push(fill);
-            now[sector] = fill;
-        }
+        moment.since[first..first + count].iter_mut().for_each(|values| values.push(fill));
+        now[first..first + count].fill(fill);
         if rng.below(5) == 0 {
             node.flush().unwrap();
             moments.push(Moment { ops: file.ops().len(), flushed: now.clone(), since: nothing() });
@@ -248,7 +237,7 @@ fn check(format: &str, options: &str, states: usize) {
 }
 
 /// After a cut, QEMU counts a vdi's unused blocks as errors, as it does with its own; contents agree.
-fn check_contents_with_qemu(format: &str, path: &std::path::Path, want: &[u8], dir: &std::path::Path) {
+fn check_contents_with_qemu(format: &str, path: &Path, want: &[u8], dir: &Path) {
     if format != "vdi" {
         return check_with_qemu(format, path, want, dir);
     }

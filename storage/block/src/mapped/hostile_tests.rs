@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
@@ -12,13 +12,10 @@ use image::vhdx::header::{HEADER_OFFSETS, REGION_OFFSETS, REGION_TABLE_BYTES};
 
 use super::tests::{Rng, create, open as open_file, qemu_img, source};
 use crate::error::BlockError;
+use crate::foreign::{ForeignFormat, ForeignImage, open_foreign};
 use crate::io::FileBackend;
 use crate::node::Node;
 use crate::sys::{ReadBufs, WriteBufs};
-use crate::vdi::open_vdi;
-use crate::vhdx::open_vhdx;
-use crate::vmdk::open_vmdk;
-use crate::vpc::open_vpc;
 
 const PAGE: u64 = 4096;
 
@@ -106,14 +103,8 @@ impl FileBackend for SparseFile {
 }
 
 fn open(format: &str, file: Arc<SparseFile>, read_only: bool) -> Result<Arc<dyn Node>, BlockError> {
-    let path = PathBuf::from("memory");
-    Ok(match format {
-        "vdi" => Arc::new(open_vdi(file, path, read_only, false)?),
-        "vpc" => Arc::new(open_vpc(file, path, read_only, false)?),
-        "vhdx" => Arc::new(open_vhdx(file, path, read_only, false)?),
-        "vmdk" => Arc::new(open_vmdk(file, path, Vec::new(), read_only, false)?),
-        other => panic!("{other}"),
-    })
+    let format = ForeignFormat::ALL.into_iter().find(|known| known.name() == format).unwrap();
+    open_foreign(ForeignImage::new(file, Path::new("memory"), format), read_only, false)
 }
 
 /// Does everything that a caller does, at the start, in the middle and at the end of the disk.
@@ -148,12 +139,15 @@ fn exercise(format: &str, file: impl Fn() -> Arc<SparseFile>) -> bool {
     opened.is_ok()
 }
 
+/// Changes bytes of an image at an offset, with what that entails: pieces and their offsets.
+type Mend = fn(&[u8], usize, &[u8]) -> Vec<(usize, Vec<u8>)>;
+
 /// An image under attack: where its tables are, and what mends its checksums.
 struct Victim {
     format: &'static str,
     bytes: Arc<Vec<u8>>,
     tables: Vec<std::ops::Range<usize>>,
-    mend: fn(&[u8], usize, &[u8]) -> Vec<(usize, Vec<u8>)>,
+    mend: Mend,
 }
 
 fn as_it_is(_: &[u8], at: usize, patch: &[u8]) -> Vec<(usize, Vec<u8>)> {
@@ -238,7 +232,7 @@ fn victims() -> Vec<Victim> {
     add("vpc", vpc, vec![0..84, 512..576, 1536..1600, end - 512..end - 428], mend_vpc);
     let fixed = convert("vpc", "subformat=fixed,force_size=on");
     let end = fixed.len();
-    add("vpc", fixed, vec![end - 512..end - 428], mend_vpc);
+    add("vpc", fixed, vec![end - 512..end - 448, end - 448..end - 428], mend_vpc);
     let vhdx = vhdx_with_log(&convert("vhdx", "block_size=1M"));
     let (header, regions, bat, metadata) = (64 << 10, 192 << 10, 2 << 20, 3 << 20);
     let tables = vec![
@@ -256,7 +250,7 @@ fn victims() -> Vec<Victim> {
 }
 
 /// A stream with its directory at the end, as we write it.
-fn footer_stream(path: &std::path::Path) -> Arc<Vec<u8>> {
+fn footer_stream(path: &Path) -> Arc<Vec<u8>> {
     std::fs::remove_file(path).unwrap();
     create("vmdk", "subformat=streamOptimized", path, 2 << 20);
     let node = open_file("vmdk", path, false).unwrap();

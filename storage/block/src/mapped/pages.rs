@@ -85,11 +85,9 @@ impl TablePages {
     /// The copies are on the disk: pages that have not changed since are clean.
     pub(crate) fn written(&mut self, written: &[DirtyPage]) {
         for copy in written {
-            if let Some(page) = self.pages.get_mut(&copy.offset) {
-                if page.changes == copy.changes {
-                    page.changes = 0;
-                    self.dirty_count -= 1;
-                }
+            if let Some(page) = self.pages.get_mut(&copy.offset).filter(|page| page.changes == copy.changes) {
+                page.changes = 0;
+                self.dirty_count -= 1;
             }
         }
     }

@@ -56,7 +56,7 @@ impl Journal {
         let Region { offset, bytes } = state.header.log;
         let half = bytes / 2;
         for pages in pages.chunks(sectors_that_fit(half)) {
-            let at = if state.sequence % 2 == 0 { half } else { 0 };
+            let at = if state.sequence.is_multiple_of(2) { half } else { 0 };
             let sectors: Vec<(u64, &[u8])> = pages.iter().map(|page| (page.offset, &*page.bytes)).collect();
             let entry = NewEntry {
                 guid: &state.header.log_guid,

@@ -135,10 +135,10 @@ pub(crate) fn check_vhdx(file: Arc<dyn FileBackend>, path: PathBuf) -> Result<Fo
     let disk = node.disk();
     let mut places = Places::new(disk.store.len_bytes()?, disk.block_bytes());
     disk.check(&mut report, &mut |block, entry, report| {
-        if let Entry::At(offset) = entry {
-            if !places.claim(offset) {
-                report.add(|| format!("block {block} is at {offset:#x}, where another block is"));
-            }
+        if let Entry::At(offset) = entry
+            && !places.claim(offset)
+        {
+            report.add(|| format!("block {block} is at {offset:#x}, where another block is"));
         }
     })?;
     Ok(report)

@@ -326,10 +326,10 @@ impl VmdkNode {
             let unit = if disk.table.is_compressed() { SECTOR_BYTES } else { disk.block_bytes() };
             let mut places = Places::new(disk.store.len_bytes()?, unit);
             disk.check(&mut report, &mut |grain, entry, report| {
-                if let Entry::At(offset) | Entry::Packed(offset) = entry {
-                    if !places.claim(offset) {
-                        report.add(|| format!("grain {grain} is at {offset:#x}, where another grain is"));
-                    }
+                if let Entry::At(offset) | Entry::Packed(offset) = entry
+                    && !places.claim(offset)
+                {
+                    report.add(|| format!("grain {grain} is at {offset:#x}, where another grain is"));
                 }
             })?;
         }

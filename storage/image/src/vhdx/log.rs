@@ -301,7 +301,8 @@ fn log_of(entries: &[(usize, usize, u64)]) -> Vec<u8> {
 #[test]
 fn the_newest_sequence_that_is_whole_is_found() {
     // Entries as (place, tail, number), and the numbers that are to be replayed.
-    let cases: &[(&[(usize, usize, u64)], &[u64])] = &[
+    type Case<'a> = (&'a [(usize, usize, u64)], &'a [u64]);
+    let cases: &[Case<'_>] = &[
         (&[], &[]),
         (&[(0, 0, 5)], &[5]),
         (&[(0, 0, 5), (2, 0, 6), (4, 0, 7)], &[5, 6, 7]),
