@@ -77,6 +77,12 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     };
     let access = Access { cache: source_cache, ..Access::read(parsed) };
     let sources = open_sources(parsed, sources, access)?;
+    if let Some(snapshot) = parsed.value("source-snapshot")? {
+        let [only] = sources.as_slice() else {
+            return Err(ImgError::Plain(Rule::Requires("No support for concatenating multiple snapshot")));
+        };
+        open::show_snapshot(only, snapshot)?;
+    }
     let total = sources.iter().try_fold(0u64, |sum, disk| sum.checked_add(disk.size_bytes()));
     let total = total.ok_or(ImgError::Plain(Rule::SourcesTooLarge))?;
     if stream::is_stream(target) {
@@ -135,9 +141,7 @@ fn check_options(parsed: &Parsed) -> Result<(), ImgError> {
     if has("no-create") && has("target-options") {
         return rule(Rule::Requires("-o has no effect when skipping image creation"));
     }
-    for (option, name) in
-        [("source-snapshot", "convert -l"), ("bitmaps", "convert --bitmaps"), ("salvage", "convert --salvage")]
-    {
+    for (option, name) in [("bitmaps", "convert --bitmaps"), ("salvage", "convert --salvage")] {
         if has(option) {
             return Err(ImgError::NotSupported(name));
         }

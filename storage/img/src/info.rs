@@ -1,18 +1,18 @@
 //! `info`: what an image says about itself.
 
-use std::collections::HashSet;
 use std::io::{Write, stdout};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use block::{CompressionType, ImageInfo, Qcow2Image, Snapshot, inspect};
+use block::{CompressionType, ImageInfo, Snapshot};
 use serde_json::{Map, Value, json};
 
 use crate::Command;
+use crate::chain::{Found, Walk};
 use crate::create::beside;
 use crate::error::ImgError;
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, flag};
 use crate::json::write_json;
-use crate::open::{self, Access, Named};
+use crate::open::Named;
 use crate::size::human;
 use crate::snapshot::table;
 
@@ -30,14 +30,15 @@ const OPTIONS: &[Opt] = &[
     JSON,
 ];
 
-/// More files than any chain has.
-const CHAIN_MAX: usize = 200;
-
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
     let json = parsed.json()?;
     let named = Named::of(parsed, file, "format")?;
-    let images = images(named, parsed.has("force-share"), parsed.has("backing-chain"))?;
+    let walk = Walk::new(named, parsed.has("force-share"));
+    let images: Vec<Found> = match parsed.has("backing-chain") {
+        true => walk.collect::<Result<_, _>>()?,
+        false => walk.take(1).collect::<Result<_, _>>()?,
+    };
     let mut out = stdout().lock();
     if json {
         let mut values: Vec<Value> = images.iter().map(as_json).collect();
@@ -52,46 +53,6 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         out.write_all(as_text(found).as_bytes())?;
     }
     Ok(0)
-}
-
-/// One image of a chain, and what it says.
-struct Found {
-    path: PathBuf,
-    info: ImageInfo,
-    snapshots: Vec<Snapshot>,
-}
-
-/// The image and, if asked, every one below it.
-fn images(named: Named, share: bool, chain: bool) -> Result<Vec<Found>, ImgError> {
-    let mut images = Vec::new();
-    let mut seen = HashSet::new();
-    let mut next = Some(named);
-    while let Some(named) = next.take() {
-        let path = named.plain_path()?.to_owned();
-        let open = |source| ImgError::Open { name: named.label.clone(), source };
-        let real = path.canonicalize().unwrap_or_else(|_| path.clone());
-        if !seen.insert(real) {
-            return Err(open(block::BlockError::Loop { path: path.clone() }));
-        }
-        if images.len() == CHAIN_MAX {
-            return Err(open(block::BlockError::TooDeep { path: path.clone(), max: CHAIN_MAX }));
-        }
-        let access = Access { write: false, share, cache: block::CacheMode::Writeback };
-        let top = open::top(&named, access)?;
-        let info = inspect(&path, named.spec.driver).map_err(open)?;
-        let snapshots = match info.qcow2 {
-            Some(qcow2) if qcow2.snapshots > 0 => {
-                Qcow2Image::open(top, true).and_then(|image| image.snapshots()).map_err(open)?
-            }
-            _ => Vec::new(),
-        };
-        if let (true, Some(name)) = (chain, &info.backing_name) {
-            let below = beside(&path, name);
-            next = Some(Named::new(below.as_os_str(), false, info.backing_format.as_deref())?);
-        }
-        images.push(Found { path, info, snapshots });
-    }
-    Ok(images)
 }
 
 /// The file's length as qemu-img counts it, in whole sectors.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod chain;
 mod check;
 mod commit;
 mod compare;
@@ -14,6 +15,7 @@ mod convert;
 mod create;
 mod dd;
 mod error;
+mod explain;
 mod getopt;
 mod info;
 mod json;
@@ -29,6 +31,7 @@ mod secret;
 mod size;
 mod snapshot;
 mod stream;
+mod tree;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -68,6 +71,14 @@ const COMMANDS: &[&Command] = &[
     &resize::COMMAND,
     &snapshot::COMMAND,
 ];
+
+/// Commands that qemu-img does not have; under its name they are not there.
+const OWN_COMMANDS: &[&Command] = &[&explain::COMMAND, &tree::COMMAND];
+
+fn commands() -> impl Iterator<Item = &'static &'static Command> {
+    let own: &[&Command] = if program() == "qemu-img" { &[] } else { OWN_COMMANDS };
+    COMMANDS.iter().chain(own)
+}
 
 /// The version of qemu-img whose options, outputs and texts these are. Callers read it to learn what they may use.
 const PEER_VERSION: &str = "10.0.2";
@@ -117,7 +128,7 @@ fn run(args: Vec<OsString>) -> Result<u8, ImgError> {
             _ => break arg,
         }
     };
-    let Some(command) = COMMANDS.iter().find(|command| name == command.name) else {
+    let Some(command) = commands().find(|command| name == command.name) else {
         return Err(ImgError::NoSuchCommand(name.to_string_lossy().into_owned()));
     };
     let mut args: Vec<OsString> = args.collect();
@@ -161,7 +172,7 @@ fn overview() -> String {
          Standard options:\n  -h, --help\n     display this help and exit\n  -V, --version\n     display version info and \
          exit\n\nRecognized commands (run {program} COMMAND --help for command-specific help):\n\n"
     );
-    for command in COMMANDS {
+    for command in commands() {
         out += &format!("  {} - {}\n", command.name, command.about);
     }
     out += "\nMost commands take -U, --force-share: open the image even while another process uses it.\n";

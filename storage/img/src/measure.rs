@@ -62,10 +62,10 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         ([], Some(size)) => measure(format, &list, Input::Size(size))?,
         ([file], None) => {
             let named = Named::of(parsed, file, "format")?;
-            if parsed.has("snapshot") {
-                return Err(ImgError::NotSupported("measure -l"));
-            }
             let disk = open::disk(&named, Access::read(parsed))?;
+            if let Some(snapshot) = parsed.value("snapshot")? {
+                open::show_snapshot(&disk, snapshot)?;
+            }
             measure(format, &list, Input::Disk(&disk))?
         }
         ([], None) | ([_, _, ..], None) => return Err(ImgError::Plain(Rule::MeasureWhat)),

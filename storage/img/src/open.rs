@@ -5,7 +5,8 @@ use std::path::Path;
 
 use block::spec::{BackingSpec, ImageSpec};
 use block::{
-    BlockError, CacheMode, ChainFile, Disk, Format, OpenOptions, inspect, resolve_chain_probing, use_direct_io,
+    BlockError, CacheMode, ChainFile, Disk, Format, MaintenanceError, OpenOptions, inspect, resolve_chain_probing,
+    use_direct_io,
 };
 
 use crate::error::{ImgError, Rule};
@@ -156,4 +157,15 @@ pub fn over(named: &Named, chain: Vec<ChainFile>, access: Access) -> Result<Disk
 /// Opens an image and everything below it.
 pub fn disk(named: &Named, access: Access) -> Result<Disk, ImgError> {
     over(named, chain(named, access)?, access)
+}
+
+/// Makes a disk show one of its internal snapshots: `snapshot.name=...`, `snapshot.id=...`, or either.
+pub fn show_snapshot(disk: &Disk, params: &str) -> Result<(), ImgError> {
+    let name = ["snapshot.name=", "snapshot.id="].iter().find_map(|key| params.strip_prefix(key)).unwrap_or(params);
+    let missing = || ImgError::Plain(Rule::Requires("Failed to load snapshot: Can't find snapshot"));
+    let image = disk.qcow2().ok_or_else(missing)?;
+    image.show_snapshot(name).map_err(|source| match source {
+        BlockError::Maintenance { source: MaintenanceError::SnapshotNotFound { .. }, .. } => missing(),
+        source => ImgError::Failed { doing: "Failed to load snapshot".to_owned(), source },
+    })
 }

@@ -641,3 +641,31 @@ fn bench_measures_and_refuses() {
         "
     ));
 }
+
+#[test]
+fn snapshots_are_copied_and_measured() {
+    check(
+        "
+        peer create -q -f qcow2 base.qcow2 4M
+        io -c 'write -P 9 3M 64k' base.qcow2
+        peer create -q -f qcow2 -b base.qcow2 -F qcow2 disk.qcow2 10M
+        io -c 'write -P 1 0 1M' disk.qcow2
+        peer snapshot -c one disk.qcow2
+        io -c 'write -P 2 512k 1M' -c 'write -z 3M 64k' disk.qcow2
+        peer snapshot -c two disk.qcow2
+        io -c 'write -P 3 9M 64k' disk.qcow2
+        run convert -O raw -l snapshot.name=one disk.qcow2 one.raw
+        same one.raw
+        run convert -O qcow2 -l 2 disk.qcow2 two.qcow2
+        same two.qcow2
+        run convert -O raw -l snapshot.id=1 disk.qcow2 id.raw
+        same id.raw
+        run measure -O qcow2 -l one disk.qcow2
+        run measure -O qcow2 disk.qcow2
+        fail 1 convert -l snapshot.name=x disk.qcow2 out
+        fail 1 convert -l x base.qcow2 out
+        fail 1 measure -O qcow2 -l x disk.qcow2
+        same disk.qcow2
+        ",
+    );
+}

@@ -130,15 +130,15 @@ fn nothing_is_lost_on_the_way_to_an_error() {
     let before = fs::read(dir.path().join("base.qcow2")).unwrap();
     for (line, code, message) in [
         ("create -f qcow2 -b nope.qcow2 -F qcow2 base.qcow2", 1, "Could not open 'nope.qcow2'"),
-        ("create -f qcow2 -b base.qcow2 base.qcow2", 1, "without backing format"),
+        ("create -f qcow2 -b top.qcow2 base.qcow2", 1, "without backing format"),
         ("create -f qcow2 base.qcow2", 1, "needs a size parameter"),
         ("create -f qcow2 base.qcow2 abc", 1, "Invalid image size specified: 'abc'"),
-        ("create -f vmdk base.qcow2 1G", 1, "Unknown file format 'vmdk'"),
-        ("create -f qcow2 -o cluster_size=3k base.qcow2 1G", 1, "a power of two from 512 to 2M"),
+        ("create -f dmg base.qcow2 1G", 1, "Unknown file format 'dmg'"),
+        ("create -f qcow2 -o cluster_size=3k base.qcow2 1G", 1, "a power of two between 512 and 2048k"),
         ("create -f qcow2 -o foo=1 base.qcow2 1G", 1, "Invalid parameter 'foo'"),
         ("info nope.qcow2", 1, "Could not open 'nope.qcow2'"),
         ("info -f qcow2 raw.img", 1, "Could not open 'raw.img'"),
-        ("convert base.qcow2 out", 1, "not supported yet"),
+        ("convert top.qcow2 base.qcow2", 1, "Failed to get \"write\" lock"),
         ("frobnicate", 1, "Command not found: frobnicate"),
         ("", 1, "Not enough arguments"),
     ] {

@@ -33,9 +33,15 @@ pub struct Twins {
     theirs: PathBuf,
 }
 
-/// Runs a script in fresh directories.
+/// Runs a script in fresh directories. The texts and options are those of qemu-img 10; with another release a script
+/// says nothing, and does not run.
 pub fn check(script: &str) {
-    Twins::new().run(script);
+    let version = run(Path::new("qemu-img"), Path::new("."), &["--version".to_owned()]);
+    if stdout(&version).starts_with("qemu-img version 10.") {
+        Twins::new().run(script);
+    } else {
+        eprintln!("not compared: {}", stdout(&version).lines().next().unwrap_or_default());
+    }
 }
 
 impl Twins {

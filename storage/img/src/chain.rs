@@ -1,0 +1,84 @@
+//! A chain of images as its files say it is: for `info --backing-chain`, `tree` and `explain`.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use block::{BlockError, CacheMode, ImageInfo, Qcow2Image, Snapshot, inspect};
+
+use crate::create::beside;
+use crate::error::ImgError;
+use crate::open::{self, Access, Named};
+
+/// More files than any chain has.
+const CHAIN_MAX: usize = 200;
+
+/// One image of a chain, and what it says.
+pub struct Found {
+    /// As it is reached from where the tool runs.
+    pub path: PathBuf,
+    /// Its header.
+    pub info: ImageInfo,
+    /// Its internal snapshots.
+    pub snapshots: Vec<Snapshot>,
+}
+
+impl Found {
+    /// Where its backing file is, if it has one.
+    pub fn backing_path(&self) -> Option<PathBuf> {
+        self.info.backing_name.as_ref().map(|name| beside(&self.path, name))
+    }
+}
+
+/// Walks down a chain, one image at a time.
+pub struct Walk {
+    next: Option<Named>,
+    share: bool,
+    seen: HashSet<PathBuf>,
+}
+
+impl Walk {
+    /// From an image on. `share` takes no locks.
+    pub fn new(named: Named, share: bool) -> Walk {
+        Walk { next: Some(named), share, seen: HashSet::new() }
+    }
+
+    fn step(&mut self, named: &Named) -> Result<Found, ImgError> {
+        let path = named.plain_path()?.to_owned();
+        let failed = |source| ImgError::Open { name: named.label.clone(), source };
+        let real = path.canonicalize().unwrap_or_else(|_| path.clone());
+        if self.seen.len() == CHAIN_MAX {
+            return Err(failed(BlockError::TooDeep { path, max: CHAIN_MAX }));
+        }
+        if !self.seen.insert(real) {
+            return Err(failed(BlockError::Loop { path }));
+        }
+        let access = Access { write: false, share: self.share, cache: CacheMode::Writeback };
+        let top = open::top(named, access)?;
+        let info = inspect(&path, named.spec.driver).map_err(failed)?;
+        let snapshots = match info.qcow2 {
+            Some(qcow2) if qcow2.snapshots > 0 => {
+                Qcow2Image::open(top, true).and_then(|image| image.snapshots()).map_err(failed)?
+            }
+            _ => Vec::new(),
+        };
+        let found = Found { path, info, snapshots };
+        if let Some(below) = found.backing_path() {
+            self.next = Some(Named::new(below.as_os_str(), false, found.info.backing_format.as_deref())?);
+        }
+        Ok(found)
+    }
+}
+
+impl Iterator for Walk {
+    type Item = Result<Found, ImgError>;
+
+    fn next(&mut self) -> Option<Result<Found, ImgError>> {
+        let named = self.next.take()?;
+        Some(self.step(&named))
+    }
+}
+
+/// The last part of a path, for people.
+pub fn short(path: &Path) -> String {
+    path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
