@@ -34,6 +34,8 @@ pub struct CopyOptions {
     pub sparse_bytes: u64,
     /// The target reads as zeroes where nothing was written: zeroes need no writing.
     pub target_is_zero: bool,
+    /// Write zeroes as data, so that the target takes all its space.
+    pub allocate_all: bool,
     /// Copy only what this many images of the source hold, from the top one on: what is below them is below the
     /// target too. `usize::MAX` copies all.
     pub layers: usize,
@@ -50,6 +52,7 @@ impl Default for CopyOptions {
             compressed: false,
             sparse_bytes: 4096,
             target_is_zero: false,
+            allocate_all: false,
             layers: usize::MAX,
             target_offset: 0,
         }
@@ -180,7 +183,9 @@ impl Shared<'_> {
             let mut bytes = extent.bytes;
             let is_part = self.opts.layers != usize::MAX;
             let left_below = is_part && (depth >= self.opts.layers || extent.kind == ExtentKind::Below);
-            let nothing = left_below || (extent.kind != ExtentKind::Data && self.opts.target_is_zero);
+            let as_data = self.opts.compressed || (self.opts.allocate_all && !left_below);
+            let all = self.opts.allocate_all;
+            let nothing = left_below || (extent.kind != ExtentKind::Data && self.opts.target_is_zero && !all);
             if self.opts.compressed {
                 // A cluster that is partly data is read whole.
                 bytes = match (nothing, bytes / self.chunk_bytes * self.chunk_bytes) {
@@ -196,12 +201,12 @@ impl Shared<'_> {
                 next.0 = offset + bytes;
                 self.report(bytes);
                 continue;
-            } else if extent.kind == ExtentKind::Data {
+            } else if extent.kind == ExtentKind::Data || as_data {
                 // Steps end at chunk boundaries, so that a run that starts raggedly does not stay ragged.
                 bytes = bytes.min(self.chunk_bytes - offset % self.chunk_bytes);
             }
-            let kind = if self.opts.compressed { ExtentKind::Data } else { extent.kind };
-            let from_file = extent.host.filter(|_| !self.opts.compressed).map(|_| depth);
+            let kind = if as_data { ExtentKind::Data } else { extent.kind };
+            let from_file = extent.host.filter(|_| !as_data).map(|_| depth);
             let step = Step { turn: next.1, offset, bytes, kind, from_file };
             *next = (offset + bytes, next.1 + 1);
             return Ok(Some(step));

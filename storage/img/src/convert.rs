@@ -168,6 +168,7 @@ fn copy_options(parsed: &Parsed) -> Result<CopyOptions, ImgError> {
             return Err(ImgError::Plain(Rule::SparseSize));
         }
         options.sparse_bytes = bytes;
+        options.allocate_all = bytes == 0;
     }
     Ok(options)
 }
