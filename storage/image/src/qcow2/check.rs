@@ -1,6 +1,7 @@
 //! Walks a whole image and compares what is referenced with what is counted, and says what a repair would change.
 //! The same walk rebuilds refcounts after a crash of a writer that kept them lazily.
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
 
@@ -25,36 +26,65 @@ const PAGES_MAX: usize = 65536;
 /// References per host cluster, in pages so that a sparse image costs little.
 #[derive(Default)]
 pub struct Counts {
-    pages: HashMap<u64, Vec<u32>>,
+    pages: Vec<Box<[u32]>>,
+    /// Where in `pages` each page is.
+    index: HashMap<u64, usize>,
+    /// The page that was looked up last, and where it is: neighbours follow each other.
+    last: Cell<Option<(u64, usize)>>,
 }
 
 impl Counts {
+    fn find(&self, page: u64) -> Option<usize> {
+        match self.last.get() {
+            Some((last, at)) if last == page => Some(at),
+            _ => {
+                let at = *self.index.get(&page)?;
+                self.last.set(Some((page, at)));
+                Some(at)
+            }
+        }
+    }
+
     fn add(&mut self, cluster: u64) -> bool {
         let page = cluster / PAGE_CLUSTERS;
-        if !self.pages.contains_key(&page) && self.pages.len() >= PAGES_MAX {
-            return false;
-        }
-        let counts = self.pages.entry(page).or_insert_with(|| vec![0; PAGE_CLUSTERS as usize]);
-        if let Some(count) = counts.get_mut((cluster % PAGE_CLUSTERS) as usize) {
+        let at = match self.find(page) {
+            Some(at) => at,
+            None if self.pages.len() >= PAGES_MAX => return false,
+            None => {
+                self.pages.push(vec![0; PAGE_CLUSTERS as usize].into_boxed_slice());
+                self.index.insert(page, self.pages.len() - 1);
+                self.pages.len() - 1
+            }
+        };
+        let counts = self.pages.get_mut(at);
+        if let Some(count) = counts.and_then(|counts| counts.get_mut((cluster % PAGE_CLUSTERS) as usize)) {
             *count = count.saturating_add(1);
         }
         true
     }
 
+    /// The counts of a whole page; `None` when nothing in it has a reference.
+    fn page(&self, page: u64) -> Option<&[u32]> {
+        self.find(page).and_then(|at| self.pages.get(at)).map(|counts| &**counts)
+    }
+
     /// References to a host cluster.
     pub fn get(&self, cluster: u64) -> u64 {
-        let page = self.pages.get(&(cluster / PAGE_CLUSTERS));
-        page.and_then(|counts| counts.get((cluster % PAGE_CLUSTERS) as usize)).map_or(0, |count| u64::from(*count))
+        let counts = self.page(cluster / PAGE_CLUSTERS);
+        counts.and_then(|counts| counts.get((cluster % PAGE_CLUSTERS) as usize)).map_or(0, |count| u64::from(*count))
     }
 
     /// One past the highest cluster with a reference.
     pub fn end(&self) -> u64 {
-        self.iter().map(|(cluster, _)| cluster + 1).max().unwrap_or(0)
+        let last = self.index.iter().max_by_key(|(page, _)| **page);
+        let used = last.and_then(|(page, at)| Some((page, self.pages.get(*at)?.iter().rposition(|count| *count > 0)?)));
+        used.map_or(0, |(page, at)| page * PAGE_CLUSTERS + at as u64 + 1)
     }
 
     /// Clusters with references and how many, in no order.
     pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.pages.iter().flat_map(|(page, counts)| {
+        self.index.iter().flat_map(|(page, at)| {
+            let counts = self.pages.get(*at).map(|counts| &**counts).unwrap_or_default();
             let used = counts.iter().enumerate().filter(|(_, count)| **count > 0);
             used.map(move |(index, count)| (page * PAGE_CLUSTERS + index as u64, u64::from(*count)))
         })
@@ -427,30 +457,15 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
     fn compare(&mut self, table: &[u64]) -> Result<(), CheckError<E>> {
         let bits = self.geometry.refblock_bits();
         let order = self.geometry.refcount_order;
+        let geometry_bytes = self.geometry.cluster_bytes();
         self.report.end_cluster = self.report.counts.end();
         for (block_index, offset) in table.iter().enumerate().filter(|(_, offset)| **offset != 0) {
             let block = self.bytes(*offset, self.geometry.cluster_bytes())?;
             let first = (block_index as u64) << bits;
-            for index in 0..self.geometry.refblock_entries() {
-                let cluster = first + index;
-                let counted = refcount::get(&block, order, index as usize).unwrap_or(0);
-                let referenced = self.report.counts.get(cluster);
-                if counted > 0 {
-                    self.report.end_cluster = self.report.end_cluster.max(cluster + 1);
-                }
-                if counted == referenced {
-                    continue;
-                }
-                if referenced > 0 && self.report.miscounted.len() < MISCOUNTED_MAX {
-                    self.report.miscounted.insert(cluster, counted);
-                }
-                let numbers = format!("cluster {cluster} refcount={counted} reference={referenced}");
-                if counted < referenced {
-                    self.report.corrupt(format!("ERROR {numbers}"));
-                } else {
-                    self.report.leaks += 1;
-                    self.report.note(format!("Leaked {numbers}"));
-                }
+            let page_bytes = ((PAGE_CLUSTERS << order) / 8).min(geometry_bytes) as usize;
+            for (piece, part) in (0u64..).zip(block.chunks(page_bytes)) {
+                let from = first + piece * ((page_bytes as u64 * 8) >> order);
+                self.compare_page(from, part);
             }
         }
         let uncovered = |cluster: u64| table.get((cluster >> bits) as usize).is_none_or(|offset| *offset == 0);
@@ -463,6 +478,38 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
             self.report.corrupt(format!("ERROR cluster {cluster} refcount=0 reference={referenced}"));
         }
         Ok(())
+    }
+}
+
+impl<E: Debug> Walk<'_, '_, E> {
+    /// Compares a piece of a refcount block that lies in one page of counts, from a cluster on.
+    fn compare_page(&mut self, from: u64, part: &[u8]) {
+        let order = self.geometry.refcount_order;
+        let has_counts = self.report.counts.page(from / PAGE_CLUSTERS).is_some();
+        if !has_counts && part.iter().all(|byte| *byte == 0) {
+            return;
+        }
+        for (cluster, index) in (from..).zip(0..(part.len() << 3) >> order) {
+            let counted = refcount::get(part, order, index).unwrap_or(0);
+            let referenced = self.report.counts.get(cluster);
+            if counted > 0 {
+                self.report.end_cluster = self.report.end_cluster.max(cluster + 1);
+            }
+            if counted == referenced {
+                continue;
+            }
+            if referenced > 0 && self.report.miscounted.len() < MISCOUNTED_MAX {
+                self.report.miscounted.insert(cluster, counted);
+            }
+            if counted < referenced {
+                self.report.corrupt(format!("ERROR cluster {cluster} refcount={counted} reference={referenced}"));
+                continue;
+            }
+            self.report.leaks += 1;
+            if self.report.findings.len() < FINDINGS_MAX {
+                self.report.note(format!("Leaked cluster {cluster} refcount={counted} reference={referenced}"));
+            }
+        }
     }
 }
 
