@@ -1,29 +1,33 @@
 //! VMware disks: one sparse file, a stream, or a descriptor with extents in files beside it.
 
 mod create;
+mod identity;
+mod info;
 mod sparse;
 mod stream;
 #[cfg(test)]
 mod tests;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use image::vmdk::{
-    Access, DESCRIPTOR_MAX_BYTES, Descriptor, ExtentKind as LineKind, GD_ENTRIES_MAX, SECTOR_BYTES, SparseHeader,
-    VmdkError, deflate_grain, replace_cid,
+    Access, Descriptor, ExtentKind as LineKind, ExtentLine, GD_ENTRIES_MAX, SECTOR_BYTES, SparseHeader, VmdkError,
+    deflate_grain,
 };
 
 use crate::error::BlockError;
-use crate::foreign::{ForeignReport, Places};
 use crate::io::FileBackend;
-use crate::mapped::{Entry, Mapped, Store};
+use crate::mapped::{Mapped, Store};
 use crate::node::{Below, Extent, ExtentKind, Node};
 use crate::sys::{ReadBufs, WriteBufs};
-use sparse::{GrainTables, open_sparse, read_header};
+use identity::{Identity, find_descriptor, sparse_header};
+use sparse::{GrainTables, open_sparse};
 use stream::StreamWriter;
 
 pub use create::{VmdkOptions, create_vmdk};
+pub use identity::{vmdk_descriptor, vmdk_extent_names};
+pub use info::{VmdkExtentInfo, VmdkInfo};
 
 /// An extent file of a vmdk, open, with its name in errors.
 pub(crate) type ExtentFile = (Arc<dyn FileBackend>, PathBuf);
@@ -54,65 +58,7 @@ pub(crate) struct VmdkNode {
     identity: Identity,
     descriptor: Option<Descriptor>,
     /// The image is one file.
-    descriptor_is_embedded: bool,
-}
-
-/// The descriptor, whose CID changes with the first write.
-struct Identity {
-    store: Store,
-    /// Where the descriptor is, and how long it can be where it is embedded.
-    place: Option<(u64, Option<u64>)>,
-    changed: Mutex<bool>,
-}
-
-/// The descriptor of the vmdk in `file`: embedded, or the file itself. `None` for an extent without one.
-/// Descriptor, and its offset and room.
-type Found = (Option<Descriptor>, Option<(u64, Option<u64>)>);
-
-fn find_descriptor(store: &Store, header: Option<&SparseHeader>) -> Result<Found, BlockError> {
-    let file_bytes = store.len_bytes()?;
-    let (offset, room) = match header {
-        None => (0, None),
-        Some(header) => match header.descriptor_range(file_bytes).map_err(|e| store.refused(e))? {
-            None => return Ok((None, None)),
-            Some((offset, bytes)) => (offset, Some(bytes)),
-        },
-    };
-    let text = store.read_vec(offset, room.unwrap_or(DESCRIPTOR_MAX_BYTES + 1))?;
-    // An embedded one that is empty is as good as none.
-    if room.is_some() && text.first().is_none_or(|byte| *byte == 0) {
-        return Ok((None, None));
-    }
-    let descriptor = Descriptor::parse(&text).map_err(|e| store.refused(e))?;
-    Ok((Some(descriptor), Some((offset, room))))
-}
-
-fn sparse_header(store: &Store) -> Result<Option<SparseHeader>, BlockError> {
-    let first = store.read_vec(0, 4)?;
-    if first == b"COWD" {
-        return Err(store.refused(VmdkError::Cowd));
-    }
-    if first == b"KDMV" { read_header(store).map(Some) } else { Ok(None) }
-}
-
-/// Names of the extent files that [`open_vmdk`] needs beside `file`, in its order. They are plain names: the
-/// caller opens them in the image's own directory, if it may at all. Empty for an image in one file.
-pub fn vmdk_extent_names(file: Arc<dyn FileBackend>, path: &Path) -> Result<Vec<String>, BlockError> {
-    let store = Store { file, path: path.to_owned(), no_sync: false };
-    let header = sparse_header(&store)?;
-    if header.is_some() {
-        return Ok(Vec::new());
-    }
-    let (descriptor, _) = find_descriptor(&store, None)?;
-    let extents = descriptor.map(|descriptor| descriptor.extents).unwrap_or_default();
-    Ok(extents.into_iter().filter(|extent| extent.kind != LineKind::Zero).map(|extent| extent.name).collect())
-}
-
-/// What the descriptor of a vmdk says. An extent without one has an empty `create_type`.
-pub fn vmdk_descriptor(file: Arc<dyn FileBackend>, path: &Path) -> Result<Option<Descriptor>, BlockError> {
-    let store = Store { file, path: path.to_owned(), no_sync: false };
-    let header = sparse_header(&store)?;
-    Ok(find_descriptor(&store, header.as_ref())?.0)
+    is_single: bool,
 }
 
 /// Opens a vmdk. `extents` are the files of [`vmdk_extent_names`], in that order.
@@ -125,8 +71,8 @@ pub(crate) fn open_vmdk(
 ) -> Result<VmdkNode, BlockError> {
     let store = Store { file: file.clone(), path: path.clone(), no_sync };
     let header = sparse_header(&store)?;
-    let (descriptor, place) = find_descriptor(&store, header.as_ref())?;
-    let descriptor_is_embedded = header.is_some();
+    let (descriptor, place) = find_descriptor(&store, header.as_ref())?.unzip();
+    let is_single = header.is_some();
     let parts = match (header, &descriptor) {
         (Some(header), _) => {
             let whole = Store { file, path: path.clone(), no_sync };
@@ -136,8 +82,8 @@ pub(crate) fn open_vmdk(
         (None, None) => return Err(store.refused(VmdkError::NoDescriptor)),
     };
     let size_bytes = parts.iter().map(|part| part.bytes).sum();
-    let identity = Identity { store, place, changed: Mutex::new(false) };
-    Ok(VmdkNode { path, size_bytes, parts, identity, descriptor, descriptor_is_embedded })
+    let identity = Identity::new(store, place);
+    Ok(VmdkNode { path, size_bytes, parts, identity, descriptor, is_single })
 }
 
 fn open_single(store: Store, header: SparseHeader, read_only: bool) -> Result<Part, BlockError> {
@@ -168,75 +114,50 @@ fn open_parts(
     let mut gd_entries = 0;
     let mut parts = Vec::with_capacity(descriptor.extents.len());
     for line in &descriptor.extents {
-        let bytes = line.sectors * SECTOR_BYTES;
-        let read_only = read_only || line.access == Access::ReadOnly;
-        let mut next_file = || {
-            let (file, path) = files
-                .next()
-                .ok_or_else(|| BlockError::BackingNotGiven { path: store.path.clone(), backing: line.name.clone() })?;
-            Ok::<Store, BlockError>(Store { file, path, no_sync: store.no_sync })
-        };
-        let too_short =
-            |have_sectors| VmdkError::ExtentSize { name: line.name.clone(), have_sectors, want_sectors: line.sectors };
-        let kind = match line.kind {
-            LineKind::Zero => PartKind::Zero,
-            LineKind::Flat { offset } => {
-                let file = next_file()?;
-                let have = file.len_bytes()?.saturating_sub(offset);
-                if have < bytes {
-                    return Err(store.refused(too_short(have / SECTOR_BYTES)));
-                }
-                PartKind::Flat(file, offset)
-            }
-            LineKind::Sparse => {
-                let file = next_file()?;
-                let header = sparse_header(&file)?.ok_or_else(|| file.refused(VmdkError::Magic))?;
-                gd_entries += header.gd_entries();
-                if gd_entries > GD_ENTRIES_MAX {
-                    return Err(store.refused(VmdkError::GdTooLarge { entries: gd_entries, max: GD_ENTRIES_MAX }));
-                }
-                if header.capacity_sectors < line.sectors {
-                    return Err(store.refused(too_short(header.capacity_sectors)));
-                }
-                PartKind::Sparse(Box::new(open_sparse(file, header, start, bytes, read_only)?))
-            }
-        };
-        parts.push(Part { start, bytes, read_only, kind });
-        start += bytes;
+        let file =
+            match line.kind {
+                LineKind::Zero => None,
+                _ => Some(files.next().ok_or_else(|| BlockError::BackingNotGiven {
+                    path: store.path.clone(),
+                    backing: line.name.clone(),
+                })?),
+            };
+        let file = file.map(|(file, path)| Store { file, path, no_sync: store.no_sync });
+        let part = open_line(line, file, start, read_only)?;
+        if let PartKind::Sparse(disk) = &part.kind {
+            gd_entries += disk.table.gd_entries();
+        }
+        if gd_entries > GD_ENTRIES_MAX {
+            return Err(store.refused(VmdkError::GdTooLarge { entries: gd_entries, max: GD_ENTRIES_MAX }));
+        }
+        start += part.bytes;
+        parts.push(part);
     }
     Ok(parts)
 }
 
-impl Identity {
-    /// Gives the contents a new CID before they change for the first time, so that images which have this one as
-    /// their parent can tell.
-    fn change(&self) -> Result<(), BlockError> {
-        let mut changed = self.changed.lock().unwrap_or_else(PoisonError::into_inner);
-        if *changed {
-            return Ok(());
+/// Opens the extent of a line of the descriptor, which starts at `start` on the disk.
+fn open_line(line: &ExtentLine, file: Option<Store>, start: u64, read_only: bool) -> Result<Part, BlockError> {
+    let bytes = line.sectors * SECTOR_BYTES;
+    let read_only = read_only || line.access == Access::ReadOnly;
+    let fits = |file: &Store, have_sectors: u64| {
+        let (name, want_sectors) = (line.name.clone(), line.sectors);
+        let too_short = VmdkError::ExtentSize { name, have_sectors, want_sectors };
+        if have_sectors < want_sectors { Err(file.refused(too_short)) } else { Ok(()) }
+    };
+    let kind = match (line.kind, file) {
+        (LineKind::Flat { offset }, Some(file)) => {
+            fits(&file, file.len_bytes()?.saturating_sub(offset) / SECTOR_BYTES)?;
+            PartKind::Flat(file, offset)
         }
-        if let Some((offset, room)) = self.place {
-            let raw = self.store.read_vec(offset, room.unwrap_or(DESCRIPTOR_MAX_BYTES))?;
-            let text = raw.split(|byte| *byte == 0).next().unwrap_or_default();
-            let text = std::str::from_utf8(text).map_err(|_| self.store.refused(VmdkError::DescriptorText))?;
-            if let Some(text) = replace_cid(text, create::random_cid(&self.store.path)?) {
-                let mut bytes = text.into_bytes();
-                match room {
-                    Some(room) if bytes.len() as u64 > room => {
-                        return Err(self.store.refused(VmdkError::DescriptorTooLarge { bytes: bytes.len() as u64 }));
-                    }
-                    Some(room) => bytes.resize(room as usize, 0),
-                    None => {}
-                }
-                self.store.write_slice(offset, &bytes)?;
-                if room.is_none() {
-                    self.store.set_len_bytes(bytes.len() as u64)?;
-                }
-            }
+        (LineKind::Sparse, Some(file)) => {
+            let header = sparse_header(&file)?.ok_or_else(|| file.refused(VmdkError::Magic))?;
+            fits(&file, header.capacity_sectors)?;
+            PartKind::Sparse(Box::new(open_sparse(file, header, start, bytes, read_only)?))
         }
-        *changed = true;
-        Ok(())
-    }
+        (_, _) => PartKind::Zero,
+    };
+    Ok(Part { start, bytes, read_only, kind })
 }
 
 impl VmdkNode {
@@ -271,72 +192,6 @@ impl VmdkNode {
     }
 }
 
-/// What only a vmdk says about itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VmdkInfo {
-    /// Changes with the contents.
-    pub cid: u32,
-    /// The parent's CID when the image was made; `0xffff_ffff` without a parent.
-    pub parent_cid: u32,
-    /// `monolithicSparse` and others; empty for an extent without a descriptor.
-    pub create_type: String,
-    /// In the order of the disk.
-    pub extents: Vec<VmdkExtentInfo>,
-}
-
-/// An extent of a vmdk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VmdkExtentInfo {
-    /// Size of its part of the disk.
-    pub size_bytes: u64,
-    /// Its file; `None` where the descriptor says that there are zeroes.
-    pub path: Option<PathBuf>,
-    /// Grain size; 0 for a flat one.
-    pub cluster_bytes: u64,
-    /// `SPARSE`, `FLAT` or `ZERO`; empty for an image in one file.
-    pub kind: &'static str,
-    /// Whether its grains are compressed.
-    pub compressed: bool,
-}
-
-impl VmdkNode {
-    /// What the image says about itself.
-    pub(crate) fn info(&self) -> VmdkInfo {
-        let single = self.descriptor_is_embedded;
-        let extents = self.parts.iter().map(|part| VmdkExtentInfo {
-            size_bytes: part.bytes,
-            path: part.kind.path().cloned(),
-            cluster_bytes: part.kind.grain_bytes().unwrap_or(0),
-            kind: if single { "" } else { part.kind.name() },
-            compressed: part.kind.is_compressed(),
-        });
-        VmdkInfo {
-            cid: self.descriptor.as_ref().map_or(0, |descriptor| descriptor.cid),
-            parent_cid: self.descriptor.as_ref().map_or(u32::MAX, |descriptor| descriptor.parent_cid),
-            create_type: self.descriptor.as_ref().map_or_else(String::new, |descriptor| descriptor.create_type.clone()),
-            extents: extents.collect(),
-        }
-    }
-
-    /// Looks for entries that make no sense and for grains with two owners.
-    pub(crate) fn check(&self) -> Result<ForeignReport, BlockError> {
-        let mut report = ForeignReport::default();
-        for part in &self.parts {
-            let PartKind::Sparse(disk) = &part.kind else { continue };
-            let unit = if disk.table.is_compressed() { SECTOR_BYTES } else { disk.block_bytes() };
-            let mut places = Places::new(disk.store.len_bytes()?, unit);
-            disk.check(&mut report, &mut |grain, entry, report| {
-                if let Entry::At(offset) | Entry::Packed(offset) = entry
-                    && !places.claim(offset)
-                {
-                    report.add(|| format!("grain {grain} is at {offset:#x}, where another grain is"));
-                }
-            })?;
-        }
-        Ok(report)
-    }
-}
-
 impl Node for VmdkNode {
     fn size_bytes(&self) -> u64 {
         self.size_bytes
@@ -359,7 +214,7 @@ impl Node for VmdkNode {
                 }
                 PartKind::Sparse(disk) => {
                     let extent = disk.extent(at, bytes)?;
-                    Extent { host: extent.host.filter(|_| self.parts.len() == 1), ..extent }
+                    Extent { host: extent.host.filter(|_| self.is_single), ..extent }
                 }
                 PartKind::Stream(stream) => {
                     let within = at % stream.grain_bytes();
@@ -428,9 +283,8 @@ impl Node for VmdkNode {
     }
 
     fn flush(&self) -> Result<(), BlockError> {
-        let changed = *self.identity.changed.lock().unwrap_or_else(PoisonError::into_inner);
-        if changed && self.parts.len() > 1 {
-            self.identity.store.sync()?;
+        if !self.is_single {
+            self.identity.flush()?;
         }
         self.parts.iter().filter(|part| !part.read_only).try_for_each(|part| match &part.kind {
             PartKind::Zero => Ok(()),
@@ -464,7 +318,7 @@ impl Node for VmdkNode {
     }
 
     fn allocated_bytes(&self) -> Result<u64, BlockError> {
-        let own = if self.parts.len() > 1 { self.identity.store.allocated_bytes()? } else { 0 };
+        let own = if !self.is_single { self.identity.store.allocated_bytes()? } else { 0 };
         self.parts.iter().try_fold(own, |sum, part| Ok(sum.saturating_add(part.kind.allocated_bytes()?)))
     }
 
@@ -479,31 +333,6 @@ impl Node for VmdkNode {
 }
 
 impl PartKind {
-    fn name(&self) -> &'static str {
-        match self {
-            PartKind::Flat(..) => "FLAT",
-            PartKind::Zero => "ZERO",
-            PartKind::Sparse(_) | PartKind::Stream(_) => "SPARSE",
-        }
-    }
-
-    fn path(&self) -> Option<&PathBuf> {
-        match self {
-            PartKind::Flat(store, _) => Some(&store.path),
-            PartKind::Zero => None,
-            PartKind::Sparse(disk) => Some(&disk.store.path),
-            PartKind::Stream(stream) => Some(stream.path()),
-        }
-    }
-
-    fn is_compressed(&self) -> bool {
-        match self {
-            PartKind::Flat(..) | PartKind::Zero => false,
-            PartKind::Sparse(disk) => disk.table.is_compressed(),
-            PartKind::Stream(_) => true,
-        }
-    }
-
     fn grain_bytes(&self) -> Option<u64> {
         match self {
             PartKind::Flat(..) | PartKind::Zero => None,

@@ -73,6 +73,10 @@ pub(super) fn open_sparse(
 }
 
 impl GrainTables {
+    pub(super) fn gd_entries(&self) -> u64 {
+        self.directory.len() as u64
+    }
+
     pub(super) fn is_compressed(&self) -> bool {
         self.header.is_compressed()
     }

@@ -65,41 +65,42 @@ impl Descriptor {
         bytes.starts_with(SIGNATURE.as_bytes())
     }
 
-    /// Parses a descriptor, embedded (padded with zero bytes) or the contents of a file of at most 1 MiB.
+    /// Parses a descriptor file of at most 1 MiB.
     pub fn parse(bytes: &[u8]) -> Result<Descriptor, VmdkError> {
-        if bytes.len() as u64 > DESCRIPTOR_MAX_BYTES {
-            return Err(VmdkError::DescriptorTooLarge { bytes: bytes.len() as u64 });
+        let text = std::str::from_utf8(text_of(bytes)?).map_err(|_| VmdkError::DescriptorText)?;
+        let mut found = Descriptor::from_text(text)?;
+        let mut sectors = 0u64;
+        // Tables of one file, loaded for each of thousands of extents, would take memory without end.
+        let mut sparse_names = HashSet::new();
+        for (line_number, line) in lines(text) {
+            let Some(extent) = parse_extent(line, line_number)? else { continue };
+            sectors = sectors
+                .checked_add(extent.sectors)
+                .filter(|sum| *sum <= i64::MAX as u64 / SECTOR_BYTES)
+                .ok_or(VmdkError::ExtentSum)?;
+            if found.extents.len() >= EXTENTS_MAX {
+                return Err(VmdkError::TooManyExtents { max: EXTENTS_MAX });
+            }
+            if extent.kind == ExtentKind::Sparse && !sparse_names.insert(extent.name.clone()) {
+                return Err(VmdkError::ExtentTwice { line: line_number, name: extent.name });
+            }
+            found.extents.push(extent);
         }
-        let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
-        // Names in other encodings are known from Windows; nothing but a name may hold such bytes.
-        let text = std::str::from_utf8(text).map_err(|_| VmdkError::DescriptorText)?;
-        if !text.starts_with(SIGNATURE) {
-            return Err(VmdkError::DescriptorSignature);
-        }
+        Ok(found)
+    }
+
+    /// Parses a descriptor inside its only extent, padded with zero bytes. Its extent lines are not looked at: they
+    /// hold whatever name the file had when it was made, in any encoding.
+    pub fn parse_embedded(bytes: &[u8]) -> Result<Descriptor, VmdkError> {
+        Descriptor::from_text(&String::from_utf8_lossy(text_of(bytes)?))
+    }
+
+    /// Everything but the extents.
+    fn from_text(text: &str) -> Result<Descriptor, VmdkError> {
         let mut found =
             Descriptor { cid: 0, parent_cid: u32::MAX, create_type: String::new(), parent_name: None, extents: vec![] };
-        let mut sectors = 0u64;
-        let mut sparse_names = HashSet::new();
-        for (i, line) in text.lines().enumerate() {
-            let line_number = i + 1;
-            let line = line.trim();
-            if line.is_empty() || line.starts_with('#') {
-                continue;
-            }
-            if let Some(extent) = parse_extent(line, line_number)? {
-                sectors = sectors
-                    .checked_add(extent.sectors)
-                    .filter(|sum| *sum <= i64::MAX as u64 / SECTOR_BYTES)
-                    .ok_or(VmdkError::ExtentSum)?;
-                if found.extents.len() >= EXTENTS_MAX {
-                    return Err(VmdkError::TooManyExtents { max: EXTENTS_MAX });
-                }
-                // Tables of one file, loaded for each of thousands of extents, would take memory without end.
-                if extent.kind == ExtentKind::Sparse && !sparse_names.insert(extent.name.clone()) {
-                    return Err(VmdkError::ExtentTwice { line: line_number, name: extent.name });
-                }
-                found.extents.push(extent);
-            } else if let Some((key, value)) = line.split_once('=') {
+        for (line_number, line) in lines(text) {
+            if let Some((key, value)) = line.split_once('=') {
                 found.set(key.trim(), value.trim().trim_matches('"'), line_number)?;
             }
         }
@@ -125,6 +126,23 @@ impl Descriptor {
     pub fn sectors(&self) -> u64 {
         self.extents.iter().map(|extent| extent.sectors).sum()
     }
+}
+
+/// The text, which a zero byte ends, after a look at its first line.
+fn text_of(bytes: &[u8]) -> Result<&[u8], VmdkError> {
+    if bytes.len() as u64 > DESCRIPTOR_MAX_BYTES {
+        return Err(VmdkError::DescriptorTooLarge { bytes: bytes.len() as u64 });
+    }
+    if !Descriptor::has_signature(bytes) {
+        return Err(VmdkError::DescriptorSignature);
+    }
+    Ok(bytes.split(|byte| *byte == 0).next().unwrap_or_default())
+}
+
+/// The lines that say something, with their numbers.
+fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let numbered = text.lines().enumerate().map(|(i, line)| (i + 1, line.trim()));
+    numbered.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
 }
 
 /// A line such as `RW 4192256 SPARSE "disk-s001.vmdk"`; `None` when it is another line.
@@ -182,13 +200,15 @@ fn is_plain_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && name.len() <= 255 && !name.contains(['/', '\\', '\0'])
 }
 
-/// The descriptor text with another CID. The length may change by the digits of the number; `None` when the
-/// text has no CID line.
-pub fn replace_cid(text: &str, cid: u32) -> Option<String> {
-    let at = if text.starts_with("CID=") { 0 } else { text.find("\nCID=")? + 1 };
-    let (before, rest) = text.split_at_checked(at)?;
-    let after = rest.get(rest.find(['\r', '\n']).unwrap_or(rest.len())..)?;
-    Some(format!("{before}CID={cid:08x}{after}"))
+/// The descriptor with another CID, without what follows the text. The length may change by the digits of the
+/// number; `None` when the text has no CID line.
+pub fn replace_cid(descriptor: &[u8], cid: u32) -> Option<Vec<u8>> {
+    let text = text_of(descriptor).ok()?;
+    const KEY: &[u8] = b"\nCID=";
+    let at = text.windows(KEY.len()).position(|bytes| bytes == KEY)?;
+    let (before, rest) = text.split_at_checked(at + KEY.len())?;
+    let digits = rest.iter().position(|byte| matches!(byte, b'\r' | b'\n')).unwrap_or(rest.len());
+    Some([before, format!("{cid:08x}").as_bytes(), rest.get(digits..)?].concat())
 }
 
 #[cfg(test)]
@@ -274,7 +294,16 @@ fn text_that_is_no_descriptor_is_refused() {
 
 #[test]
 fn the_cid_alone_is_replaced() {
-    let changed = replace_cid(TWO_EXTENTS, 0xabc).unwrap();
+    let padded = [TWO_EXTENTS.as_bytes(), &[0; 9]].concat();
+    let changed = String::from_utf8(replace_cid(&padded, 0xabc).unwrap()).unwrap();
     assert_eq!(changed, TWO_EXTENTS.replace("CID=2b2caeb3", "CID=00000abc"));
-    assert_eq!(replace_cid("parentCID=1\n", 1), None);
+    assert_eq!(replace_cid(format!("{SIGNATURE}\nparentCID=1\n").as_bytes(), 1), None);
+}
+
+#[test]
+fn extents_of_an_embedded_descriptor_are_not_looked_at() {
+    let text = b"# Disk DescriptorFile\nCID=7\nparentFileNameHint=\"\xe9.vmdk\"\nRW 1 SPARSE \"/a/b\"\n\0\0";
+    let got = Descriptor::parse_embedded(text).unwrap();
+    assert_eq!((got.cid, got.parent_name.as_deref(), got.extents.len()), (7, Some("\u{fffd}.vmdk"), 0));
+    assert!(Descriptor::parse(text).is_err());
 }
