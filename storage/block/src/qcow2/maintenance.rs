@@ -144,7 +144,7 @@ impl Tables {
     }
 
     /// Reads everything anew from the file.
-    fn reload(&mut self) -> Result<(), BlockError> {
+    pub(super) fn reload(&mut self) -> Result<(), BlockError> {
         let mut fresh = Tables::open(self.file.clone(), self.path.clone(), &self.options)?;
         fresh.flights = self.flights.clone();
         fresh.generation = self.generation;

@@ -13,6 +13,7 @@
 //! range that it fills, and others that would change the same clusters wait for it.
 
 mod alloc;
+mod amend;
 mod commit;
 mod flights;
 mod maintenance;
@@ -44,6 +45,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 pub(crate) use self::flights::Flight;
 use self::flights::Flights;
+pub use self::amend::Amend;
 pub use self::maintenance::Qcow2Image;
 pub use self::maintenance_error::MaintenanceError;
 pub(crate) use self::repair::check_file;

@@ -53,6 +53,11 @@ pub(super) struct NewRefcounts {
 }
 
 impl NewRefcounts {
+    /// Offset and clusters of the refcount table.
+    pub(super) fn table(&self) -> (u64, u32) {
+        (self.table_offset, self.table_clusters)
+    }
+
     /// The header's twelve bytes that make them count; they lie in one sector.
     pub(super) fn pointer(&self) -> [u8; 12] {
         let mut pointer = [0; 12];

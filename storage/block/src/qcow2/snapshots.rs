@@ -133,7 +133,7 @@ fn apply(rewrite: &mut Rewrite<'_>, mut l1: Vec<u64>, disk_bytes: u64) -> Result
 }
 
 /// Reads the snapshot table that a header refers to.
-fn read_table(place: Place<'_>, header: &image::qcow2::Header) -> Result<SnapshotTable, BlockError> {
+pub(super) fn read_table(place: Place<'_>, header: &image::qcow2::Header) -> Result<SnapshotTable, BlockError> {
     if header.snapshot_count == 0 {
         return Ok(SnapshotTable::default());
     }
@@ -152,7 +152,7 @@ fn read_table(place: Place<'_>, header: &image::qcow2::Header) -> Result<Snapsho
 }
 
 /// Writes a new snapshot table; the old one goes.
-fn replace_table(rewrite: &mut Rewrite<'_>, table: &SnapshotTable) -> Result<(), BlockError> {
+pub(super) fn replace_table(rewrite: &mut Rewrite<'_>, table: &SnapshotTable) -> Result<(), BlockError> {
     let refused = |source| MaintenanceError::Snapshots(source);
     let raw = serialise_snapshots(&table.snapshots).map_err(|source| rewrite.place.refuse(refused(source)))?;
     let (old_offset, old_count) = (rewrite.header.snapshots_offset, rewrite.header.snapshot_count);
