@@ -10,6 +10,7 @@
 
 mod bytes;
 mod crc32c;
+pub mod deflate;
 mod foreign;
 mod format;
 pub mod qcow2;

@@ -301,6 +301,10 @@ fn run_once(dir: &Path, job: &Job, tool: &Path) -> Result<Cost> {
         }
         _ => {}
     }
+    if !matches!(job.before, Before::Nothing) {
+        // What the preparation left in the page cache is not the tool's to write.
+        File::open(dir.join("w.qcow2"))?.sync_all()?;
+    }
     let cost = measure(dir, job, tool)?;
     if let Some(file) = job.same {
         let same = Command::new("qemu-img")
