@@ -6,13 +6,13 @@ const MATCH_MIN: usize = 4;
 const MATCH_MAX: usize = 258;
 const HASH_BITS: u32 = 13;
 /// Positions with the same hash that are looked at.
-const CHAIN_MAX: usize = 12;
+const CHAIN_MAX: usize = 24;
 /// A match as long as this is taken without looking further.
 const GOOD_ENOUGH: usize = 48;
 /// After this many bytes without a match (log2), steps become longer: what does not repeat rarely begins to.
 const PATIENCE_BITS: u32 = 8;
-/// Longest step.
-const STRIDE_MAX: usize = 64;
+/// Longest step: short enough that repetitions are noticed soon when they begin.
+const STRIDE_MAX: usize = 16;
 /// Distances go no further back.
 const WINDOW_MAX: usize = 1 << 15;
 /// No position: too far from any to be in a window.

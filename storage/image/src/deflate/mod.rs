@@ -59,6 +59,21 @@ fn distance_code(distance: u32) -> (usize, u32, u32) {
     ((2 * top + half) as usize, extra, zero_based & ((1 << extra) - 1))
 }
 
+/// The checksum of RFC 1950.
+pub fn adler32(bytes: &[u8]) -> u32 {
+    const BASE: u32 = 65521;
+    let (mut a, mut b) = (1u32, 0u32);
+    // The longest run of the largest bytes that fits 32 bits before a division.
+    for run in bytes.chunks(5552) {
+        for byte in run {
+            a += u32::from(*byte);
+            b += a;
+        }
+        (a, b) = (a % BASE, b % BASE);
+    }
+    b << 16 | a
+}
+
 /// Compresses inputs one after the other; what it needs is allocated once.
 pub struct Deflater {
     finder: Finder,

@@ -113,3 +113,10 @@ fn lengths_and_distances_have_the_codes_of_the_specification() {
         assert_eq!(distance_code(distance), want, "{distance}");
     }
 }
+
+#[test]
+fn checksums_as_rfc_1950_computes_them() {
+    for (bytes, want) in [(&b""[..], 1), (b"Wikipedia", 0x11e6_0398), (&[0xff; 100_000], 0x149a_302c)] {
+        assert_eq!(adler32(bytes), want);
+    }
+}

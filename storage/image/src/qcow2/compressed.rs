@@ -1,9 +1,13 @@
 //! Compressed clusters. The descriptor counts whole sectors, so the decoder sees trailing bytes of whatever
 //! follows; the output is always exactly one cluster, which bounds what a hostile stream can produce.
 
-use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+use std::cell::RefCell;
+
+use flate2::{Decompress, FlushDecompress, Status};
 use thiserror::Error;
 use zstd::zstd_safe;
+
+use crate::deflate::Deflater;
 
 /// How clusters of an image are compressed. Header byte 104.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +49,18 @@ pub fn decompress(compression: CompressionType, input: &[u8], out: &mut [u8]) ->
     Err(DecompressError::Short { compression, got_bytes, want_bytes: out.len() })
 }
 
+thread_local! {
+    /// What unpacking needs, allocated once a thread: making it anew costs as much as a cluster.
+    static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
+    static UNZSTD: RefCell<zstd_safe::DCtx<'static>> = RefCell::new(zstd_safe::DCtx::create());
+}
+
 fn inflate(input: &[u8], out: &mut [u8]) -> Result<usize, DecompressError> {
-    let mut stream = Decompress::new(false);
+    INFLATE.with_borrow_mut(|stream| inflate_with(stream, input, out))
+}
+
+fn inflate_with(stream: &mut Decompress, input: &[u8], out: &mut [u8]) -> Result<usize, DecompressError> {
+    stream.reset(false);
     match stream.decompress(input, out, FlushDecompress::Finish) {
         // Output full with input left over is how trailing sectors look to the decoder.
         Ok(Status::StreamEnd | Status::Ok | Status::BufError) => Ok(stream.total_out() as usize),
@@ -57,12 +71,11 @@ fn inflate(input: &[u8], out: &mut [u8]) -> Result<usize, DecompressError> {
 /// One call per frame into the output itself: no window is allocated, whatever the frame header asks for.
 fn unzstd(mut input: &[u8], out: &mut [u8]) -> Result<usize, DecompressError> {
     let malformed = DecompressError::Malformed(CompressionType::Zstd);
-    let mut context = zstd_safe::DCtx::create();
     let mut filled = 0;
     while let Some(rest) = out.get_mut(filled..).filter(|rest| !rest.is_empty()) {
         let frame_bytes = zstd_safe::find_frame_compressed_size(input).map_err(|_| malformed)?;
         let frame = input.get(..frame_bytes).filter(|frame| !frame.is_empty()).ok_or(malformed)?;
-        filled += context.decompress(rest, frame).map_err(|_| malformed)?;
+        filled += UNZSTD.with_borrow_mut(|context| context.decompress(rest, frame)).map_err(|_| malformed)?;
         input = input.get(frame_bytes..).unwrap_or_default();
         if input.is_empty() {
             break;
@@ -72,13 +85,13 @@ fn unzstd(mut input: &[u8], out: &mut [u8]) -> Result<usize, DecompressError> {
 }
 
 /// log2 of the window of zlib streams: QEMU's decoder looks back 4 KiB, no further.
-const ZLIB_WINDOW_BITS: u8 = 12;
+const ZLIB_WINDOW_BITS: u32 = 12;
 
 /// Packs clusters one after the other; what it needs is allocated once.
 pub struct Compressor(Packer);
 
 enum Packer {
-    Zlib(Compress),
+    Zlib(Box<Deflater>),
     Zstd(zstd_safe::CCtx<'static>),
 }
 
@@ -86,9 +99,7 @@ impl Compressor {
     /// A compressor with the levels that QEMU uses.
     pub fn new(compression: CompressionType) -> Compressor {
         Compressor(match compression {
-            CompressionType::Zlib => {
-                Packer::Zlib(Compress::new_with_window_bits(Compression::default(), false, ZLIB_WINDOW_BITS))
-            }
+            CompressionType::Zlib => Packer::Zlib(Box::new(Deflater::new(ZLIB_WINDOW_BITS))),
             CompressionType::Zstd => Packer::Zstd(zstd_safe::CCtx::create()),
         })
     }
@@ -96,17 +107,16 @@ impl Compressor {
     /// Packs one cluster into `out`, whose contents are replaced. False when it would not become shorter.
     pub fn compress(&mut self, plain: &[u8], out: &mut Vec<u8>) -> bool {
         // The result must be shorter than the cluster, so no more room is needed.
-        out.resize(plain.len().saturating_sub(1), 0);
-        let packed_bytes = match &mut self.0 {
-            Packer::Zlib(stream) => {
-                stream.reset();
-                match stream.compress(plain, out, FlushCompress::Finish) {
-                    Ok(Status::StreamEnd) => Some(stream.total_out() as usize),
-                    Ok(Status::Ok | Status::BufError) | Err(_) => None,
-                }
+        let max_bytes = plain.len().saturating_sub(1);
+        let context = match &mut self.0 {
+            Packer::Zlib(deflater) => {
+                out.clear();
+                return deflater.deflate(plain, out, max_bytes);
             }
-            Packer::Zstd(context) => context.compress2(out.as_mut_slice(), plain).ok(),
+            Packer::Zstd(context) => context,
         };
+        out.resize(max_bytes, 0);
+        let packed_bytes = context.compress2(out.as_mut_slice(), plain).ok();
         out.truncate(packed_bytes.unwrap_or(0));
         packed_bytes.is_some()
     }
@@ -194,7 +204,7 @@ fn zlib_streams_never_look_back_further_than_qemu_can() {
     let mut out = Vec::new();
     assert!(Compressor::new(CompressionType::Zlib).compress(&plain, &mut out));
     let mut back = vec![0; plain.len()];
-    let mut small_window = Decompress::new_with_window_bits(false, ZLIB_WINDOW_BITS);
+    let mut small_window = Decompress::new_with_window_bits(false, ZLIB_WINDOW_BITS as u8);
     // In pieces, so that the decoder has only its window to look back into.
     let mut piece = [0; 512];
     let mut done = 0;

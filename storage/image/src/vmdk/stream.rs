@@ -1,7 +1,11 @@
 //! The pieces of a `streamOptimized` file: markers, compressed grains, footer. "Virtual Disk Format 5.0",
 //! "Stream-Optimized Compressed Sparse Extents".
 
-use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+use std::cell::RefCell;
+
+use flate2::{Decompress, FlushDecompress, Status};
+
+use crate::deflate::Deflater;
 
 use super::{HEADER_BYTES, SECTOR_BYTES, SparseHeader, VmdkError};
 use crate::bytes::{le32, le64, put};
@@ -55,30 +59,32 @@ pub fn compressed_span(marker: &[u8], header: &SparseHeader, guest_sector: u64) 
 /// Unpacks a grain (RFC 1950) into `out`, which is a grain long. The last grain of a disk may be short, what it
 /// lacks is zeroes; a stream that holds more than a grain is refused, which bounds what a hostile one produces.
 pub fn inflate_grain(stream: &[u8], out: &mut [u8], guest_sector: u64) -> Result<(), VmdkError> {
-    let mut inflate = Decompress::new(true);
-    match inflate.decompress(stream, out, FlushDecompress::Finish) {
-        Ok(Status::StreamEnd) => {}
-        _ => return Err(VmdkError::Inflate { guest_sector }),
-    }
-    if let Some(rest) = out.get_mut(inflate.total_out() as usize..) {
+    let unpacked = INFLATE.with_borrow_mut(|inflate| {
+        inflate.reset(true);
+        match inflate.decompress(stream, out, FlushDecompress::Finish) {
+            Ok(Status::StreamEnd) => Ok(inflate.total_out() as usize),
+            _ => Err(VmdkError::Inflate { guest_sector }),
+        }
+    })?;
+    if let Some(rest) = out.get_mut(unpacked..) {
         rest.fill(0);
     }
     Ok(())
 }
 
+thread_local! {
+    /// What packing needs, allocated once a thread.
+    static DEFLATER: RefCell<Deflater> = RefCell::new(Deflater::new(15));
+    static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(true));
+}
+
 /// Packs a grain (RFC 1950) into `out`, replacing what it holds.
 pub fn deflate_grain(grain: &[u8], out: &mut Vec<u8>) {
     out.clear();
-    // Deflate adds at most 5 bytes a 16 KiB block when nothing can be gained, and RFC 1950 six.
-    let room = grain.len() + grain.len() / 1024 + 64;
-    out.reserve(room);
-    let mut deflate = Compress::new(Compression::default(), true);
-    while !matches!(
-        deflate.compress_vec(grain.get(deflate.total_in() as usize..).unwrap_or_default(), out, FlushCompress::Finish),
-        Ok(Status::StreamEnd)
-    ) {
-        out.reserve(room);
-    }
+    // A window of 32 KiB, the default level; the pair is a multiple of 31.
+    out.extend([0x78, 0x9c]);
+    DEFLATER.with_borrow_mut(|deflater| deflater.deflate(grain, out, usize::MAX));
+    out.extend(crate::deflate::adler32(grain).to_be_bytes());
 }
 
 /// A grain table with its marker.
