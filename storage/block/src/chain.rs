@@ -66,6 +66,8 @@ pub struct Qcow2Info {
     pub refcount_bits: u32,
     /// Internal snapshots.
     pub snapshots: u32,
+    /// L2 entries with subclusters.
+    pub extended_l2: bool,
 }
 
 /// Opens an image and every backing file below it, the top one first. The top is opened for writing unless
@@ -123,6 +125,7 @@ pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockEr
             lazy_refcounts: header.compatible & COMPAT_LAZY_REFCOUNTS != 0,
             refcount_bits: 1 << header.geometry.refcount_order,
             snapshots: header.snapshot_count,
+            extended_l2: header.geometry.l2_entry_bytes() == 16,
         });
         info.backing_name = header.backing_name;
         info.backing_format = header.backing_format;

@@ -262,6 +262,8 @@ pub enum Rule {
     KeySecret,
     #[error("File contains external, encrypted or compressed clusters.")]
     MapNotPlain,
+    #[error("can't open device {name}: {reason}")]
+    IoOpen { name: String, reason: String },
     #[error("unrecognized operand {0}")]
     DdOperand(String),
     #[error("Invalid aio option: {0}")]

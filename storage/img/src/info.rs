@@ -3,14 +3,16 @@
 use std::io::{Write, stdout};
 use std::path::Path;
 
-use block::{CompressionType, ImageInfo, Snapshot};
+use block::{BlockError, CompressionType, Disk, Format, ImageInfo, Snapshot, inspect};
 use serde_json::{Map, Value, json};
 
 use crate::Command;
 use crate::chain::{Found, Walk};
 use crate::create::beside;
 use crate::error::ImgError;
+use crate::facts::Facts;
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, flag};
+use crate::io::amount;
 use crate::json::write_json;
 use crate::open::Named;
 use crate::size::human;
@@ -67,6 +69,46 @@ fn compression(info: &ImageInfo) -> &'static str {
     }
 }
 
+/// What only the image's format has, and the name of that.
+fn specific(info: &ImageInfo) -> Option<(&'static str, Facts)> {
+    let q = info.qcow2?;
+    let new = q.version > 2;
+    let mut facts = vec![
+        ("compat", Facts::from(if new { "1.1" } else { "0.10" })),
+        ("compression-type", Facts::from(compression(info))),
+    ];
+    if new {
+        facts.push(("lazy-refcounts", Facts::from(q.lazy_refcounts)));
+    }
+    facts.push(("refcount-bits", Facts::from(u64::from(q.refcount_bits))));
+    if new {
+        facts.push(("corrupt", Facts::from(info.corrupt)));
+        facts.push(("extended-l2", Facts::from(q.extended_l2)));
+    }
+    Some(("qcow2", Facts::Group(facts)))
+}
+
+/// What `io`'s `info` tells of an open disk.
+pub fn of_disk(disk: &Disk) -> Result<String, BlockError> {
+    let path = disk.path();
+    let Some(image) = disk.qcow2() else {
+        return Ok("format name: raw\n".to_owned());
+    };
+    let info = inspect(path, Some(Format::Qcow2))?;
+    let geometry = image.header().geometry;
+    let vm_state = geometry.l1_entries().saturating_mul(geometry.l2_reach_bytes());
+    let mut said = format!(
+        "format name: {}\ncluster size: {}\nvm state offset: {}\n",
+        info.format.name(),
+        amount(geometry.cluster_bytes() as f64),
+        amount(vm_state as f64)
+    );
+    if let Some((_, facts)) = specific(&info) {
+        said += &format!("Format specific information:\n{}", facts.to_text(1));
+    }
+    Ok(said)
+}
+
 fn as_text(found: &Found) -> String {
     let Found { path, info, snapshots } = found;
     let mut lines = vec![
@@ -92,19 +134,9 @@ fn as_text(found: &Found) -> String {
         lines.push("Snapshot list:".into());
         lines.push(table(snapshots).trim_end().to_owned());
     }
-    if let Some(q) = info.qcow2 {
+    if let Some((_, facts)) = specific(info) {
         lines.push("Format specific information:".into());
-        let compat = if q.version == 2 { "0.10" } else { "1.1" };
-        lines.push(format!("    compat: {compat}"));
-        lines.push(format!("    compression type: {}", compression(info)));
-        if q.version > 2 {
-            lines.push(format!("    lazy refcounts: {}", q.lazy_refcounts));
-        }
-        lines.push(format!("    refcount bits: {}", q.refcount_bits));
-        if q.version > 2 {
-            lines.push(format!("    corrupt: {}", info.corrupt));
-            lines.push("    extended l2: false".into());
-        }
+        lines.push(facts.to_text(1).trim_end().to_owned());
     }
     lines.push("Child node '/file':".into());
     lines.push(format!("    filename: {}", path.display()));
@@ -134,18 +166,8 @@ fn as_json(found: &Found) -> Value {
     if !snapshots.is_empty() {
         all.insert("snapshots".into(), snapshots.iter().map(snapshot_json).collect());
     }
-    if let Some(q) = info.qcow2 {
-        let mut data = json!({
-            "compat": if q.version == 2 { "0.10" } else { "1.1" },
-            "compression-type": compression(info),
-            "refcount-bits": q.refcount_bits,
-        });
-        if q.version > 2 {
-            data["lazy-refcounts"] = json!(q.lazy_refcounts);
-            data["corrupt"] = json!(info.corrupt);
-            data["extended-l2"] = json!(false);
-        }
-        all.insert("format-specific".into(), json!({"type": "qcow2", "data": data}));
+    if let Some((kind, facts)) = specific(info) {
+        all.insert("format-specific".into(), json!({"type": kind, "data": facts.to_json()}));
     }
     if let Some(backing) = &info.backing_name {
         all.insert("backing-filename".into(), json!(backing));

@@ -16,8 +16,10 @@ mod create;
 mod dd;
 mod error;
 mod explain;
+mod facts;
 mod getopt;
 mod info;
+mod io;
 mod json;
 mod map;
 mod measure;
@@ -73,7 +75,7 @@ const COMMANDS: &[&Command] = &[
 ];
 
 /// Commands that qemu-img does not have; under its name they are not there.
-const OWN_COMMANDS: &[&Command] = &[&explain::COMMAND, &tree::COMMAND];
+const OWN_COMMANDS: &[&Command] = &[&explain::COMMAND, &io::COMMAND, &tree::COMMAND];
 
 fn commands() -> impl Iterator<Item = &'static &'static Command> {
     let own: &[&Command] = if program() == "qemu-img" { &[] } else { OWN_COMMANDS };
@@ -84,12 +86,16 @@ fn commands() -> impl Iterator<Item = &'static &'static Command> {
 const PEER_VERSION: &str = "10.0.2";
 const HELP: Opt = flag('h', &["help"], "print this help and exit");
 
+/// Names of QEMU's tools that this one answers to, as a link to it.
+const NAMES: [&str; 2] = ["qemu-img", "qemu-io"];
+
 /// What the tool calls itself in messages.
 pub fn program() -> &'static str {
     static NAME: OnceLock<&'static str> = OnceLock::new();
     NAME.get_or_init(|| {
         let invoked = std::env::args_os().next().unwrap_or_default();
-        if Path::new(&invoked).file_name().is_some_and(|name| name == "qemu-img") { "qemu-img" } else { "vireo-img" }
+        let name = Path::new(&invoked).file_name().unwrap_or_default();
+        NAMES.into_iter().find(|known| name == *known).unwrap_or("vireo-img")
     })
 }
 
@@ -116,6 +122,12 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Vec<OsString>) -> Result<u8, ImgError> {
+    if program() == "qemu-io" {
+        if args.iter().any(|arg| arg == "-V" || arg == "--version") {
+            return print(&version());
+        }
+        return run_command(&io::COMMAND, args);
+    }
     let mut args = args.into_iter();
     let name = loop {
         let Some(arg) = args.next() else { return Err(ImgError::NoCommand) };
@@ -135,6 +147,10 @@ fn run(args: Vec<OsString>) -> Result<u8, ImgError> {
     if command.name == resize::COMMAND.name {
         args = resize::keep_size(args);
     }
+    run_command(command, args)
+}
+
+fn run_command(command: &Command, args: Vec<OsString>) -> Result<u8, ImgError> {
     if asks_help(command, &args) {
         return print(&help(command));
     }
@@ -159,7 +175,7 @@ fn print(text: &str) -> Result<u8, ImgError> {
 fn version() -> String {
     let own = env!("CARGO_PKG_VERSION");
     match program() {
-        "qemu-img" => format!("qemu-img version {PEER_VERSION} (vireo-img {own})\n"),
+        name @ ("qemu-img" | "qemu-io") => format!("{name} version {PEER_VERSION} (vireo-img {own})\n"),
         _ => format!("vireo-img version {own} (options and outputs of qemu-img version {PEER_VERSION})\n"),
     }
 }

@@ -1,0 +1,152 @@
+//! `io`, and the name `qemu-io`: requests to an image one by one, in qemu-io's command language.
+//!
+//! A command is a line of words split at blanks. `aio_` requests are done before the next command starts: to a script
+//! they are requests that finished early. As in qemu-io, their failures are printed and do not fail the run.
+
+mod commands;
+mod report;
+mod requests;
+
+pub use report::amount;
+
+use std::io::{BufRead, Write, stdin, stdout};
+
+use block::{CacheMode, Disk};
+
+use crate::Command;
+use crate::error::{ImgError, Rule, why};
+use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, flag, opt};
+use crate::open::{self, Access, Named};
+
+/// `io`.
+pub const COMMAND: Command = Command {
+    name: "io",
+    about: "Send requests to an image, one by one, in qemu-io's language",
+    operands: "[-c COMMAND]... [FILENAME]",
+    options: OPTIONS,
+    run,
+};
+
+const OPTIONS: &[Opt] = &[
+    opt(
+        'c',
+        &["cmd"],
+        "COMMAND",
+        "a command to run; repeated, they run in order. Without any they are read from stdin",
+    ),
+    FORMAT,
+    IMAGE_OPTS,
+    flag('r', &["read-only"], "open the image read only"),
+    flag('n', &["nocache"], "short for -t none"),
+    opt('t', &["cache"], "CACHE", "cache mode (writeback)"),
+    opt('d', &["discard"], "ignore|unmap", "what a discard does (ignore)"),
+    opt('i', &["aio"], "threads|native|io_uring", "how the host is asked"),
+    flag('k', &["native-aio"], "short for --aio=native"),
+    flag('s', &["snapshot"], "send writes to a temporary file"),
+    flag('C', &["copy-on-read"], "store in the image what is read from below it"),
+    flag('m', &["misalign"], "use memory that is not aligned"),
+    FORCE_SHARE,
+    OBJECT,
+];
+
+/// The image that commands are for, and how it was opened.
+pub struct Session {
+    /// The image; `None` before `open` and after `close`.
+    pub disk: Option<Disk>,
+    named: Option<Named>,
+    access: Access,
+}
+
+/// Whether to go on with the next command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Yes.
+    Go,
+    /// Yes, and the run has failed.
+    Failed,
+    /// No.
+    Quit,
+}
+
+fn run(parsed: &Parsed) -> Result<u8, ImgError> {
+    for (option, name) in [("snapshot", "io -s"), ("copy-on-read", "io -C")] {
+        if parsed.has(option) {
+            return Err(ImgError::NotSupported(name));
+        }
+    }
+    let cache = if parsed.has("nocache") { Some("none") } else { parsed.value("cache")? };
+    let cache = open::cache_named("", cache, CacheMode::Writeback)?;
+    let access = Access { write: !parsed.has("read-only"), share: parsed.has("force-share"), cache };
+    let mut session = Session { disk: None, named: None, access };
+    match parsed.words.as_slice() {
+        [] => {}
+        [file] => {
+            let named = Named::of(parsed, file, "format")?;
+            session.open(named, access).map_err(|error| cannot_open(&file.to_string_lossy(), error))?;
+        }
+        [_, extra, ..] => {
+            return Err(ImgError::Extra { command: "io", found: extra.to_string_lossy().into_owned() });
+        }
+    }
+    let commands = parsed.values("cmd")?;
+    let mut code = 0;
+    if commands.is_empty() {
+        loop {
+            print!("{}> ", crate::program());
+            stdout().flush()?;
+            let mut line = String::new();
+            if stdin().lock().read_line(&mut line)? == 0 {
+                break;
+            }
+            match session.command(line.trim_end_matches('\n'))? {
+                Next::Quit => break,
+                // A person who types reads what went wrong.
+                Next::Go | Next::Failed => {}
+            }
+        }
+    }
+    for line in commands {
+        match session.command(line)? {
+            Next::Go => {}
+            Next::Failed => code = 1,
+            Next::Quit => break,
+        }
+    }
+    session.close()?;
+    Ok(code)
+}
+
+/// qemu-io's form of a refusal to open.
+fn cannot_open(name: &str, error: ImgError) -> ImgError {
+    let reason = match &error {
+        ImgError::Open { source, .. } => why(source),
+        other => other.to_string(),
+    };
+    ImgError::Plain(Rule::IoOpen { name: name.to_owned(), reason })
+}
+
+impl Session {
+    fn open(&mut self, named: Named, access: Access) -> Result<(), ImgError> {
+        self.disk = Some(open::disk(&named, access)?);
+        self.named = Some(named);
+        self.access = access;
+        Ok(())
+    }
+
+    /// Closes the image; what was written is on the disk afterwards.
+    fn close(&mut self) -> Result<(), ImgError> {
+        if let Some(disk) = self.disk.take().filter(|_| self.access.write) {
+            let target = disk.path().display().to_string();
+            disk.flush().map_err(|source| ImgError::Incomplete { target, source })?;
+        }
+        Ok(())
+    }
+
+    fn reopen(&mut self, write: bool, cache: CacheMode) -> Result<(), ImgError> {
+        self.close()?;
+        match self.named.clone() {
+            Some(named) => self.open(named, Access { write, cache, ..self.access }),
+            None => Ok(()),
+        }
+    }
+}

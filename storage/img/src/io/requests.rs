@@ -1,0 +1,180 @@
+//! The commands of `io` that read, write, zero and discard.
+
+use std::io::Read;
+use std::time::Instant;
+
+use block::{BlockError, Disk, ErrorKind};
+
+use super::commands::{Failure, size_of};
+use super::report::{Done, dump};
+use crate::error::{host, why};
+use crate::getopt::Parsed;
+
+/// The byte written when no pattern is given.
+const PATTERN: u8 = 0xcd;
+/// Largest request; a larger one is refused before memory is asked for it.
+pub const REQUEST_MAX_BYTES: u64 = 1 << 31;
+
+/// Why a request failed, as the host would say it.
+pub fn reason(error: &BlockError) -> String {
+    match error {
+        BlockError::Io { source, .. } | BlockError::NoSpace { source, .. } => host(source),
+        other if other.kind() == ErrorKind::OutOfRange => "Input/output error".to_owned(),
+        other => why(other),
+    }
+}
+
+fn failed(verb: &str, error: &BlockError) -> Failure {
+    Failure::Said(format!("{verb} failed: {}", reason(error)))
+}
+
+/// Offset and length of a request; more lengths make one request of several buffers.
+fn range(words: &[&str]) -> Result<(u64, u64), Failure> {
+    let [offset, lengths @ ..] = words else { return Err(Failure::Usage) };
+    if lengths.is_empty() {
+        return Err(Failure::Usage);
+    }
+    let offset = size_of(offset)?;
+    let mut bytes = 0u64;
+    for length in lengths {
+        bytes = bytes.saturating_add(size_of(length)?);
+    }
+    if bytes > REQUEST_MAX_BYTES {
+        return Err(Failure::Said(format!("length cannot exceed {REQUEST_MAX_BYTES}, given {}", lengths.join(" "))));
+    }
+    Ok((offset, bytes))
+}
+
+fn pattern(parsed: &Parsed) -> Result<Option<u8>, Failure> {
+    let Some(text) = parsed.value("pattern").map_err(|_| Failure::Usage)? else { return Ok(None) };
+    let value = match text.strip_prefix("0x") {
+        Some(hex) => u8::from_str_radix(hex, 16).ok(),
+        None => text.parse().ok(),
+    };
+    value.map(Some).ok_or_else(|| Failure::Said(format!("{text} is not a valid pattern byte")))
+}
+
+/// `read`, `readv`, `aio_read`.
+pub fn read(disk: &Disk, parsed: &Parsed, words: &[&str]) -> Result<(), Failure> {
+    let (offset, bytes) = range(words)?;
+    let pattern = pattern(parsed)?;
+    let option = |name: &'static str| {
+        let text = parsed.value(name).map_err(|_| Failure::Usage)?;
+        text.map(size_of).transpose()
+    };
+    let (skip, length) = (option("pattern-offset")?, option("pattern-length")?);
+    if pattern.is_none() && (skip.is_some() || length.is_some()) {
+        return Err(Failure::Usage);
+    }
+    if parsed.has("vm-state") {
+        return Err(Failure::Said("reading the VM state is not supported here".to_owned()));
+    }
+    let mut room = vec![0; bytes as usize];
+    let started = Instant::now();
+    disk.read(offset, &mut room).map_err(|error| failed("read", &error))?;
+    let took = started.elapsed();
+    let mut outcome = Ok(());
+    if let Some(byte) = pattern {
+        let skip = skip.unwrap_or(0);
+        let length = length.unwrap_or(bytes.saturating_sub(skip));
+        let part = skip.checked_add(length).and_then(|end| room.get(skip as usize..end as usize));
+        let part =
+            part.ok_or_else(|| Failure::Said("pattern verification range exceeds end of read data".to_owned()))?;
+        if part.iter().any(|b| *b != byte) {
+            println!("Pattern verification failed at offset {}, {length} bytes", offset + skip);
+            outcome = Err(Failure::Silent);
+        }
+    }
+    if !parsed.has("quiet") {
+        if parsed.has("verbose") {
+            dump(offset, &room)?;
+        }
+        Done { verb: "read", offset, bytes, took, machine: parsed.has("machine") }.print()?;
+    }
+    outcome
+}
+
+/// `write`, `writev`, `aio_write`.
+pub fn write(disk: &Disk, parsed: &Parsed, words: &[&str]) -> Result<(), Failure> {
+    let has = |name| parsed.has(name);
+    let said = |text: &str| Err(Failure::Said(text.to_owned()));
+    if has("vm-state") && has("zeroes") {
+        return said("-b and -z cannot be specified at the same time");
+    }
+    if has("vm-state") {
+        return said("writing the VM state is not supported here");
+    }
+    if has("compressed") && has("fua") {
+        return said("-c and -f cannot be specified at the same time");
+    }
+    if has("no-fallback") && !has("zeroes") {
+        return said("-n requires -z to be specified");
+    }
+    if has("unmap") && !has("zeroes") {
+        return said("-u requires -z to be specified");
+    }
+    if [has("zeroes"), has("pattern"), has("source")].iter().filter(|given| **given).count() > 1 {
+        return said("Only one of -z, -P, and -s can be specified at the same time");
+    }
+    let byte = pattern(parsed)?.unwrap_or(PATTERN);
+    let (offset, bytes) = range(words)?;
+    let data = match parsed.os_value("source") {
+        Some(file) => from_file(file, bytes)?,
+        None if has("zeroes") => Vec::new(),
+        None => vec![byte; bytes as usize],
+    };
+    let started = Instant::now();
+    let done = match (has("zeroes"), has("compressed")) {
+        (true, _) => disk.write_zeroes(offset, bytes, has("unmap")),
+        (false, true) => compressed(disk, offset, &data),
+        (false, false) => disk.write(offset, &data),
+    };
+    let done = done.and_then(|()| if has("fua") { disk.flush() } else { Ok(()) });
+    done.map_err(|error| failed("write", &error))?;
+    if !has("quiet") {
+        Done { verb: "wrote", offset, bytes, took: started.elapsed(), machine: has("machine") }.print()?;
+    }
+    Ok(())
+}
+
+/// The bytes of a file over and over.
+fn from_file(file: &std::ffi::OsStr, bytes: u64) -> Result<Vec<u8>, Failure> {
+    let name = file.to_string_lossy();
+    let mut read = Vec::new();
+    std::fs::File::open(file)
+        .and_then(|file| file.take(bytes).read_to_end(&mut read))
+        .map_err(|error| Failure::Error(format!("{name}: {}", host(&error))))?;
+    if read.is_empty() {
+        return Err(Failure::Error(format!("{name}: file is empty")));
+    }
+    Ok(read.into_iter().cycle().take(bytes as usize).collect())
+}
+
+/// Cluster by cluster; the range must be whole clusters, but for the end of the disk.
+fn compressed(disk: &Disk, offset: u64, data: &[u8]) -> Result<(), BlockError> {
+    let unit = disk.cluster_bytes().max(512);
+    let mut packed = Vec::new();
+    for (index, cluster) in data.chunks(unit as usize).enumerate() {
+        let at = offset + index as u64 * unit;
+        if disk.pack(cluster, &mut packed)? {
+            disk.write_packed(at, &packed, cluster.len() as u64)?;
+        } else {
+            disk.write(at, cluster)?;
+        }
+    }
+    Ok(())
+}
+
+/// `discard`.
+pub fn discard(disk: &Disk, parsed: &Parsed, words: &[&str]) -> Result<(), Failure> {
+    let (offset, bytes) = match words {
+        [offset, bytes] => (size_of(offset)?, size_of(bytes)?),
+        _ => return Err(Failure::Usage),
+    };
+    let started = Instant::now();
+    disk.discard(offset, bytes).map_err(|error| failed("discard", &error))?;
+    if !parsed.has("quiet") {
+        Done { verb: "discard", offset, bytes, took: started.elapsed(), machine: parsed.has("machine") }.print()?;
+    }
+    Ok(())
+}
