@@ -43,9 +43,11 @@ pub(crate) fn open_vpc(
         read_only,
         preallocated: false,
         // New blocks replace the footer, which follows behind them with the next flush.
-        end: used.next_multiple_of(SECTOR_BYTES).max(header.data_offset()),
+        end: used.max(header.data_offset()).next_multiple_of(PAGE_BYTES),
     };
-    let lead = vec![0xff; header.bitmap_bytes() as usize];
+    let lead_bytes = header.bitmap_bytes().next_multiple_of(PAGE_BYTES);
+    let mut lead = vec![0; (lead_bytes - header.bitmap_bytes()) as usize];
+    lead.resize(lead_bytes as usize, 0xff);
     let table = BatTable { header, footer: footer_bytes, lead };
     Ok(Arc::new(MappedNode::new(Mapped::new(store, table, &options)?)))
 }
@@ -72,7 +74,8 @@ struct BatTable {
     header: DynamicHeader,
     /// As it is written behind the last block.
     footer: Vec<u8>,
-    /// The bitmap of a block: every sector is in use.
+    /// What is in front of a block's data, which starts at a page of the host: padding, then the bitmap, which says
+    /// that every sector is in use.
     lead: Vec<u8>,
 }
 
@@ -82,7 +85,7 @@ impl BlockTable for BatTable {
     }
 
     fn stride(&self) -> (u64, u64) {
-        (self.header.bitmap_bytes(), self.header.bitmap_bytes() + u64::from(self.header.block_bytes))
+        (self.lead.len() as u64, self.lead.len() as u64 + u64::from(self.header.block_bytes))
     }
 
     fn entry_bytes(&self) -> usize {

@@ -286,20 +286,20 @@ fn requests_can_be_repeated_when_there_is_space_again() {
 
 #[test]
 fn power_cuts_of_vdi() {
-    check("vdi", "", 128);
+    check("vdi", "", 64);
 }
 
 #[test]
 fn power_cuts_of_vpc() {
-    check("vpc", "", 128);
+    check("vpc", "", 64);
 }
 
 #[test]
 fn power_cuts_of_vmdk() {
-    check("vmdk", "", 128);
+    check("vmdk", "", 64);
 }
 
 #[test]
 fn power_cuts_of_vhdx() {
-    check("vhdx", "block_size=1M", 128);
+    check("vhdx", "block_size=1M", 64);
 }

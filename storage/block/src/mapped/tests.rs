@@ -264,8 +264,8 @@ fn images_of_ours_are_accepted_by_qemu_img() {
         }
         qemu_img(&args);
         let length = |path: &Path| std::fs::metadata(path).unwrap().len();
-        // qemu-img lets a vhdx begin with more free space than there is need for.
-        if *format != "vhdx" {
+        // qemu-img lets a vhdx begin with more free space than there is need for, and blocks of a vdi between pages.
+        if !matches!(*format, "vhdx" | "vdi") {
             assert_eq!(length(&ours), length(&theirs), "{format} {options}");
         }
         let virtual_size = |path: &Path| {
