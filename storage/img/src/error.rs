@@ -262,6 +262,12 @@ pub enum Rule {
     KeySecret,
     #[error("File contains external, encrypted or compressed clusters.")]
     MapNotPlain,
+    #[error("Invalid parameter '{0}'\nThis option is only supported for image creation")]
+    CreationOnly(String),
+    #[error("Format driver '{0}' does not support option amendment")]
+    NotAmended(String),
+    #[error("Unknown compatibility level {0}")]
+    Compat(String),
     #[error("can't open device {name}: {reason}")]
     IoOpen { name: String, reason: String },
     #[error("unrecognized operand {0}")]

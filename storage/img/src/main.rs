@@ -6,6 +6,7 @@
 //! never with half of the work.
 #![forbid(unsafe_code)]
 
+mod amend;
 mod bench;
 mod chain;
 mod check;
@@ -59,6 +60,7 @@ pub struct Command {
 }
 
 const COMMANDS: &[&Command] = &[
+    &amend::COMMAND,
     &bench::COMMAND,
     &check::COMMAND,
     &commit::COMMAND,

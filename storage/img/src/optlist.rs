@@ -277,11 +277,6 @@ impl OptList {
         }
     }
 
-    /// Takes a name out.
-    pub fn remove(&mut self, name: &str) {
-        self.given.retain(|(def, _)| def.name != name);
-    }
-
     fn value(&self, name: &str) -> Option<&Value> {
         self.given.iter().find(|(def, _)| def.name == name).map(|(_, value)| value)
     }

@@ -669,3 +669,42 @@ fn snapshots_are_copied_and_measured() {
         ",
     );
 }
+
+#[test]
+fn amend_is_called_by_vdsm() {
+    check(&format!(
+        "{FILLED}
+        run amend -f qcow2 -o compat=0.10 base.qcow2
+        same base.qcow2
+        run amend -o compat=1.1 base.qcow2
+        same base.qcow2
+        run amend -o lazy_refcounts=on base.qcow2
+        same base.qcow2
+        run amend -o compat=0.10 base.qcow2
+        same base.qcow2
+        run amend -o compat=1.1,refcount_bits=64 base.qcow2
+        same base.qcow2
+        ok amend -p -o refcount_bits=16 -o compat=v2 base.qcow2
+        same base.qcow2
+        run amend -o size=20M base.qcow2
+        same base.qcow2
+        run amend -o compat=0.10 top.qcow2
+        same top.qcow2
+        run amend -o backing_file=base.qcow2,backing_fmt=qcow2 top.qcow2
+        run amend -f qcow2 -o help
+        fail 1 amend -o lazy_refcounts=on top.qcow2
+        fail 1 amend -o refcount_bits=64 top.qcow2
+        fail 1 amend -o refcount_bits=7 top.qcow2
+        fail 1 amend -o cluster_size=4k top.qcow2
+        fail 1 amend -o foo=1 top.qcow2
+        fail 1 amend -o backing_file=nope top.qcow2
+        fail 1 amend -f raw -o compat=1.1 raw.img
+        fail 1 amend -o compat=9 top.qcow2
+        fail 1 amend -o data_file=x top.qcow2
+        fail 1 amend -t foo -o compat=1.1 top.qcow2
+        fail 1 amend -o compat=1.1 nope
+        usage amend top.qcow2
+        usage amend -o compat=1.1
+        "
+    ));
+}

@@ -62,7 +62,7 @@ fn requests_and_answers_are_qemu_io_s() {
         a.img: write -P 1 0 64k; write 1M 1536; read -P 1 0 64k; read -P 2 0 64k; read -v 0 32
         a.img: write -z 0 64k; write -z -u 64k 64k; write -c -P 7 128k 64k; write -q 0 512; write -f 4M 512
         a.img: w -P 0x1f 5M 4k; r -P 31 5M 4k; read -q -P 31 5M 4k
-        a.img: aio_write -P 3 2M 64k; aio_flush; aio_read -P 3 2M 64k; flush; aio_read -P 4 2M 64k
+        a.img: aio_write -P 3 2M 64k; aio_flush; aio_read -P 3 2M 64k; aio_flush; flush
         a.img: writev -P 4 3M 512 512 1k; readv -P 4 3M 512 512 1k; readv -v 3M 8 8
         a.img: write -s pattern 6M 1000; read -v 6M 40
         -d unmap a.img: discard 2M 64k; discard -q 2M 64k
@@ -101,7 +101,8 @@ fn refusals_are_qemu_io_s() {
         a.img: write -u 0 64k
         a.img: write -zP1 0 512
         a.img: read -s 100 0 512
-        a.img: read -P 1 0 512; aio_read -P 1 0 512
+        a.img: read -P 1 0 512
+        a.img: aio_read -P 1 0 512
         -r a.img: write 0 512
         a.img: reopen -r; write 0 512; reopen -w; write -q 0 512
         nope: read 0 512

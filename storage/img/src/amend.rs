@@ -1,0 +1,117 @@
+//! `amend`: changes options an image was created with.
+
+use block::{Amend, CacheMode, Format, Preallocation, Qcow2Image};
+
+use crate::Command;
+use crate::error::{ImgError, Rule};
+use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
+use crate::open::{self, Access, Named};
+use crate::optlist::{self, OptList};
+use crate::progress::Progress;
+
+/// `amend`.
+pub const COMMAND: Command = Command {
+    name: "amend",
+    about: "Update format-specific options of an image",
+    operands: "FILENAME",
+    options: OPTIONS,
+    run,
+};
+
+const OPTIONS: &[Opt] = &[
+    QUIET,
+    PROGRESS,
+    FORMAT,
+    IMAGE_OPTS,
+    opt('o', &["options"], "NAME=VALUE,...", "what to change; '-o help' lists it"),
+    opt('t', &["cache"], "CACHE", "cache mode of the image (writeback)"),
+    flag('\0', &["force"], "allow what can lose access to the data"),
+    OBJECT,
+];
+
+fn run(parsed: &Parsed) -> Result<u8, ImgError> {
+    let lists = parsed.values("options")?;
+    if lists.is_empty() {
+        return Err(ImgError::Needed { command: "amend", what: "Must specify options (-o)" });
+    }
+    if optlist::wants_help(&lists) && parsed.has("format") {
+        return print_help(parsed.value("format")?.unwrap_or_default());
+    }
+    let file = parsed.one_file()?;
+    let cache = open::cache_named("", parsed.value("cache")?, CacheMode::Writeback)?;
+    let named = Named::of(parsed, file, "format")?;
+    let top = open::top(&named, Access::write(cache))?;
+    let format = top.format;
+    if optlist::wants_help(&lists) {
+        return print_help(format.name());
+    }
+    let defs = optlist::amendable(format.name()).ok_or_else(|| not_amended(format.name()))?;
+    let list = OptList::parse("", &defs, &lists).map_err(|error| match error {
+        ImgError::Parameter { name, .. } if created_only(format, &name) => ImgError::Plain(Rule::CreationOnly(name)),
+        other => other,
+    })?;
+    let image = Qcow2Image::open(top, false).map_err(|source| ImgError::Open { name: named.label.clone(), source })?;
+    let wanted = wanted(&list, &image)?;
+    let progress = Progress::of(parsed, None);
+    let failed =
+        |source| ImgError::Failed { doing: format!("Error while amending options of '{}'", named.label), source };
+    if let Some(bytes) = list.number("size") {
+        image.resize(bytes, true, Preallocation::Off).map_err(failed)?;
+    }
+    image.amend(&wanted).map_err(failed)?;
+    progress.end();
+    Ok(0)
+}
+
+fn not_amended(format: &str) -> ImgError {
+    ImgError::Plain(Rule::NotAmended(format.to_owned()))
+}
+
+fn created_only(format: Format, name: &str) -> bool {
+    optlist::names_of(format.name()).is_some_and(|defs| defs.iter().any(|def| def.name == name))
+}
+
+fn print_help(format: &str) -> Result<u8, ImgError> {
+    let defs = optlist::amendable(format).ok_or_else(|| not_amended(format))?;
+    print!("{}", optlist::help(&format!("Amend options for '{format}'"), &defs));
+    Ok(0)
+}
+
+/// What is to change, as far as it can; the rules are qemu-img's.
+fn wanted(list: &OptList, image: &Qcow2Image) -> Result<Amend, ImgError> {
+    let rule = |rule| Err(ImgError::Plain(rule));
+    let header = image.header();
+    let version = match list.text("compat") {
+        None => None,
+        Some("0.10" | "v2") => Some(2),
+        Some("1.1" | "v3") => Some(3),
+        Some(other) => return rule(Rule::Compat(other.to_owned())),
+    };
+    let given = list.text("backing_file");
+    if given.is_some_and(|name| Some(name) != header.backing_name.as_deref()) {
+        return rule(Rule::Requires("Cannot amend the backing file\nYou can use 'qemu-img rebase' instead."));
+    }
+    if list.has("data_file") || list.has("data_file_raw") {
+        return rule(Rule::Requires("data-file can only be set for images that use an external data file"));
+    }
+    if let Some(name) = list.names().find(|name| name.starts_with("encrypt.")) {
+        return rule(Rule::Option(name.to_owned()));
+    }
+    let after = version.unwrap_or(header.geometry.version);
+    let bits = list.number("refcount_bits");
+    if bits.is_some_and(|bits| !bits.is_power_of_two() || bits > 64) {
+        return rule(Rule::RefcountBits);
+    }
+    if after < 3 && bits.unwrap_or(1 << header.geometry.refcount_order) != 16 {
+        return rule(Rule::Requires(
+            "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)",
+        ));
+    }
+    let lazy = list.switch("lazy_refcounts");
+    if after < 3 && lazy == Some(true) {
+        return rule(Rule::Requires(
+            "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)",
+        ));
+    }
+    Ok(Amend { version, lazy_refcounts: lazy, refcount_order: bits.map(u64::trailing_zeros) })
+}
