@@ -23,7 +23,7 @@ pub struct VmdkOptions {
     pub compat6: bool,
     /// `zeroed_grain`.
     pub zeroed_grain: bool,
-    /// `backing_file` as it shall be stored, and the CID of that image: see [`super::vmdk_cid`].
+    /// `backing_file` as it shall be stored, and the CID of that image: see [`super::vmdk_descriptor`].
     pub backing: Option<(String, u32)>,
 }
 
