@@ -51,7 +51,7 @@ pub use image::qcow2::CompressionType;
 pub use image::qcow2::Snapshot;
 pub use io::FileBackend;
 pub use node::{Extent, ExtentKind};
-pub use qcow2::{Amend, MaintenanceError, Qcow2Image, Repair, Repaired, SnapshotTime, repair_backend, repair_image};
+pub use qcow2::{Amend, BitmapBits, BitmapInfo, MaintenanceError, Qcow2Image, Repair, Repaired, SnapshotTime, repair_backend, repair_image};
 pub use sys::{ReadBufs, WriteBufs};
 pub use vdi::{VdiOptions, create_vdi};
 pub use vhdx::{VhdxOptions, create_vhdx};

@@ -93,14 +93,12 @@ fn features_that_are_not_built_are_refused_by_name() {
     let image = dir.path().join("image.qcow2");
     let name = image.to_str().unwrap();
     let data = format!("data_file={}", dir.path().join("data.raw").display());
-    for (options, want) in [("extended_l2=on", "extended L2 entries"), (data.as_str(), "external data file")] {
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, "1M"]);
-        let file = ChainFile { file: open_file(&image, true), path_label: image.clone(), format: Format::Qcow2 };
-        let error = Disk::open(vec![file], &OpenOptions::default()).err().unwrap();
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
-        let cause = std::error::Error::source(&error).unwrap().to_string();
-        assert!(cause.contains(want), "{cause}");
-    }
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &data, name, "1M"]);
+    let file = ChainFile { file: open_file(&image, true), path_label: image.clone(), format: Format::Qcow2 };
+    let error = Disk::open(vec![file], &OpenOptions::default()).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("external data file"), "{cause}");
 }
 
 /// Changes header bytes 72 to 79, the incompatible feature bits.

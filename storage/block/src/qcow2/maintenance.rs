@@ -118,12 +118,17 @@ impl Qcow2Node {
             let committed = tables.commit();
             tables.noticing(committed)?;
         }
+        let stored = tables.store_bitmaps();
+        tables.noticing(stored)?;
         Ok(tables)
     }
 }
 
 impl Tables {
-    fn rewrite<T>(&mut self, change: impl FnOnce(&mut Rewrite<'_>) -> Result<T, BlockError>) -> Result<T, BlockError> {
+    pub(super) fn rewrite<T>(
+        &mut self,
+        change: impl FnOnce(&mut Rewrite<'_>) -> Result<T, BlockError>,
+    ) -> Result<T, BlockError> {
         let outcome = Rewrite::begin(self).and_then(|mut rewrite| {
             let value = change(&mut rewrite)?;
             rewrite.finish()?;
@@ -149,6 +154,7 @@ impl Tables {
         fresh.flights = self.flights.clone();
         fresh.generation = self.generation;
         fresh.releases = self.releases + 1;
+        fresh.recordings = self.recordings;
         *self = fresh;
         Ok(())
     }

@@ -14,6 +14,7 @@
 
 mod alloc;
 mod amend;
+mod bitmaps;
 mod commit;
 mod flights;
 mod maintenance;
@@ -43,9 +44,11 @@ use image::qcow2::{
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+pub use self::amend::Amend;
+use self::bitmaps::Recording;
+pub use self::bitmaps::{BitmapBits, BitmapInfo};
 pub(crate) use self::flights::Flight;
 use self::flights::Flights;
-pub use self::amend::Amend;
 pub use self::maintenance::Qcow2Image;
 pub use self::maintenance_error::MaintenanceError;
 pub(crate) use self::repair::check_file;
@@ -119,6 +122,10 @@ pub(crate) struct Tables {
     refcount_cache: SliceCache,
     /// No cluster below is free.
     free_hint: u64,
+    /// Bitmaps that record changes.
+    recording: Recording,
+    /// How often bits were loaded.
+    recordings: u64,
     /// Where the compressed stream that was placed last ends, when its cluster has room behind it; else at a cluster.
     packed_end: u64,
     /// Clusters that lose a reference once the tables on disk do not refer to them any more.
@@ -161,6 +168,8 @@ impl Tables {
             reftable_dirty: BTreeSet::new(),
             reftable_moved: false,
             free_hint: 0,
+            recording: Recording::Off,
+            recordings: 0,
             packed_end: 0,
             pending_frees: Vec::new(),
             leaving: VecDeque::new(),
@@ -199,11 +208,12 @@ impl Tables {
         let entries = u64::from(self.header.reftable_clusters) * self.geometry.cluster_bytes() / 8;
         self.reftable = self.load_table("refcount table", self.header.reftable_offset, entries)?;
         self.note_table_clusters()?;
-        if self.header.autoclear != 0 {
-            // "if the bit is unset after the image was modified by an unaware program": data behind these
-            // bits (bitmaps) would go stale with the first write.
-            self.header.autoclear = 0;
-            self.write_file(AUTOCLEAR_OFFSET, &0u64.to_be_bytes())?;
+        let kept = self.look_for_bitmaps();
+        if self.header.autoclear & !kept != 0 {
+            // "if the bit is unset after the image was modified by an unaware program": data behind bits that are
+            // not known here would go stale with the first write.
+            self.header.autoclear &= kept;
+            self.write_file(AUTOCLEAR_OFFSET, &self.header.autoclear.to_be_bytes())?;
             self.barrier()?;
         }
         Ok(())
@@ -256,6 +266,13 @@ impl Tables {
             self.health = Health::FlushFailed;
             self.io(Action::Sync, e)
         })
+    }
+
+    /// A guest range is about to change, if the image can be written at all.
+    fn begin_change(&mut self, offset: u64, bytes: u64) -> Result<(), BlockError> {
+        self.check_writable()?;
+        let recorded = self.record(offset, bytes);
+        self.noticing(recorded)
     }
 
     fn check_writable(&self) -> Result<(), BlockError> {
@@ -451,6 +468,8 @@ impl Drop for Qcow2Node {
         if self.flush_tables().is_ok() && self.tables.get_mut().refcount_cache.has_dirty() {
             let _ = self.flush_tables();
         }
+        // An error leaves bitmaps that nobody trusts.
+        let _ = self.close_bitmaps();
     }
 }
 

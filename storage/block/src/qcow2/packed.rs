@@ -51,7 +51,7 @@ impl Qcow2Node {
         let _turn = self.packing.lock();
         let cluster_bytes = self.geometry.cluster_bytes();
         let mut tables = self.lock_settled(offset, cluster_bytes);
-        tables.check_writable()?;
+        tables.begin_change(offset, cluster_bytes)?;
         let bytes = packed.len() as u64;
         let taken = tables.relieve().and_then(|()| tables.take_packed(bytes));
         let host = tables.noticing(taken)?;

@@ -78,7 +78,8 @@ impl Qcow2Node {
                 };
                 rewrite.map_new(&mut l1, &area)?;
             }
-            rewrite.set_active(l1, false)
+            rewrite.set_active(l1, false)?;
+            rewrite.resize_bitmaps(false)
         })
     }
 }

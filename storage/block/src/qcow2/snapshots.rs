@@ -129,7 +129,8 @@ fn apply(rewrite: &mut Rewrite<'_>, mut l1: Vec<u64>, disk_bytes: u64) -> Result
     let old = rewrite.old_l1.clone();
     rewrite.drop_references(&old)?;
     rewrite.add_references(&l1)?;
-    rewrite.set_active(l1, false)
+    rewrite.set_active(l1, false)?;
+    rewrite.resize_bitmaps(true)
 }
 
 /// Reads the snapshot table that a header refers to.

@@ -71,7 +71,7 @@ impl Qcow2Node {
     /// Writes as much as one plan covers; returns how much that was.
     fn write_run(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>) -> Result<usize, BlockError> {
         let mut tables = self.lock_settled(offset, bufs.len() as u64);
-        tables.check_writable()?;
+        tables.begin_change(offset, bufs.len() as u64)?;
         let planned = tables.relieve().and_then(|()| tables.plan(offset, bufs.len() as u64));
         let Plan { bytes, target } = tables.noticing(planned)?;
         let part;
@@ -126,7 +126,7 @@ impl Qcow2Node {
     /// Where the first bytes of a write belong, if nothing has to be written around them.
     pub(super) fn map_new_data(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
         let mut tables = self.lock_settled(offset, bytes);
-        tables.check_writable()?;
+        tables.begin_change(offset, bytes)?;
         let planned = tables.relieve().and_then(|()| tables.plan(offset, bytes));
         let Plan { bytes, target } = tables.noticing(planned)?;
         let (host, landing) = match target {

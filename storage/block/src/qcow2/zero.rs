@@ -30,9 +30,10 @@ impl Qcow2Node {
     ) -> Result<(), BlockError> {
         let end = offset + bytes;
         let mut at = offset;
+        let mut recorded = None;
         while at < end {
             let mut tables = self.lock_settled(at, end - at);
-            tables.check_writable()?;
+            tables.go_on_changing(&mut recorded, at, end - at)?;
             let result = tables.relieve().and_then(|()| tables.zero_pass(at, end, may_unmap));
             let stop = tables.noticing(result)?;
             drop(tables);
@@ -53,9 +54,10 @@ impl Qcow2Node {
         let end = offset + bytes;
         let mut at = offset.next_multiple_of(cluster_bytes);
         let to_disk_end = end >= self.size_bytes();
+        let mut recorded = None;
         while at < end && (end - at >= cluster_bytes || to_disk_end) {
             let mut tables = self.lock_settled(at, end - at);
-            tables.check_writable()?;
+            tables.go_on_changing(&mut recorded, at, end - at)?;
             let result = tables.relieve().and_then(|()| tables.discard_pass(at, end));
             at = tables.noticing(result)?;
         }
@@ -64,6 +66,18 @@ impl Qcow2Node {
 }
 
 impl Tables {
+    /// As [`Tables::begin_change`], for the next pass over one range: what was recorded stays so until bitmaps are
+    /// stored.
+    fn go_on_changing(&mut self, recorded: &mut Option<u64>, offset: u64, bytes: u64) -> Result<(), BlockError> {
+        self.check_writable()?;
+        let stored = matches!(self.recording, super::Recording::Stored);
+        if stored || *recorded != Some(self.recordings) {
+            self.begin_change(offset, bytes)?;
+            *recorded = Some(self.recordings);
+        }
+        Ok(())
+    }
+
     fn zero_pass(&mut self, mut at: u64, end: u64, may_unmap: bool) -> Result<Stop, BlockError> {
         for _ in 0..STEPS_MAX {
             if at >= end {
