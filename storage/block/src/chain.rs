@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions as FileOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use image::qcow2::{COMPAT_LAZY_REFCOUNTS, CompressionType};
+use image::qcow2::{AUTOCLEAR_BITMAPS, COMPAT_LAZY_REFCOUNTS, CompressionType};
 use image::{Format, PROBE_BYTES};
 
 use crate::error::{Action, BlockError};
@@ -68,6 +68,8 @@ pub struct Qcow2Info {
     pub snapshots: u32,
     /// L2 entries with subclusters.
     pub extended_l2: bool,
+    /// Persistent bitmaps.
+    pub has_bitmaps: bool,
 }
 
 /// Opens an image and every backing file below it, the top one first. The top is opened for writing unless
@@ -126,6 +128,7 @@ pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockEr
             refcount_bits: 1 << header.geometry.refcount_order,
             snapshots: header.snapshot_count,
             extended_l2: header.geometry.l2_entry_bytes() == 16,
+            has_bitmaps: header.autoclear & AUTOCLEAR_BITMAPS != 0,
         });
         info.backing_name = header.backing_name;
         info.backing_format = header.backing_format;

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use block::{BlockError, CacheMode, ImageInfo, Qcow2Image, Snapshot, inspect};
+use block::{BitmapInfo, BlockError, CacheMode, ImageInfo, Qcow2Image, Snapshot, inspect};
 
 use crate::create::beside;
 use crate::error::ImgError;
@@ -20,6 +20,8 @@ pub struct Found {
     pub info: ImageInfo,
     /// Its internal snapshots.
     pub snapshots: Vec<Snapshot>,
+    /// Its persistent bitmaps.
+    pub bitmaps: Vec<BitmapInfo>,
 }
 
 impl Found {
@@ -55,13 +57,14 @@ impl Walk {
         let access = Access { write: false, share: self.share, cache: CacheMode::Writeback };
         let top = open::top(named, access)?;
         let info = inspect(&path, named.spec.driver).map_err(failed)?;
-        let snapshots = match info.qcow2 {
-            Some(qcow2) if qcow2.snapshots > 0 => {
-                Qcow2Image::open(top, true).and_then(|image| image.snapshots()).map_err(failed)?
+        let (snapshots, bitmaps) = match info.qcow2 {
+            Some(qcow2) if qcow2.snapshots > 0 || qcow2.has_bitmaps => {
+                let image = Qcow2Image::open(top, true).map_err(failed)?;
+                (image.snapshots().map_err(failed)?, image.bitmaps().map_err(failed)?)
             }
-            _ => Vec::new(),
+            _ => (Vec::new(), Vec::new()),
         };
-        let found = Found { path, info, snapshots };
+        let found = Found { path, info, snapshots, bitmaps };
         if let Some(below) = found.backing_path() {
             self.next = Some(Named::new(below.as_os_str(), false, found.info.backing_format.as_deref())?);
         }

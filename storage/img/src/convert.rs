@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use block::{CacheMode, CopyOptions, Disk};
 
 use crate::Command;
+use crate::bitmap;
 use crate::create::Request;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
@@ -85,6 +86,13 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     }
     let total = sources.iter().try_fold(0u64, |sum, disk| sum.checked_add(disk.size_bytes()));
     let total = total.ok_or(ImgError::Plain(Rule::SourcesTooLarge))?;
+    if parsed.has("bitmaps") {
+        let name = format.unwrap_or("raw");
+        if name != "qcow2" && !parsed.has("target-image-opts") {
+            return Err(ImgError::Plain(Rule::NoBitmaps(name.to_owned())));
+        }
+        bitmap::check_copy(&sources, parsed.has("skip-broken-bitmaps"))?;
+    }
     if stream::is_stream(target) {
         return to_stream(parsed, &sources, target, total, rate);
     }
@@ -107,6 +115,9 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         })
         .map_err(|source| ImgError::Incomplete { target: created.label.clone(), source })?;
         before += source.size_bytes();
+    }
+    if let (true, [source]) = (parsed.has("bitmaps"), sources.as_slice()) {
+        bitmap::copy(source, &target)?;
     }
     target.flush().map_err(|source| ImgError::Incomplete { target: created.label.clone(), source })?;
     progress.end();
@@ -141,7 +152,7 @@ fn check_options(parsed: &Parsed) -> Result<(), ImgError> {
     if has("no-create") && has("target-options") {
         return rule(Rule::Requires("-o has no effect when skipping image creation"));
     }
-    for (option, name) in [("bitmaps", "convert --bitmaps"), ("salvage", "convert --salvage")] {
+    for (option, name) in [("salvage", "convert --salvage")] {
         if has(option) {
             return Err(ImgError::NotSupported(name));
         }

@@ -91,6 +91,8 @@ pub enum ImgError {
     Spec { name: String, source: SpecError },
     #[error("Could not open '{name}': {}", why(source))]
     Open { name: String, source: BlockError },
+    #[error("Could not open '{name}': Could not open backing file: {}", why(source))]
+    OpenBelow { name: String, source: BlockError },
     #[error("Could not open '{name}': {reason}")]
     OpenRule { name: String, reason: Rule },
     #[error("{name}: {source}")]
@@ -117,6 +119,8 @@ pub enum ImgError {
     NewBacking { name: String, source: BlockError },
     #[error("{name}: {}\nThe image still has its old backing file, and holds what it held.", why(source))]
     Rebase { name: String, source: BlockError },
+    #[error("the bitmaps cannot be copied: {}", why(source))]
+    Bitmaps { source: BlockError },
     #[error("Error while comparing: {}", why(source))]
     Comparing { source: BlockError },
     #[error("{name}: Could not create '{name}': {}", host(source))]
@@ -268,6 +272,14 @@ pub enum Rule {
     NotAmended(String),
     #[error("Unknown compatibility level {0}")]
     Compat(String),
+    #[error("Operation {action} on bitmap {bitmap} failed: {reason}")]
+    Bitmap { action: &'static str, bitmap: String, reason: String },
+    #[error(
+        "Cannot copy inconsistent bitmap '{0}'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"
+    )]
+    BrokenBitmap(String),
+    #[error("Format driver '{0}' does not support bitmaps")]
+    NoBitmaps(String),
     #[error("can't open device {name}: {reason}")]
     IoOpen { name: String, reason: String },
     #[error("unrecognized operand {0}")]

@@ -3,7 +3,7 @@
 use std::io::{Write, stdout};
 use std::path::Path;
 
-use block::{BlockError, CompressionType, Disk, Format, ImageInfo, Snapshot, inspect};
+use block::{BitmapInfo, BlockError, CompressionType, Disk, Format, ImageInfo, Snapshot, inspect};
 use serde_json::{Map, Value, json};
 
 use crate::Command;
@@ -70,7 +70,7 @@ fn compression(info: &ImageInfo) -> &'static str {
 }
 
 /// What only the image's format has, and the name of that.
-fn specific(info: &ImageInfo) -> Option<(&'static str, Facts)> {
+fn specific(info: &ImageInfo, bitmaps: &[BitmapInfo]) -> Option<(&'static str, Facts)> {
     let q = info.qcow2?;
     let new = q.version > 2;
     let mut facts = vec![
@@ -80,12 +80,25 @@ fn specific(info: &ImageInfo) -> Option<(&'static str, Facts)> {
     if new {
         facts.push(("lazy-refcounts", Facts::from(q.lazy_refcounts)));
     }
+    if !bitmaps.is_empty() {
+        facts.push(("bitmaps", Facts::List(bitmaps.iter().map(bitmap_facts).collect())));
+    }
     facts.push(("refcount-bits", Facts::from(u64::from(q.refcount_bits))));
     if new {
         facts.push(("corrupt", Facts::from(info.corrupt)));
         facts.push(("extended-l2", Facts::from(q.extended_l2)));
     }
     Some(("qcow2", Facts::Group(facts)))
+}
+
+fn bitmap_facts(bitmap: &BitmapInfo) -> Facts {
+    let flags = [("in-use", bitmap.inconsistent), ("auto", bitmap.enabled)];
+    let flags = flags.into_iter().filter(|(_, on)| *on).map(|(name, _)| Facts::from(name)).collect();
+    Facts::Group(vec![
+        ("flags", Facts::List(flags)),
+        ("name", Facts::from(bitmap.name.as_str())),
+        ("granularity", Facts::from(bitmap.granularity_bytes)),
+    ])
 }
 
 /// What `io`'s `info` tells of an open disk.
@@ -95,6 +108,7 @@ pub fn of_disk(disk: &Disk) -> Result<String, BlockError> {
         return Ok("format name: raw\n".to_owned());
     };
     let info = inspect(path, Some(Format::Qcow2))?;
+    let bitmaps = image.bitmaps()?;
     let geometry = image.header().geometry;
     let vm_state = geometry.l1_entries().saturating_mul(geometry.l2_reach_bytes());
     let mut said = format!(
@@ -103,14 +117,14 @@ pub fn of_disk(disk: &Disk) -> Result<String, BlockError> {
         amount(geometry.cluster_bytes() as f64),
         amount(vm_state as f64)
     );
-    if let Some((_, facts)) = specific(&info) {
+    if let Some((_, facts)) = specific(&info, &bitmaps) {
         said += &format!("Format specific information:\n{}", facts.to_text(1));
     }
     Ok(said)
 }
 
 fn as_text(found: &Found) -> String {
-    let Found { path, info, snapshots } = found;
+    let Found { path, info, snapshots, bitmaps } = found;
     let mut lines = vec![
         format!("image: {}", path.display()),
         format!("file format: {}", info.format.name()),
@@ -134,7 +148,7 @@ fn as_text(found: &Found) -> String {
         lines.push("Snapshot list:".into());
         lines.push(table(snapshots).trim_end().to_owned());
     }
-    if let Some((_, facts)) = specific(info) {
+    if let Some((_, facts)) = specific(info, bitmaps) {
         lines.push("Format specific information:".into());
         lines.push(facts.to_text(1).trim_end().to_owned());
     }
@@ -147,7 +161,7 @@ fn as_text(found: &Found) -> String {
 }
 
 fn as_json(found: &Found) -> Value {
-    let Found { path, info, snapshots } = found;
+    let Found { path, info, snapshots, bitmaps } = found;
     let name = path.display().to_string();
     let mut all = Map::new();
     let child = json!({
@@ -166,7 +180,7 @@ fn as_json(found: &Found) -> Value {
     if !snapshots.is_empty() {
         all.insert("snapshots".into(), snapshots.iter().map(snapshot_json).collect());
     }
-    if let Some((kind, facts)) = specific(info) {
+    if let Some((kind, facts)) = specific(info, bitmaps) {
         all.insert("format-specific".into(), json!({"type": kind, "data": facts.to_json()}));
     }
     if let Some(backing) = &info.backing_name {

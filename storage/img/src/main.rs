@@ -8,6 +8,7 @@
 
 mod amend;
 mod bench;
+mod bitmap;
 mod chain;
 mod check;
 mod commit;
@@ -62,6 +63,7 @@ pub struct Command {
 const COMMANDS: &[&Command] = &[
     &amend::COMMAND,
     &bench::COMMAND,
+    &bitmap::COMMAND,
     &check::COMMAND,
     &commit::COMMAND,
     &compare::COMMAND,

@@ -6,6 +6,7 @@ use block::{Disk, ExtentKind, Preallocation};
 use serde_json::json;
 
 use crate::Command;
+use crate::bitmap;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, opt};
 use crate::json::write_json;
@@ -135,7 +136,7 @@ fn measure_qcow2(options: &Qcow2Options, list: &OptList, input: Input<'_>, bytes
     let header = if options.luks { LUKS_HEADER_BYTES.div_ceil(cluster) * cluster } else { 0 };
     let fully_allocated = options.full_bytes(disk_bytes) + header;
     let bitmaps = match input {
-        Input::Disk(disk) if options.version >= 3 => bitmap_bytes(disk, cluster),
+        Input::Disk(disk) if options.version >= 3 && disk.qcow2().is_some() => Some(bitmap::space(disk, cluster)?),
         _ => None,
     };
     Ok(Measured { required: fully_allocated - disk_bytes + data_bytes, fully_allocated, bitmaps })
@@ -156,9 +157,4 @@ fn data_bytes(disk: &Disk, cluster: u64) -> Result<u64, ImgError> {
         at = end;
     }
     Ok(found)
-}
-
-/// What the bitmaps of a source take in the new image; `None` for a source that has no place for any.
-fn bitmap_bytes(disk: &Disk, _cluster: u64) -> Option<u64> {
-    (disk.cluster_bytes() > 0).then_some(0)
 }

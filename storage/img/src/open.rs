@@ -105,11 +105,28 @@ pub fn chain(named: &Named, access: Access) -> Result<Vec<ChainFile>, ImgError> 
         return Err(ImgError::NotSupported("an image name with 'backing'"));
     }
     let chain = resolve_chain_probing(named.plain_path()?, named.spec.driver, !access.write, !access.share);
-    let chain = chain.map_err(failed)?;
+    let chain = chain.map_err(|source| match path_of(&source) {
+        Some(path) if Ok(path) != named.plain_path().map_err(drop) => {
+            ImgError::OpenBelow { name: named.label.clone(), source }
+        }
+        _ => failed(source),
+    })?;
     if access.write && named.spec.driver.is_none() && chain.first().is_some_and(|top| top.format == Format::Raw) {
         warn_of_probing(&named.label);
     }
     Ok(chain)
+}
+
+/// The file an error is about, where it could be one below the image that was named.
+fn path_of(error: &BlockError) -> Option<&Path> {
+    match error {
+        BlockError::Io { path, .. }
+        | BlockError::Locked { path, .. }
+        | BlockError::IsDirectory { path }
+        | BlockError::NotAFile { path }
+        | BlockError::Mismatch { path, .. } => Some(path),
+        _ => None,
+    }
 }
 
 /// Opens the top file only, for commands that do not look below it.

@@ -708,3 +708,51 @@ fn amend_is_called_by_vdsm() {
         "
     ));
 }
+
+#[test]
+fn bitmap_is_called_by_vdsm() {
+    check(
+        "
+        peer create -q -f qcow2 a.qcow2 4M
+        peer create -q -f qcow2 b.qcow2 4M
+        peer create -q raw.img 1M
+        run bitmap --add a.qcow2 b0
+        io -c 'write 1M 100k' a.qcow2
+        run bitmap --add -g 64k --disable a.qcow2 b1
+        io -c 'write 3M 100k' a.qcow2
+        ok info a.qcow2
+        json info --output=json a.qcow2
+        run bitmap --merge b0 a.qcow2 b1
+        run bitmap --add --clear --enable a.qcow2 b7
+        run bitmap --disable a.qcow2 b7
+        run bitmap --add --merge b0 a.qcow2 b8
+        run bitmap --add --merge b0 -b a.qcow2 -F qcow2 b.qcow2 from
+        same a.qcow2
+        same b.qcow2
+        run measure -O qcow2 a.qcow2
+        run measure -O raw a.qcow2
+        run convert --bitmaps -O qcow2 a.qcow2 c.qcow2
+        same c.qcow2
+        run bitmap --remove a.qcow2 b0
+        same a.qcow2
+        fail 1 bitmap --add a.qcow2 b1
+        fail 1 bitmap --add -g 1000 a.qcow2 b2
+        fail 1 bitmap --add -g 4G a.qcow2 b2
+        fail 1 bitmap --add a.qcow2 ''
+        fail 1 bitmap --remove a.qcow2 nope
+        fail 1 bitmap --enable a.qcow2 nope
+        fail 1 bitmap --clear a.qcow2 nope
+        fail 1 bitmap --merge b1 a.qcow2 nope
+        fail 1 bitmap --merge nope a.qcow2 b1
+        fail 1 bitmap a.qcow2 b1
+        fail 1 bitmap -g 4k --remove a.qcow2 b1
+        fail 1 bitmap --add -b b.qcow2 a.qcow2 b2
+        fail 1 bitmap --add nope b1
+        fail 1 convert --bitmaps -O qcow2 raw.img x.qcow2
+        fail 1 convert --bitmaps -O raw a.qcow2 x.raw
+        fail 1 convert --bitmaps -O qcow2 a.qcow2 raw.img x.qcow2
+        usage bitmap --add a.qcow2
+        same a.qcow2
+        ",
+    );
+}
