@@ -134,7 +134,7 @@ fn any_cut_leaves_the_data() {
         let contents = |pages: &Pages| {
             let opts = OpenOptions { read_only: true, ..OpenOptions::default() };
             let layer = MemFile::of(pages.clone()).layer(Format::Qcow2);
-            support::contents(&mut Disk::open_backends(vec![layer], &opts).unwrap())
+            support::contents(&Disk::open_backends(vec![layer], &opts).unwrap())
         };
         let want = contents(&start);
         support::every_cut(&start, &log, &mut |torn, what, closer| {

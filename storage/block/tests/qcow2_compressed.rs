@@ -56,7 +56,7 @@ fn qemu_reads_what_several_threads_compress() {
             }
         });
         disk.flush().unwrap();
-        assert!(support::contents(&mut open_disk(&path)) == plain, "{options}");
+        assert!(support::contents(&open_disk(&path)) == plain, "{options}");
         drop(disk);
         qemu_check(&path, options);
         assert!(qemu_raw(&path) == plain, "{options}");
@@ -127,9 +127,9 @@ fn a_cut_among_compressed_writes_damages_nothing() {
             // What was flushed and not written since is there.
             if states > 3 * flushed && states % 7 == 0 {
                 let file = MemFile::of(torn.clone());
-                let mut disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
+                let disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &OpenOptions::default()).unwrap();
                 let cluster = disk.cluster_bytes() as usize;
-                let now = support::contents(&mut disk);
+                let now = support::contents(&disk);
                 for index in (0..(256 << 10) / cluster).filter(|index| index % 6 == 0) {
                     let range = index * cluster..(index + 1) * cluster;
                     assert!(now[range.clone()] == plain[range], "{options} {what}: cluster {index}");

@@ -60,9 +60,9 @@ fn run(dir: &Path, options: &str, backing: bool, seed: u64) {
     }
     let mut rng = Rng(seed);
     for round in 0..4 {
-        let mut disk = open_chain(&files, &OpenOptions::default());
+        let disk = open_chain(&files, &OpenOptions::default());
         steps(&disk, &mut model, &mut rng, 150);
-        assert!(support::contents(&mut disk) == model, "{options} backing {backing} round {round}");
+        assert!(support::contents(&disk) == model, "{options} backing {backing} round {round}");
         if round == 1 {
             // From here on clusters are shared.
             disk.qcow2().unwrap().create_snapshot("s", &Default::default()).unwrap();
@@ -90,7 +90,7 @@ fn run(dir: &Path, options: &str, backing: bool, seed: u64) {
         model = qemu_raw(&path);
         assert_eq!(model[at as usize], 99, "{options} round {round}");
         let opts = OpenOptions { read_only: true, ..OpenOptions::default() };
-        assert!(support::contents(&mut open_chain(&files, &opts)) == model, "{options} round {round}, by qemu-io");
+        assert!(support::contents(&open_chain(&files, &opts)) == model, "{options} round {round}, by qemu-io");
     }
 }
 

@@ -374,8 +374,8 @@ fn a_cut_in_a_repair_leaves_an_image_that_a_repair_mends() {
                 qemu_check(&path, &format!("{options} {name} {cut}"));
                 if *keeps {
                     let opts = OpenOptions { read_only: true, ..OpenOptions::default() };
-                    let mut disk = open_chain(&[(&path, Format::Qcow2)], &opts);
-                    assert!(support::contents(&mut disk) == data, "{options} {name} {cut}");
+                    let disk = open_chain(&[(&path, Format::Qcow2)], &opts);
+                    assert!(support::contents(&disk) == data, "{options} {name} {cut}");
                 }
             });
         }

@@ -115,10 +115,10 @@ fn a_snapshot_is_shown_without_a_change() {
     drop(changed);
     let before = std::fs::read(&path).unwrap();
     let opts = OpenOptions { read_only: true, ..OpenOptions::default() };
-    let mut shown = support::open_chain(&[(&path, Format::Qcow2)], &opts);
+    let shown = support::open_chain(&[(&path, Format::Qcow2)], &opts);
     assert!(shown.qcow2().unwrap().show_snapshot("t").is_err());
     shown.qcow2().unwrap().show_snapshot("s").unwrap();
-    assert!(support::contents(&mut shown) == at_snapshot);
+    assert!(support::contents(&shown) == at_snapshot);
     drop(shown);
     assert!(std::fs::read(&path).unwrap() == before);
 }
@@ -138,8 +138,7 @@ fn an_emptied_image_shows_its_backing_file() {
             disk.qcow2().unwrap().create_snapshot("s", &TIME).unwrap();
         }
         disk.qcow2().unwrap().make_empty().unwrap();
-        let mut disk = disk;
-        assert!(support::contents(&mut disk) == below);
+        assert!(support::contents(&disk) == below);
         drop(disk);
         check(&path, "emptied");
         assert!(raw_of(&path, None) == below);
@@ -170,7 +169,7 @@ fn snapshots_of_qemu_are_used_here() {
         check(&path, options);
         assert!(raw_of(&path, None) == first, "{options}");
         qemu_img(&["snapshot", "-a", "ours", name]);
-        assert!(support::contents(&mut disk(&path)) == model, "{options}");
+        assert!(support::contents(&disk(&path)) == model, "{options}");
         qemu_img(&["snapshot", "-d", "ours", name]);
         open_image(&path).delete_snapshot("from qemu").unwrap();
         check(&path, options);
@@ -244,9 +243,9 @@ fn cut_everywhere(options: &str, prepare: &dyn Fn(&Qcow2Image), operate: &dyn Fn
 fn state(pages: &Pages) -> (Vec<u8>, Vec<Vec<u8>>) {
     let file = MemFile::of(pages.clone());
     let opts = OpenOptions { read_only: true, ..OpenOptions::default() };
-    let mut disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &opts).unwrap();
+    let disk = Disk::open_backends(vec![file.layer(Format::Qcow2)], &opts).unwrap();
     let names = disk.qcow2().unwrap().snapshots().unwrap().into_iter().map(|snapshot| snapshot.name).collect();
-    (support::contents(&mut disk), names)
+    (support::contents(&disk), names)
 }
 
 #[test]

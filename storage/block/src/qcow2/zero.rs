@@ -127,7 +127,7 @@ impl Tables {
         let stop = next.min(end);
         let (first, last) = ((at - start).div_ceil(unit), (stop - start) / unit);
         let last = if stop == next || to_disk_end { SUBCLUSTERS } else { last };
-        if at % unit != 0 || first >= last {
+        if !at.is_multiple_of(unit) || first >= last {
             let stop = stop.min(at - at % unit + unit);
             return Ok(if self.reads_zero(at)? { Stop::At(stop) } else { Stop::Data { at, end: stop } });
         }
