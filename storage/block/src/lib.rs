@@ -49,6 +49,7 @@ pub use host_file::{HostFile, use_direct_io};
 pub use image::Format;
 pub use image::qcow2::CompressionType;
 pub use image::qcow2::Snapshot;
+pub use image::vmdk::layout::{AdapterType, Subformat};
 pub use io::FileBackend;
 pub use node::{Extent, ExtentKind};
 pub use qcow2::{Amend, BitmapBits, BitmapInfo, MaintenanceError, Qcow2Image, Repair, Repaired, SnapshotTime, repair_backend, repair_image};

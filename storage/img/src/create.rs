@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use block::spec::{FileSpec, ImageSpec};
 use block::{
-    BlockError, CompressionType, FileBackend, Format, HostFile, Preallocation, Qcow2Create, format_qcow2, format_raw,
-    inspect, open_for_new,
+    AdapterType, BlockError, CompressionType, FileBackend, Format, HostFile, Preallocation, Qcow2Create, Subformat,
+    VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, create_vdi, create_vhdx, create_vmdk, create_vpc, format_qcow2,
+    format_raw, inspect, open_for_new,
 };
 
 use crate::Command;
@@ -84,7 +85,7 @@ pub fn print_help(format: &str, with_file: bool) -> Result<u8, ImgError> {
 pub struct Request {
     label: String,
     path: PathBuf,
-    format: Format,
+    format: &'static str,
     defs: Vec<&'static Def>,
     /// Options of the format as given.
     pub list: OptList,
@@ -103,8 +104,8 @@ impl Request {
 
     fn read(file: &OsStr, label: String, format: &str, lists: &[&str]) -> Result<Request, ImgError> {
         let rule = |rule| ImgError::Rule { subject: label.clone(), rule };
-        let known = optlist::names_of(format).zip(format.parse().ok());
-        let (defs, format) = known.ok_or_else(|| rule(Rule::UnknownFormat(format.to_owned())))?;
+        let format = optlist::known(format).ok_or_else(|| rule(Rule::UnknownFormat(format.to_owned())))?;
+        let defs = optlist::names_of(format).unwrap_or_default();
         let spec =
             ImageSpec::parse(file).map_err(|e| ImgError::Rule { subject: label.clone(), rule: Rule::Name(e) })?;
         let FileSpec::Path(path) = spec.file else {
@@ -124,8 +125,8 @@ impl Request {
             let Some(value) = value else { continue };
             if !self.list.put(&self.defs, name, Value::Text(value.to_owned())) {
                 return Err(self.rule(match name {
-                    "backing_file" => Rule::NoBacking(self.format.name().to_owned()),
-                    _ => Rule::NoBackingFormatOption(self.format.name().to_owned()),
+                    "backing_file" => Rule::NoBacking(self.format.to_owned()),
+                    _ => Rule::NoBackingFormatOption(self.format.to_owned()),
                 }));
             }
         }
@@ -190,27 +191,112 @@ impl Request {
         if size > i64::MAX as u64 - 511 {
             return Err(MakeError::Rule(Rule::Negative));
         }
+        let path = &self.path;
         match self.format {
-            Format::Raw => {
-                let mode = match self.list.text("preallocation") {
-                    None | Some("off") => Preallocation::Off,
-                    Some("falloc") => Preallocation::Falloc,
-                    Some("full") => Preallocation::Full,
-                    Some(other) => return Err(MakeError::Rule(Rule::Preallocation(other.to_owned()))),
-                };
-                self.put(durable, |file| format_raw(file, &self.path, size, mode))
+            "raw" => {
+                let room = self.room()?;
+                self.put(durable, |file| format_raw(file, path, size, room))
             }
-            Format::Qcow2 => {
+            "qcow2" => {
                 let options = self.qcow2_options(size).map_err(MakeError::Rule)?;
-                self.put(durable, |file| format_qcow2(file, &self.path, size, &options))
+                self.put(durable, |file| format_qcow2(file, path, size, &options))
             }
+            "vdi" => {
+                self.no_room()?;
+                let options = VdiOptions { is_static: self.list.switch("static").unwrap_or(false) };
+                self.put(durable, |file| create_vdi(file, path, size, &options))
+            }
+            "vpc" => {
+                self.no_room()?;
+                let options =
+                    VpcOptions { fixed: self.is_fixed()?, force_size: self.list.switch("force_size").unwrap_or(false) };
+                self.put(durable, |file| create_vpc(file, path, size, &options))
+            }
+            "vhdx" => {
+                self.no_room()?;
+                let list = &self.list;
+                let options = VhdxOptions {
+                    fixed: self.is_fixed()?,
+                    block_bytes: list.number("block_size").unwrap_or(0),
+                    log_bytes: list.number("log_size").unwrap_or(1 << 20),
+                    block_state_zero: list.switch("block_state_zero").unwrap_or(true),
+                };
+                self.put(durable, |file| create_vhdx(file, path, size, &options))
+            }
+            "vmdk" => {
+                let options = self.vmdk_options().map_err(MakeError::Rule)?;
+                self.put(durable, |file| create_vmdk(file, path, size, &options))
+            }
+            other => Err(MakeError::Rule(Rule::NotCreated(other.to_owned()))),
         }
+    }
+
+    /// How a file takes its space.
+    fn room(&self) -> Result<Preallocation, MakeError> {
+        match self.list.text("preallocation") {
+            None | Some("off") => Ok(Preallocation::Off),
+            Some("falloc") => Ok(Preallocation::Falloc),
+            Some("full") => Ok(Preallocation::Full),
+            Some(other) => Err(MakeError::Rule(Rule::Preallocation(other.to_owned()))),
+        }
+    }
+
+    /// For formats that take their space by options of their own.
+    fn no_room(&self) -> Result<(), MakeError> {
+        match self.room()? {
+            Preallocation::Off => Ok(()),
+            _ => Err(MakeError::Rule(Rule::Option("preallocation".to_owned()))),
+        }
+    }
+
+    fn is_fixed(&self) -> Result<bool, MakeError> {
+        match self.list.text("subformat") {
+            None | Some("dynamic") => Ok(false),
+            Some("fixed") => Ok(true),
+            Some(other) => Err(MakeError::Rule(Rule::Value { name: "subformat", found: other.to_owned() })),
+        }
+    }
+
+    fn vmdk_options(&self) -> Result<VmdkOptions, Rule> {
+        let list = &self.list;
+        let subformat = match list.text("subformat") {
+            None | Some("monolithicSparse") => Subformat::MonolithicSparse,
+            Some("streamOptimized") => Subformat::StreamOptimized,
+            Some(other @ ("monolithicFlat" | "twoGbMaxExtentSparse" | "twoGbMaxExtentFlat")) => {
+                return Err(Rule::Option(format!("subformat={other}")));
+            }
+            Some(other) => return Err(Rule::EnumValue(other.to_owned())),
+        };
+        let adapter_type = match list.text("adapter_type") {
+            None | Some("ide") => AdapterType::Ide,
+            Some("lsilogic") => AdapterType::LsiLogic,
+            Some("buslogic") => AdapterType::BusLogic,
+            Some("legacyESX") => AdapterType::LegacyEsx,
+            Some(other) => return Err(Rule::EnumValue(other.to_owned())),
+        };
+        let compat6 = list.switch("compat6").unwrap_or(false);
+        let hw_version = list.text("hwversion").filter(|version| *version != "undefined").map(str::to_owned);
+        if compat6 && hw_version.is_some() {
+            return Err(Rule::Requires("compat6 cannot be enabled with hwversion set"));
+        }
+        if list.has("backing_file") {
+            return Err(Rule::Option("backing_file of a vmdk".to_owned()));
+        }
+        Ok(VmdkOptions {
+            subformat,
+            adapter_type,
+            hw_version,
+            tools_version: list.text("toolsversion").map(str::to_owned),
+            compat6,
+            zeroed_grain: list.switch("zeroed_grain").unwrap_or(false),
+            backing: None,
+        })
     }
 
     fn qcow2_options(&self, size: u64) -> Result<Qcow2Create, Rule> {
         let options = Qcow2Options::read(&self.list)?;
         if !options.can_map(size) {
-            return Err(Rule::TooLarge(self.format.name().to_owned()));
+            return Err(Rule::TooLarge(self.format.to_owned()));
         }
         for (name, given) in [
             ("data_file", self.list.has("data_file")),

@@ -170,6 +170,8 @@ pub enum Rule {
     BackingDriver(String),
     #[error("{}\nCould not open backing image.", why(.0))]
     BackingOpen(BlockError),
+    #[error("invalid parameter value: {0}")]
+    EnumValue(String),
     #[error("Format driver '{0}' does not support image creation")]
     NotCreated(String),
     #[error("Image creation needs a size parameter")]

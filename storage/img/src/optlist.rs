@@ -139,6 +139,14 @@ const FILE: &[Def] = &[
     def("extent_size_hint", Kind::Size, "Extent size hint for the image file, 0 to disable"),
 ];
 
+/// Formats that have names here.
+const FORMATS: [&str; 7] = ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "luks"];
+
+/// The name of a format that has names here.
+pub fn known(format: &str) -> Option<&'static str> {
+    FORMATS.into_iter().find(|name| *name == format)
+}
+
 /// The names of a format; `None` for one that is not created here.
 pub fn names_of(format: &str) -> Option<Vec<&'static Def>> {
     let own = match format {

@@ -61,6 +61,34 @@ fn create_is_called_by_libvirt_nova_cinder_and_proxmox() {
 }
 
 #[test]
+fn images_of_other_vendors_are_created() {
+    check(
+        "
+        run create -f vmdk a.vmdk 10M
+        same a.vmdk
+        run create -f vmdk -o adapter_type=lsilogic,hwversion=8,toolsversion=12345,zeroed_grain=on b.vmdk 3G
+        same b.vmdk
+        run create -f vmdk -o subformat=streamOptimized s.vmdk 10M
+        run create -f vdi a.vdi 10M
+        same a.vdi
+        run create -f vdi -o static=on s.vdi 10M
+        same s.vdi
+        run create -f vpc a.vpc 10M
+        same a.vpc
+        run create -f vpc -o subformat=fixed,force_size=on f.vpc 10M
+        run create -f vpc -o subformat=fixed,force_size=on f.vpc 11M
+        run create -f vhdx a.vhdx 10M
+        same a.vhdx
+        run create -f vhdx -o subformat=fixed,block_size=2M,log_size=4M f.vhdx 10M
+        same f.vhdx
+        fail 1 create -f vmdk -o subformat=foo x 1M
+        fail 1 create -f vmdk -o adapter_type=foo x 1M
+        fail 1 create -f vmdk -o compat6=on,hwversion=4 x 1M
+        ",
+    );
+}
+
+#[test]
 fn create_refuses_what_qemu_img_refuses() {
     check(
         "

@@ -21,8 +21,8 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 /// JSON fields that may differ: space on the host, which depends on the order of writes, and times.
-pub const UNSTABLE: [&str; 6] =
-    ["actual-size", "date-sec", "date-nsec", "image-end-offset", "fragmented-clusters", "offset"];
+pub const UNSTABLE: [&str; 7] =
+    ["actual-size", "date-sec", "date-nsec", "image-end-offset", "fragmented-clusters", "offset", "cid"];
 
 /// Both directories and the link that makes this tool `qemu-img`.
 pub struct Twins {
