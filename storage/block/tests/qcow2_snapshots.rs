@@ -207,6 +207,61 @@ fn what_cannot_be_done_changes_nothing() {
     check(&path, "a name of 65535 bytes");
 }
 
+#[test]
+fn the_state_of_a_machine_comes_back() {
+    for options in OPTIONS {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.qcow2");
+        create(&path, options);
+        let mut model = vec![0; SIZE_BYTES as usize];
+        scribble(&disk(&path), &mut model, 7);
+        // Data, zeroes in whole clusters, and an end inside one.
+        let mut state: Vec<u8> = (0..400_000u32).map(|i| (i / 70) as u8).collect();
+        state[70_000..340_000].fill(0);
+        let image = open_image(&path);
+        image.create_snapshot("plain", &TIME).unwrap();
+        let time = SnapshotTime { vm_clock_nsec: 3_723_000_000_000, ..TIME };
+        let id = image.create_snapshot_with_state("running", &time, &mut state.as_slice()).unwrap();
+        assert_eq!(id, "2", "{options}");
+        drop(image);
+        check(&path, options);
+        let list = qemu_img(&["snapshot", "-l", path.to_str().unwrap()]);
+        assert!(list.contains("391 KiB") && list.contains("0001:02:03.000"), "{options}: {list}");
+        assert!(raw_of(&path, Some("running")) == model && raw_of(&path, None) == model, "{options}");
+        let read = |image: &Qcow2Image| {
+            let mut back = vec![1; state.len() + 100];
+            assert_eq!(image.read_vm_state("running", 0, &mut back).unwrap(), state.len(), "{options}");
+            assert!(back[..state.len()] == state, "{options}");
+            let mut part = [0; 10];
+            assert_eq!(image.read_vm_state("running", 399_995, &mut part).unwrap(), 5);
+            assert_eq!(part[..5], state[399_995..]);
+            assert_eq!(image.read_vm_state("running", 1 << 40, &mut part).unwrap(), 0);
+            assert_eq!(image.read_vm_state("plain", 0, &mut part).unwrap(), 0);
+            assert!(image.read_vm_state("nothing", 0, &mut part).is_err());
+        };
+        read(&open_image(&path));
+        scribble(&disk(&path), &mut model, 8);
+        qemu_img(&["snapshot", "-a", "running", path.to_str().unwrap()]);
+        check(&path, options);
+        // The disk carries the state now; it stays out of sight, also when the disk grows.
+        let disk = disk(&path);
+        let now = support::contents(&disk);
+        if !options.contains("0.10") {
+            disk.resize(SIZE_BYTES * 2, false, block::Preallocation::Off).unwrap();
+            let grown = support::contents(&disk);
+            assert!(grown[..now.len()] == now && grown[now.len()..].iter().all(|byte| *byte == 0), "{options}");
+        }
+        drop(disk);
+        check(&path, options);
+        read(&open_image(&path));
+        let image = open_image(&path);
+        image.delete_snapshot("running").unwrap();
+        image.delete_snapshot("plain").unwrap();
+        drop(image);
+        check(&path, options);
+    }
+}
+
 /// One operation on an image in memory, cut at every write: the disk and the list of snapshots are those from before
 /// or those from after, and no refcount or flag is wrong, not even by a leak.
 fn cut_everywhere(options: &str, prepare: &dyn Fn(&Qcow2Image), operate: &dyn Fn(&Qcow2Image)) {
@@ -261,6 +316,9 @@ fn any_cut_leaves_the_state_before_or_after() {
             image.create_snapshot("second", &TIME).unwrap();
         });
         cut_everywhere(options, &snapshot, &|image| image.apply_snapshot("first").unwrap());
+        cut_everywhere(options, &snapshot, &|image| {
+            image.create_snapshot_with_state("running", &TIME, &mut [7; 9000].as_slice()).unwrap();
+        });
         cut_everywhere(options, &snapshot, &|image| image.delete_snapshot("first").unwrap());
     }
 }

@@ -102,6 +102,16 @@ impl Qcow2Node {
         changed
     }
 
+    /// As [`Qcow2Node::quiet`], and for an image that is read only just the tables: nothing in them is dirty.
+    pub(super) fn quiet_for_reading(&self) -> Result<MutexGuard<'_, Tables>, BlockError> {
+        let tables = self.tables.lock();
+        if tables.options.read_only {
+            return Ok(tables);
+        }
+        drop(tables);
+        self.quiet()
+    }
+
     /// The tables while no request is under way, with everything on disk as it is in memory.
     pub(super) fn quiet(&self) -> Result<MutexGuard<'_, Tables>, BlockError> {
         let mut tables = self.tables.lock();

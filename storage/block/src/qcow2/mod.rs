@@ -28,6 +28,7 @@ mod resize;
 mod rewrite;
 mod snapshots;
 mod tables;
+mod vm_state;
 mod write;
 mod zero;
 

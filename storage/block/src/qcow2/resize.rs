@@ -273,7 +273,7 @@ impl Rewrite<'_> {
 }
 
 /// Stores an entry; the subclusters only where it has them.
-fn store_entry(target: &mut [u8], raw: u64, subclusters: Subclusters) {
+pub(super) fn store_entry(target: &mut [u8], raw: u64, subclusters: Subclusters) {
     for (part, value) in target.chunks_exact_mut(8).zip([raw, subclusters.bitmap()]) {
         part.copy_from_slice(&value.to_be_bytes());
     }

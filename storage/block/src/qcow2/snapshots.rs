@@ -33,25 +33,16 @@ impl Qcow2Image {
     pub fn create_snapshot(&self, name: &str, time: &SnapshotTime) -> Result<String, BlockError> {
         self.node.rewrite(|rewrite| {
             let mut table = read_table(rewrite.place, &rewrite.header)?;
-            let id = next_snapshot_id(&table.snapshots);
             let l1 = rewrite.old_l1.clone();
             rewrite.add_references(&l1)?;
             // The snapshot keeps the table that is there; the active one moves to a copy.
-            table.snapshots.push(Snapshot {
-                l1: SnapshotL1 { offset: rewrite.header.l1_offset, entries: rewrite.header.l1_entries },
-                id: id.clone(),
-                name: name.as_bytes().to_vec(),
-                date_sec: time.date_sec,
-                date_nsec: time.date_nsec,
-                vm_clock_nsec: time.vm_clock_nsec,
-                vm_state_bytes: 0,
-                disk_bytes: rewrite.geometry.size_bytes,
-                icount: Some(0),
-                unknown_extra: Vec::new(),
-            });
+            let own = SnapshotL1 { offset: rewrite.header.l1_offset, entries: rewrite.header.l1_entries };
+            let snapshot = new_snapshot(rewrite, &table.snapshots, name, time, own);
+            let id = String::from_utf8_lossy(&snapshot.id).into_owned();
+            table.snapshots.push(snapshot);
             rewrite.set_active(l1, true)?;
             replace_table(rewrite, &table)?;
-            Ok(String::from_utf8_lossy(&id).into_owned())
+            Ok(id)
         })
     }
 
@@ -60,10 +51,7 @@ impl Qcow2Image {
     pub fn apply_snapshot(&self, name: &str) -> Result<(), BlockError> {
         self.node.rewrite(|rewrite| {
             let table = read_table(rewrite.place, &rewrite.header)?;
-            let found = find_by_id_or_name(&table.snapshots, name.as_bytes());
-            let Some(snapshot) = found.and_then(|index| table.snapshots.get(index)) else {
-                return Err(rewrite.place.refuse(MaintenanceError::SnapshotNotFound { name: name.to_owned() }));
-            };
+            let snapshot = find(rewrite.place, &table.snapshots, name)?;
             let l1 = rewrite.read_l1(snapshot.l1.offset, snapshot.l1.entries)?;
             apply(rewrite, l1, snapshot.disk_bytes)
         })
@@ -80,10 +68,7 @@ impl Qcow2Image {
         let tables = &mut *tables;
         let place = Place { file: &*tables.file, path: &tables.path };
         let table = read_table(place, &tables.header)?;
-        let found = find_by_id_or_name(&table.snapshots, name.as_bytes());
-        let Some(snapshot) = found.and_then(|index| table.snapshots.get(index)) else {
-            return Err(self.refuse(MaintenanceError::SnapshotNotFound { name: name.to_owned() }));
-        };
+        let snapshot = find(place, &table.snapshots, name)?;
         let l1 = tables.load_table("L1 table of a snapshot", snapshot.l1.offset, u64::from(snapshot.l1.entries))?;
         tables.l1 = l1;
         tables.geometry.size_bytes = snapshot.disk_bytes.min(i64::MAX as u64);
@@ -115,6 +100,34 @@ impl Qcow2Image {
             replace_table(rewrite, &table)
         })
     }
+}
+
+/// A snapshot of the disk as it is.
+pub(super) fn new_snapshot(
+    rewrite: &Rewrite<'_>,
+    others: &[Snapshot],
+    name: &str,
+    time: &SnapshotTime,
+    l1: SnapshotL1,
+) -> Snapshot {
+    Snapshot {
+        l1,
+        id: next_snapshot_id(others),
+        name: name.as_bytes().to_vec(),
+        date_sec: time.date_sec,
+        date_nsec: time.date_nsec,
+        vm_clock_nsec: time.vm_clock_nsec,
+        vm_state_bytes: 0,
+        disk_bytes: rewrite.geometry.size_bytes,
+        icount: Some(0),
+        unknown_extra: Vec::new(),
+    }
+}
+
+/// The snapshot of an identifier or a name.
+pub(super) fn find<'s>(place: Place<'_>, snapshots: &'s [Snapshot], name: &str) -> Result<&'s Snapshot, BlockError> {
+    let found = find_by_id_or_name(snapshots, name.as_bytes()).and_then(|index| snapshots.get(index));
+    found.ok_or_else(|| place.refuse(MaintenanceError::SnapshotNotFound { name: name.to_owned() }))
 }
 
 fn apply(rewrite: &mut Rewrite<'_>, mut l1: Vec<u64>, disk_bytes: u64) -> Result<(), BlockError> {
