@@ -8,6 +8,7 @@ use crate::copy::{CHUNK_BYTES, run_on_threads};
 use crate::disk::Disk;
 use crate::error::BlockError;
 use crate::node::ExtentKind;
+use crate::page_buf::PageBuf;
 use crate::zeroes::is_zero;
 
 /// Differences are told by the sector they are in.
@@ -70,7 +71,7 @@ fn piece(disk: &Disk, offset: u64, max: u64) -> Result<Piece, BlockError> {
 
 impl Shared<'_> {
     fn work(&self) {
-        let mut room = [Vec::new(), Vec::new()];
+        let mut room = [PageBuf::default(), PageBuf::default()];
         while !self.stop.load(Ordering::Relaxed) {
             let result = match self.take() {
                 Ok(Some((offset, bytes, data))) => self.compare(offset, bytes, data, &mut room),
@@ -107,10 +108,10 @@ impl Shared<'_> {
         Ok(None)
     }
 
-    fn compare(&self, offset: u64, bytes: u64, data: [bool; 2], room: &mut [Vec<u8>; 2]) -> Result<(), BlockError> {
+    fn compare(&self, offset: u64, bytes: u64, data: [bool; 2], room: &mut [PageBuf; 2]) -> Result<(), BlockError> {
         let bytes = bytes as usize;
         for ((disk, data), room) in self.disks.iter().zip(data).zip(room.iter_mut()) {
-            room.resize(bytes.max(CHUNK_BYTES as usize), 0);
+            room.set_len(bytes.max(CHUNK_BYTES as usize));
             if data {
                 disk.read(offset, room.get_mut(..bytes).unwrap_or_default())?;
             }

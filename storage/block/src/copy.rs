@@ -10,6 +10,7 @@ use crate::disk::{ChainExtent, Disk};
 use crate::error::{Action, BlockError};
 use crate::host_file::copy_inside_kernel;
 use crate::node::{ExtentKind, Mapped};
+use crate::page_buf::PageBuf;
 use crate::sys::{ReadBufs, WriteBufs, pread};
 use crate::zeroes::{for_each_run, is_zero};
 
@@ -41,6 +42,8 @@ pub struct CopyOptions {
     pub layers: usize,
     /// Where the copy starts in the target.
     pub target_offset: u64,
+    /// Leave what the target's top image holds as it is: copy only what shows through it.
+    pub unmapped_only: bool,
 }
 
 impl Default for CopyOptions {
@@ -55,6 +58,7 @@ impl Default for CopyOptions {
             allocate_all: false,
             layers: usize::MAX,
             target_offset: 0,
+            unmapped_only: false,
         }
     }
 }
@@ -150,7 +154,7 @@ pub(crate) fn run_on_threads(count: usize, work: &(dyn Fn() + Sync)) {
 
 impl Shared<'_> {
     fn work(&self) {
-        let mut room = Vec::new();
+        let mut room = PageBuf::default();
         let mut packed = Vec::new();
         loop {
             let result = match self.take() {
@@ -181,18 +185,25 @@ impl Shared<'_> {
             let ChainExtent { depth, extent } =
                 self.source.extent(offset, (size_bytes - offset).min(ZERO_STEP_BYTES))?;
             let mut bytes = extent.bytes;
+            let mut held = false;
+            if self.opts.unmapped_only {
+                let there = self.target.extent(self.opts.target_offset + offset, bytes)?;
+                bytes = there.extent.bytes;
+                held = there.depth == 0 && there.extent.kind != ExtentKind::Below;
+            }
             let is_part = self.opts.layers != usize::MAX;
-            let left_below = is_part && (depth >= self.opts.layers || extent.kind == ExtentKind::Below);
+            let left_below = held || is_part && (depth >= self.opts.layers || extent.kind == ExtentKind::Below);
             let as_data = self.opts.compressed || (self.opts.allocate_all && !left_below);
             let all = self.opts.allocate_all;
             let nothing = left_below || (extent.kind != ExtentKind::Data && self.opts.target_is_zero && !all);
+            let run_bytes = bytes;
             if self.opts.compressed {
                 // A cluster that is partly data is read whole.
                 bytes = match (nothing, bytes / self.chunk_bytes * self.chunk_bytes) {
                     (true, whole) if whole > 0 => whole,
                     _ => self.chunk_bytes.min(size_bytes - offset),
                 };
-                if nothing && extent.bytes >= bytes {
+                if nothing && run_bytes >= bytes {
                     next.0 = offset + bytes;
                     self.report(bytes);
                     continue;
@@ -221,7 +232,7 @@ impl Shared<'_> {
         }
     }
 
-    fn perform(&self, step: &Step, room: &mut Vec<u8>, packed: &mut Vec<u8>) -> Result<(), BlockError> {
+    fn perform(&self, step: &Step, room: &mut PageBuf, packed: &mut Vec<u8>) -> Result<(), BlockError> {
         let target_offset = self.opts.target_offset + step.offset;
         if step.kind != ExtentKind::Data {
             self.await_turn(step.turn)?;
@@ -238,9 +249,9 @@ impl Shared<'_> {
         Ok(())
     }
 
-    fn read<'r>(&self, step: &Step, room: &'r mut Vec<u8>) -> Result<&'r mut [u8], BlockError> {
+    fn read<'r>(&self, step: &Step, room: &'r mut PageBuf) -> Result<&'r mut [u8], BlockError> {
         // Once, for the largest step: growing it later would copy it.
-        room.resize(self.chunk_bytes.max(step.bytes) as usize, 0);
+        room.set_len(self.chunk_bytes.max(step.bytes) as usize);
         let bytes = room.get_mut(..step.bytes as usize).unwrap_or_default();
         self.source.read(step.offset, bytes)?;
         Ok(bytes)
@@ -248,7 +259,7 @@ impl Shared<'_> {
 
     /// Copies a step from file to file inside the kernel where that can be done, else through memory. Places are
     /// taken in turn, so that the target is laid out in order; the bytes move when others have their turn.
-    fn copy_data(&self, step: &Step, room: &mut Vec<u8>) -> Result<(), BlockError> {
+    fn copy_data(&self, step: &Step, room: &mut PageBuf) -> Result<(), BlockError> {
         let target_offset = self.opts.target_offset + step.offset;
         let source = match step.from_file {
             Some(depth) if !self.no_kernel_copy.load(Ordering::Relaxed) => {
@@ -311,11 +322,11 @@ impl Shared<'_> {
             }
             (way, _) => way,
         };
-        let mut scratch = Vec::new();
+        let mut scratch = PageBuf::default();
         let part = match bytes.get(start as usize..(start + len) as usize) {
             Some(part) => part,
             None => {
-                scratch.resize(len as usize, 0);
+                scratch.set_len(len as usize);
                 self.source.read(step.offset + start, &mut scratch)?;
                 &scratch
             }

@@ -24,6 +24,7 @@ mod host_file;
 mod io;
 mod mapped;
 mod node;
+mod page_buf;
 mod qcow2;
 mod raw;
 mod slice_cache;
@@ -52,7 +53,11 @@ pub use image::qcow2::Snapshot;
 pub use image::vmdk::layout::{AdapterType, Subformat};
 pub use io::FileBackend;
 pub use node::{Extent, ExtentKind};
-pub use qcow2::{Amend, BitmapBits, BitmapInfo, MaintenanceError, Qcow2Image, Repair, Repaired, SnapshotTime, repair_backend, repair_image};
+pub use page_buf::PageBuf;
+pub use qcow2::{
+    Amend, BitmapBits, BitmapInfo, MaintenanceError, Qcow2Image, Repair, Repaired, SnapshotTime, repair_backend,
+    repair_image,
+};
 pub use sys::{ReadBufs, WriteBufs};
 pub use vdi::{VdiOptions, create_vdi};
 pub use vhdx::{VhdxOptions, create_vhdx};

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
-use block::{BlockError, CacheMode, Disk};
+use block::{BlockError, CacheMode, Disk, PageBuf};
 
 use crate::Command;
 use crate::convert::default_workers;
@@ -131,7 +131,8 @@ fn measure(disk: &Disk, plan: &Plan, threads: u64) -> Result<(), BlockError> {
     // Requests share it; a flush that waits for them has it alone.
     let gate = RwLock::new(());
     let work = || {
-        let mut room = vec![plan.pattern; plan.bytes as usize];
+        let mut room = PageBuf::new(plan.bytes as usize);
+        room.fill(plan.pattern);
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             if index >= plan.count {

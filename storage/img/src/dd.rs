@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
-use block::{CacheMode, Disk};
+use block::{CacheMode, Disk, PageBuf};
 
 use crate::Command;
 use crate::create::Request;
@@ -105,7 +105,7 @@ fn operands(words: &[OsString]) -> Result<Operands<'_>, ImgError> {
 
 /// Block by block, holes and all, as dd does.
 fn copy(source: &Disk, range: std::ops::Range<u64>, target: &Disk) -> Result<(), ImgError> {
-    let mut room = vec![0; PIECE_BYTES.min(range.end - range.start) as usize];
+    let mut room = PageBuf::new(PIECE_BYTES.min(range.end - range.start) as usize);
     let mut at = range.start;
     while at < range.end {
         let now = PIECE_BYTES.min(range.end - at);

@@ -1,8 +1,9 @@
 //! `rebase`: another backing file.
 
-use block::{BlockError, CacheMode, Disk, ExtentKind, Format, Qcow2Image};
+use block::{BlockError, CacheMode, CopyOptions, Disk, ExtentKind, Format, PageBuf, Qcow2Image};
 
 use crate::Command;
+use crate::convert::default_workers;
 use crate::create::beside;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
@@ -142,7 +143,12 @@ struct Work<'a> {
 impl Work<'_> {
     fn run(&self, progress: &Progress) -> Result<(), BlockError> {
         let size = self.disk.size_bytes();
-        let (mut old, mut new) = (Vec::new(), Vec::new());
+        if let (Some(old), None) = (self.old, self.new)
+            && old.size_bytes() <= size
+        {
+            return self.flatten(old, progress);
+        }
+        let (mut old, mut new) = (PageBuf::default(), PageBuf::default());
         let mut at = 0;
         while at < size {
             let found = self.disk.extent(at, size - at)?;
@@ -159,6 +165,22 @@ impl Work<'_> {
             progress.report(at, size);
         }
         Ok(())
+    }
+
+    /// With no new backing file, what is not zero is taken over as it is, and nothing needs a comparison.
+    fn flatten(&self, old: &Disk, progress: &Progress) -> Result<(), BlockError> {
+        let options = CopyOptions {
+            workers: default_workers(),
+            compressed: self.compress,
+            // What stays unmapped reads as zeroes when the old file is gone.
+            target_is_zero: true,
+            unmapped_only: true,
+            ..CopyOptions::default()
+        };
+        block::copy(old, self.disk, &options, &|done, total| {
+            progress.report(done, total);
+            true
+        })
     }
 
     /// How far from `at` on both files read as zeroes without being read.
@@ -179,10 +201,10 @@ impl Work<'_> {
         Ok(bytes)
     }
 
-    fn take_over(&self, at: u64, bytes: u64, old: &mut Vec<u8>, new: &mut Vec<u8>) -> Result<(), BlockError> {
+    fn take_over(&self, at: u64, bytes: u64, old: &mut PageBuf, new: &mut PageBuf) -> Result<(), BlockError> {
         read_padded(self.old, at, bytes, old)?;
         read_padded(self.new, at, bytes, new)?;
-        if old == new {
+        if **old == **new {
             return Ok(());
         }
         let unit = self.disk.cluster_bytes().max(512);
@@ -216,11 +238,11 @@ impl Work<'_> {
 }
 
 /// Reads a part of a disk that may be shorter, or not there.
-fn read_padded(disk: Option<&Disk>, at: u64, bytes: u64, room: &mut Vec<u8>) -> Result<(), BlockError> {
-    room.clear();
-    room.resize(bytes as usize, 0);
+fn read_padded(disk: Option<&Disk>, at: u64, bytes: u64, room: &mut PageBuf) -> Result<(), BlockError> {
+    room.set_len(bytes as usize);
+    let inside = disk.map_or(0, |disk| disk.size_bytes().saturating_sub(at).min(bytes));
+    room.get_mut(inside as usize..).unwrap_or_default().fill(0);
     let Some(disk) = disk else { return Ok(()) };
-    let inside = disk.size_bytes().saturating_sub(at).min(bytes);
     match room.get_mut(..inside as usize) {
         Some(part) if inside > 0 => disk.read(at, part),
         _ => Ok(()),

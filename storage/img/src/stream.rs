@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileTypeExt;
 
-use block::{Disk, ExtentKind};
+use block::{Disk, ExtentKind, PageBuf};
 
 use crate::error::ImgError;
 
@@ -35,7 +35,7 @@ pub fn copy_part(
     out: &mut File,
     told: &mut dyn FnMut(u64),
 ) -> Result<(), ImgError> {
-    let mut room = vec![0; PIECE_BYTES as usize];
+    let mut room = PageBuf::new(PIECE_BYTES as usize);
     let mut at = range.start;
     while at < range.end {
         let failed = |source| ImgError::Reading { at, source };
