@@ -6,12 +6,12 @@ use image::qcow2::{
     L1Entry, L2Entry, feature_names, header_steps,
 };
 
+use super::Tables;
 use super::maintenance::Qcow2Image;
 use super::maintenance_error::MaintenanceError;
 use super::rebuild::write_refcounts_anew;
 use super::rewrite::{Place, Rewrite, word};
 use super::snapshots::{read_table, replace_table};
-use super::{Health, Tables};
 use crate::error::{Action, BlockError};
 use crate::sys::ReadBufs;
 
@@ -52,7 +52,8 @@ impl Qcow2Image {
         }
         if order != header.geometry.refcount_order {
             let mut tables = self.node.quiet()?;
-            let changed = tables.set_refcount_order(order);
+            let changed = tables.write_refcount_order(order);
+            let changed = tables.settle(changed);
             tables.noticing(changed)?;
         }
         if let Some(lazy) = amend.lazy_refcounts.filter(|_| version == 3) {
@@ -154,7 +155,7 @@ impl Rewrite<'_> {
 
 impl Tables {
     /// Writes all refcounts anew in another width, behind everything in use, and switches to them.
-    fn set_refcount_order(&mut self, order: u32) -> Result<(), BlockError> {
+    fn write_refcount_order(&mut self, order: u32) -> Result<(), BlockError> {
         let file_bytes = self.file.len_bytes().map_err(|e| self.io(Action::Stat, e))?;
         let mut read = |offset: u64, out: &mut [u8]| self.file.read_at(offset, &ReadBufs::from_slice(out));
         let report = count_references(&self.header, file_bytes, &mut read)
@@ -186,6 +187,6 @@ impl Tables {
             }
             self.barrier()?;
         }
-        self.reload().inspect_err(|_| self.health = Health::FlushFailed)
+        Ok(())
     }
 }

@@ -144,11 +144,18 @@ impl Tables {
             rewrite.finish()?;
             Ok(value)
         });
-        if let Err(BlockError::Io { action: Action::Sync, .. }) = &outcome {
+        self.settle(outcome)
+    }
+
+    /// Brings memory in line with the file after an attempt to change the image as a whole, also a failed one: a header
+    /// may have been written though the write failed, and what was written for nothing may no longer count as zeroes.
+    pub(super) fn settle<T>(&mut self, outcome: Result<T, BlockError>) -> Result<T, BlockError> {
+        if let Err(BlockError::Io { action: Action::Sync, .. } | BlockError::NoSpace { action: Action::Sync, .. }) =
+            &outcome
+        {
             self.health = Health::FlushFailed;
             return outcome;
         }
-        // Also after an error: what was written for nothing is in the file, and may no longer count as zeroes.
         match (self.reload(), outcome) {
             (Ok(()), outcome) => outcome,
             (Err(error), outcome) => {
@@ -159,7 +166,7 @@ impl Tables {
     }
 
     /// Reads everything anew from the file.
-    pub(super) fn reload(&mut self) -> Result<(), BlockError> {
+    fn reload(&mut self) -> Result<(), BlockError> {
         let mut fresh = Tables::open(self.file.clone(), self.path.clone(), &self.options)?;
         fresh.flights = self.flights.clone();
         fresh.generation = self.generation;

@@ -245,11 +245,18 @@ impl<'f> Rewrite<'f> {
             self.barrier()?;
         }
         if self.punch {
-            let bits = self.geometry.cluster_bits;
-            for run in self.counts.freed()? {
-                let punched = self.place.file.punch_hole(run.start << bits, (run.end - run.start) << bits);
-                punched.map_err(|e| BlockError::io(self.place.path, Action::Discard, e))?;
-            }
+            // The change has happened. Space that the host does not take back is a loss and no failure.
+            let _ = self.give_back();
+        }
+        Ok(())
+    }
+
+    /// Gives the space of clusters that only the old state used back to the host.
+    fn give_back(&mut self) -> Result<(), BlockError> {
+        let bits = self.geometry.cluster_bits;
+        for run in self.counts.freed()? {
+            let punched = self.place.file.punch_hole(run.start << bits, (run.end - run.start) << bits);
+            punched.map_err(|e| BlockError::io(self.place.path, Action::Discard, e))?;
         }
         Ok(())
     }
