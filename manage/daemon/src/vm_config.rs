@@ -146,6 +146,10 @@ fn open_disk(disk: &xml::Disk, fds: &mut Fds) -> Result<(monitor::Disk, Vec<(Str
         let format = match image.format {
             Format::Raw => DiskFormat::Raw,
             Format::Qcow2 => DiskFormat::Qcow2,
+            other => {
+                let detail = format!("disk '{}' has an image of format '{other}'; convert it to qcow2", disk.target);
+                return Err(DaemonError::Unsupported { detail });
+            }
         };
         if index > 0 {
             backing.push((image.format.name().to_owned(), path.clone()));

@@ -4,11 +4,13 @@ use std::collections::HashSet;
 use std::fs::{File, OpenOptions as FileOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use image::qcow2::{AUTOCLEAR_BITMAPS, COMPAT_LAZY_REFCOUNTS, CompressionType};
 use image::{Format, PROBE_BYTES};
 
 use crate::error::{Action, BlockError};
+use crate::foreign::ForeignImage;
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
 use crate::qcow2::{check_file, read_header};
@@ -26,6 +28,8 @@ pub struct ChainFile {
     pub path_label: PathBuf,
     /// Its format.
     pub format: Format,
+    /// The other files that the image is made of, see [`crate::ForeignImage::extent_names`].
+    pub extents: Vec<(File, PathBuf)>,
 }
 
 /// What an image says about itself.
@@ -197,10 +201,18 @@ fn resolve(
         if locks {
             lock_image(&path, &file, read_only)?;
         }
-        if format == Format::Qcow2 {
-            next = backing_of(&path, &file, probe_backing)?;
+        let mut extents = Vec::new();
+        match format {
+            Format::Raw => {}
+            Format::Qcow2 => next = backing_of(&path, &file, probe_backing)?,
+            // Nobody but a person at a command line wants these: a machine's disk is raw or qcow2.
+            _ if !probe_backing => {
+                return Err(BlockError::BackingFormat { path, format: format.name().to_owned() });
+            }
+            Format::Vmdk => (extents, next) = files_of_vmdk(&path, &file, read_only, locks)?,
+            Format::Vdi | Format::Vhdx | Format::Vpc => {}
         }
-        chain.push(ChainFile { file, path_label: path, format });
+        chain.push(ChainFile { file, path_label: path, format, extents });
     }
     Ok(chain)
 }
@@ -248,6 +260,37 @@ fn backing_of(path: &Path, file: &File, probe: bool) -> Result<Option<(PathBuf, 
     }
     let directory = path.parent().unwrap_or(Path::new(""));
     Ok(Some((directory.join(name), format)))
+}
+
+/// A file with its path, and where a chain goes on: path and format.
+type OpenExtents = Vec<(File, PathBuf)>;
+type Next = Option<(PathBuf, Option<Format>)>;
+
+/// The files beside a vmdk that belong to it, open, and its backing file.
+fn files_of_vmdk(path: &Path, file: &File, read_only: bool, locks: bool) -> Result<(OpenExtents, Next), BlockError> {
+    let image = foreign_over(path, file, Format::Vmdk)?;
+    let directory = path.parent().unwrap_or(Path::new(""));
+    let mut extents = Vec::new();
+    let mut inspected = foreign_over(path, file, Format::Vmdk)?;
+    for name in image.extent_names()? {
+        let beside = directory.join(&name);
+        let failed =
+            |source| BlockError::ExtentFile { path: path.to_owned(), name: name.clone(), source: Box::new(source) };
+        let extent = open_image(&beside, read_only).map_err(failed)?;
+        if locks {
+            lock_image(&beside, &extent, read_only).map_err(failed)?;
+        }
+        let clone = extent.try_clone().and_then(HostFile::new).map_err(|e| BlockError::io(&beside, Action::Stat, e))?;
+        inspected.extents.push((Arc::new(clone), beside.clone()));
+        extents.push((extent, beside));
+    }
+    let backing = inspected.inspect()?.backing_name;
+    Ok((extents, backing.map(|name| (directory.join(name), Some(Format::Vmdk)))))
+}
+
+fn foreign_over(path: &Path, file: &File, format: Format) -> Result<ForeignImage, BlockError> {
+    let clone = file.try_clone().and_then(HostFile::new).map_err(|e| BlockError::io(path, Action::Stat, e))?;
+    Ok(ForeignImage::new(Arc::new(clone), path, format))
 }
 
 /// Lock bytes of QEMU (`block/file-posix.c`): a shared lock on 100 + bit says "I use this permission", on

@@ -12,6 +12,7 @@ use vm_memory::bitmap::BitmapSlice;
 use crate::chain::ChainFile;
 use crate::create::Preallocation;
 use crate::error::{Action, BlockError};
+use crate::foreign::{ForeignImage, open_foreign};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
 use crate::node::{Below, Extent, ExtentKind, Mapped, Node, read_chain};
@@ -78,6 +79,9 @@ pub struct ChainBackend {
     pub path_label: PathBuf,
     /// Its format.
     pub format: Format,
+    /// The other files that the image is made of, in the order it names them, with their names in errors: only
+    /// some vmdk images have any.
+    pub extents: Vec<(Box<dyn FileBackend>, PathBuf)>,
 }
 
 /// What a disk has done since it was opened, and the space it takes.
@@ -376,10 +380,15 @@ impl Disk {
 
 impl ChainBackend {
     pub(crate) fn from_file(chain_file: ChainFile) -> Result<ChainBackend, BlockError> {
-        let ChainFile { file, path_label, format } = chain_file;
-        let file: File = file;
-        let file = HostFile::new(file).map_err(|e| BlockError::io(&path_label, Action::Stat, e))?;
-        Ok(ChainBackend { file: Box::new(file), path_label, format })
+        let ChainFile { file, path_label, format, extents } = chain_file;
+        let host = |file: File, path: &Path| -> Result<Box<dyn FileBackend>, BlockError> {
+            let file = HostFile::new(file).map_err(|e| BlockError::io(path, Action::Stat, e))?;
+            // The tables of a qcow2 image say how long it is; others end where their file ends.
+            Ok(Box::new(if format == Format::Qcow2 { file.growing() } else { file }))
+        };
+        let file = host(file, &path_label)?;
+        let extents = extents.into_iter().map(|(file, path)| Ok((host(file, &path)?, path)));
+        Ok(ChainBackend { file, extents: extents.collect::<Result<_, BlockError>>()?, path_label, format })
     }
 }
 
@@ -389,19 +398,24 @@ fn open_node(
     next: Option<&PathBuf>,
     opts: &OpenOptions,
 ) -> Result<Arc<dyn Node>, BlockError> {
-    let ChainBackend { file, path_label: path, format } = layer;
+    let ChainBackend { file, path_label: path, format, extents } = layer;
     let file: Arc<dyn FileBackend> = file.into();
+    let (read_only, no_sync) = (opts.read_only || depth > 0, opts.cache == CacheMode::Unsafe);
     let node: Arc<dyn Node> = match format {
-        Format::Raw => Arc::new(RawNode::open(file, path, opts.cache == CacheMode::Unsafe)?),
+        Format::Raw => Arc::new(RawNode::open(file, path, no_sync)?),
         Format::Qcow2 => {
             let options = Qcow2Options {
-                read_only: opts.read_only || depth > 0,
+                read_only,
                 has_backing: next.is_some(),
                 punch_freed: opts.discard == Discard::Unmap,
-                no_sync: opts.cache == CacheMode::Unsafe,
+                no_sync,
                 l2_cache_bytes: opts.l2_cache_bytes,
             };
             Arc::new(Qcow2Node::open(file, path, &options)?)
+        }
+        Format::Vdi | Format::Vmdk | Format::Vhdx | Format::Vpc => {
+            let extents = extents.into_iter().map(|(file, path)| (file.into(), path)).collect();
+            open_foreign(ForeignImage { file, path, format, extents }, read_only, no_sync)?
         }
     };
     match (node.backing_name(), next) {

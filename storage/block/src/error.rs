@@ -114,6 +114,12 @@ pub enum BlockError {
     NoPackedCluster { path: PathBuf, offset: u64, bytes: u64 },
     #[error("{path}: the image cannot be changed as asked", path = path.display())]
     Maintenance { path: PathBuf, source: MaintenanceError },
+    #[error("{path}: the image is refused", path = path.display())]
+    Format { path: PathBuf, source: Box<image::FormatError> },
+    #[error("{path}: {format} is no format of another vendor", path = path.display())]
+    NotForeign { path: PathBuf, format: Format },
+    #[error("{path}: its file {name} cannot be opened", path = path.display())]
+    ExtentFile { path: PathBuf, name: String, source: Box<BlockError> },
     #[error("stopped on request")]
     Stopped,
     #[error("a disk needs at least one file")]
@@ -178,6 +184,8 @@ impl BlockError {
                 _ => ErrorKind::Corrupt,
             },
             E::Maintenance { source, .. } if source.is_damage() => ErrorKind::Corrupt,
+            E::Format { source, .. } if !source.is_unsupported() => ErrorKind::Corrupt,
+            E::ExtentFile { source, .. } => source.kind(),
             E::CheckFailed { source: CheckError::Snapshots(_), .. }
             | E::Rebuild { source: CheckError::Snapshots(_), .. } => ErrorKind::Corrupt,
             E::CheckFailed { source: CheckError::TooLarge, .. } | E::Rebuild { source: CheckError::TooLarge, .. } => {
@@ -195,6 +203,8 @@ impl BlockError {
             | E::NoResize { .. }
             | E::Maintenance { .. }
             | E::Stopped
+            | E::Format { .. }
+            | E::NotForeign { .. }
             | E::EmptyChain
             | E::FormatDisagrees { .. }
             | E::BackingNotGiven { .. }

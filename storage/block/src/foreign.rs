@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use image::Format;
+
 use crate::error::BlockError;
 use crate::io::FileBackend;
 use crate::node::Node;
@@ -11,60 +13,14 @@ use crate::vhdx::{check_vhdx, open_vhdx};
 use crate::vmdk::{VmdkInfo, open_vmdk, vmdk_extent_names};
 use crate::vpc::open_vpc;
 
-/// A format of another vendor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ForeignFormat {
-    /// VirtualBox.
-    Vdi,
-    /// VMware.
-    Vmdk,
-    /// Hyper-V.
-    Vhdx,
-    /// Virtual PC, and Hyper-V before vhdx.
-    Vpc,
-}
-
-impl ForeignFormat {
-    /// All of them.
-    pub const ALL: [ForeignFormat; 4] =
-        [ForeignFormat::Vdi, ForeignFormat::Vmdk, ForeignFormat::Vhdx, ForeignFormat::Vpc];
-
-    /// The name libvirt and qemu-img use.
-    pub fn name(self) -> &'static str {
-        match self {
-            ForeignFormat::Vdi => "vdi",
-            ForeignFormat::Vmdk => "vmdk",
-            ForeignFormat::Vhdx => "vhdx",
-            ForeignFormat::Vpc => "vpc",
-        }
-    }
-
-    /// Guesses the format from the first 512 bytes of a file, as QEMU does. A fixed vpc looks like a raw disk.
-    ///
-    /// As with [`image::probe`], this serves a person who asks, never the disk of a machine.
-    pub fn probe(first: &[u8]) -> Option<ForeignFormat> {
-        let has = |at: usize, magic: &[u8]| first.get(at..at + magic.len()) == Some(magic);
-        if has(0, b"vhdxfile") {
-            return Some(ForeignFormat::Vhdx);
-        }
-        if has(0, b"conectix") {
-            return Some(ForeignFormat::Vpc);
-        }
-        if has(0, b"KDMV") || has(0, b"COWD") || has(0, b"# Disk DescriptorFile") {
-            return Some(ForeignFormat::Vmdk);
-        }
-        has(0x40, &[0x7f, 0x10, 0xda, 0xbe]).then_some(ForeignFormat::Vdi)
-    }
-}
-
 /// An image of another vendor's format, as open files.
 pub struct ForeignImage {
     /// The image's own file.
     pub file: Arc<dyn FileBackend>,
     /// Its name in errors.
     pub path: PathBuf,
-    /// What it is.
-    pub format: ForeignFormat,
+    /// What it is: not raw and not qcow2.
+    pub format: Format,
     /// The files of [`ForeignImage::extent_names`], in that order, with their names in errors.
     pub extents: Vec<(Arc<dyn FileBackend>, PathBuf)>,
 }
@@ -137,7 +93,7 @@ impl Places {
 
 impl ForeignImage {
     /// An image in one file.
-    pub fn new(file: Arc<dyn FileBackend>, path: &Path, format: ForeignFormat) -> ForeignImage {
+    pub fn new(file: Arc<dyn FileBackend>, path: &Path, format: Format) -> ForeignImage {
         ForeignImage { file, path: path.to_owned(), format, extents: Vec::new() }
     }
 
@@ -146,14 +102,14 @@ impl ForeignImage {
     /// [`ForeignImage::extents`].
     pub fn extent_names(&self) -> Result<Vec<String>, BlockError> {
         match self.format {
-            ForeignFormat::Vmdk => vmdk_extent_names(self.file.clone(), &self.path),
+            Format::Vmdk => vmdk_extent_names(self.file.clone(), &self.path),
             _ => Ok(Vec::new()),
         }
     }
 
     /// Reads what the image says about itself. Its backing file is not looked at.
     pub fn inspect(self) -> Result<ForeignInfo, BlockError> {
-        if self.format == ForeignFormat::Vmdk {
+        if self.format == Format::Vmdk {
             let node = open_vmdk(self.file, self.path, self.extents, true, true)?;
             return Ok(ForeignInfo { vmdk: Some(node.info()), ..describe(&node)? });
         }
@@ -163,13 +119,13 @@ impl ForeignImage {
     /// Looks for contradictions in the tables. `None`: the format has no check, as in QEMU.
     pub fn check(self) -> Result<Option<ForeignReport>, BlockError> {
         match self.format {
-            ForeignFormat::Vdi => check_vdi(self.file, self.path).map(Some),
-            ForeignFormat::Vhdx => check_vhdx(self.file, self.path).map(Some),
-            ForeignFormat::Vmdk => {
+            Format::Vdi => check_vdi(self.file, self.path).map(Some),
+            Format::Vhdx => check_vhdx(self.file, self.path).map(Some),
+            Format::Vmdk => {
                 let node = open_vmdk(self.file, self.path, self.extents, true, true)?;
                 node.check().map(Some)
             }
-            ForeignFormat::Vpc => Ok(None),
+            _ => Ok(None),
         }
     }
 }
@@ -188,29 +144,12 @@ fn describe(node: &dyn Node) -> Result<ForeignInfo, BlockError> {
 pub(crate) fn open_foreign(image: ForeignImage, read_only: bool, no_sync: bool) -> Result<Arc<dyn Node>, BlockError> {
     let ForeignImage { file, path, format, extents } = image;
     Ok(match format {
-        ForeignFormat::Vdi => Arc::new(open_vdi(file, path, read_only, no_sync)?),
-        ForeignFormat::Vmdk => Arc::new(open_vmdk(file, path, extents, read_only, no_sync)?),
-        ForeignFormat::Vhdx => Arc::new(open_vhdx(file, path, read_only, no_sync)?),
-        ForeignFormat::Vpc => open_vpc(file, path, read_only, no_sync)?,
+        Format::Vdi => Arc::new(open_vdi(file, path, read_only, no_sync)?),
+        Format::Vmdk => Arc::new(open_vmdk(file, path, extents, read_only, no_sync)?),
+        Format::Vhdx => Arc::new(open_vhdx(file, path, read_only, no_sync)?),
+        Format::Vpc => open_vpc(file, path, read_only, no_sync)?,
+        Format::Raw | Format::Qcow2 => return Err(BlockError::NotForeign { path, format }),
     })
-}
-
-#[test]
-fn formats_are_probed_as_qemu_does_it() {
-    let mut vdi = vec![0; 0x44];
-    vdi[0x40..].copy_from_slice(&0xbeda_107fu32.to_le_bytes());
-    for (first, want) in [
-        (&b"vhdxfile"[..], Some(ForeignFormat::Vhdx)),
-        (b"conectix", Some(ForeignFormat::Vpc)),
-        (b"KDMV", Some(ForeignFormat::Vmdk)),
-        (b"# Disk DescriptorFile\n", Some(ForeignFormat::Vmdk)),
-        (&vdi, Some(ForeignFormat::Vdi)),
-        (&vdi[..0x43], None),
-        (b"", None),
-        (b"# Disk", None),
-    ] {
-        assert_eq!(ForeignFormat::probe(first), want);
-    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
+use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
 use crate::io::FileBackend;
@@ -22,6 +23,10 @@ type BounceStep<'a> = dyn FnMut(u64, &mut [u8], std::ops::Range<usize>, usize) -
 pub struct HostFile {
     file: File,
     direct: bool,
+    /// The file may become longer than what was written to it.
+    growing: bool,
+    /// Held while a request that is not aligned reads and writes the blocks around it.
+    ragged: Mutex<()>,
 }
 
 /// Makes an open file bypass the host's page cache (`O_DIRECT`), for [`crate::CacheMode::None`]. Fails where
@@ -53,7 +58,12 @@ impl HostFile {
     /// Takes an open file; its flags say whether it is direct.
     pub fn new(file: File) -> io::Result<HostFile> {
         let direct = rustix::fs::fcntl_getfl(&file)?.contains(OFlags::DIRECT);
-        Ok(HostFile { file, direct })
+        Ok(HostFile { file, direct, growing: false, ragged: Mutex::new(()) })
+    }
+
+    /// The same, as a file whose length means nothing: its end need not be kept at the byte.
+    pub(crate) fn growing(self) -> HostFile {
+        HostFile { growing: true, ..self }
     }
 
     fn must_bounce(&self, offset: u64, aligned_memory: bool) -> bool {
@@ -117,9 +127,12 @@ impl FileBackend for HostFile {
         if !self.must_bounce(offset, bufs.is_aligned(DIRECT_ALIGN as usize)) {
             return pwrite(&self.file, offset, bufs);
         }
-        // The file must not grow by the padding of the last piece.
         let end = offset.saturating_add(bufs.len() as u64);
-        let want_len = self.len_bytes()?.max(end);
+        let whole = offset.is_multiple_of(DIRECT_ALIGN) && end.is_multiple_of(DIRECT_ALIGN);
+        // Two requests that share a block must not write back what the other one replaced.
+        let _ragged = if whole { None } else { Some(self.ragged.lock()) };
+        // The file must not grow by the padding of the last piece, where its length means something.
+        let want_len = if whole || self.growing { u64::MAX } else { self.len_bytes()?.max(end) };
         self.bounce(offset, bufs.len(), &mut |start, piece, part, at| {
             if part != (0..piece.len()) {
                 self.read_plain(start, &ReadBufs::from_slice(piece))?;
@@ -128,7 +141,8 @@ impl FileBackend for HostFile {
             bufs.range(at, target.len()).copy_to(target);
             pwrite(&self.file, start, &WriteBufs::from_slice(piece))
         })?;
-        if self.file.metadata()?.is_file() && self.len_bytes()? > want_len {
+        let padded_end = end.next_multiple_of(DIRECT_ALIGN);
+        if want_len < padded_end && self.file.metadata()?.is_file() && self.len_bytes()? == padded_end {
             self.set_len_bytes(want_len)
         } else {
             Ok(())

@@ -45,7 +45,7 @@ pub use create::{
 };
 pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};
-pub use foreign::{ForeignFormat, ForeignImage, ForeignInfo, ForeignReport};
+pub use foreign::{ForeignImage, ForeignInfo, ForeignReport};
 pub use host_file::{HostFile, use_direct_io};
 pub use image::Format;
 pub use image::qcow2::CompressionType;

@@ -132,6 +132,7 @@ fn a_chain_and_its_headers_must_agree() {
             file: support::open_file(&at(name), false),
             path_label: at(name),
             format: if name.ends_with("raw") { Format::Raw } else { Format::Qcow2 },
+            extents: Vec::new(),
         });
         Disk::open(chain.collect(), &read_only).err()
     };

@@ -94,7 +94,12 @@ fn features_that_are_not_built_are_refused_by_name() {
     let name = image.to_str().unwrap();
     let data = format!("data_file={}", dir.path().join("data.raw").display());
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", &data, name, "1M"]);
-    let file = ChainFile { file: open_file(&image, true), path_label: image.clone(), format: Format::Qcow2 };
+    let file = ChainFile {
+        file: open_file(&image, true),
+        path_label: image.clone(),
+        format: Format::Qcow2,
+        extents: Vec::new(),
+    };
     let error = Disk::open(vec![file], &OpenOptions::default()).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     let cause = std::error::Error::source(&error).unwrap().to_string();
@@ -163,7 +168,12 @@ fn unknown_autoclear_bits_go_and_corrupt_images_stay_read_only() {
 
     set_incompatible(&image, 2);
     let chain = |writable| {
-        vec![ChainFile { file: open_file(&image, writable), path_label: image.clone(), format: Format::Qcow2 }]
+        vec![ChainFile {
+            file: open_file(&image, writable),
+            path_label: image.clone(),
+            format: Format::Qcow2,
+            extents: Vec::new(),
+        }]
     };
     let error = Disk::open(chain(true), &OpenOptions::default()).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Corrupt);

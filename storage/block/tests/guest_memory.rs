@@ -76,13 +76,14 @@ fn direct_files_take_requests_of_any_alignment() {
         let size = (2 << 20) + 512 * 3;
         match format {
             Format::Raw => create_raw(&image, size).unwrap(),
-            Format::Qcow2 => {
+            _ => {
                 create_qcow2(&image, size, &CreateOptions { cluster_bits: 9, ..CreateOptions::default() }).unwrap()
             }
         }
         let Some(file) = open_direct(&image) else { return };
         let opts = OpenOptions { format, cache: CacheMode::None, ..OpenOptions::default() };
-        let disk = Disk::open(vec![ChainFile { file, path_label: image.clone(), format }], &opts).unwrap();
+        let disk = Disk::open(vec![ChainFile { file, path_label: image.clone(), format, extents: Vec::new() }], &opts)
+            .unwrap();
         let mut shadow = vec![0; size as usize];
         let mut rng = Rng(11);
         for _ in 0..150 {

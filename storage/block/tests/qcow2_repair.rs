@@ -90,7 +90,12 @@ fn set_refcount(pages: &mut Pages, cluster: u64, count: u64) {
 }
 
 fn repair(path: &Path, what: Repair) -> Repaired {
-    let file = ChainFile { file: support::open_file(path, true), path_label: path.to_owned(), format: Format::Qcow2 };
+    let file = ChainFile {
+        file: support::open_file(path, true),
+        path_label: path.to_owned(),
+        format: Format::Qcow2,
+        extents: Vec::new(),
+    };
     repair_image(file, what).unwrap()
 }
 

@@ -133,7 +133,7 @@ fn run(path: &Path, options: &str, steps: u64, seed: u64) {
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &size]);
     // A small cache, so that tables go and come.
     let file = Box::new(Slow(HostFile::new(open_file(path, true)).unwrap(), AtomicU64::new(0)));
-    let layer = ChainBackend { file, path_label: path.to_owned(), format: Format::Qcow2 };
+    let layer = ChainBackend { file, path_label: path.to_owned(), format: Format::Qcow2, extents: Vec::new() };
     let disk = Disk::open_backends(vec![layer], &OpenOptions { l2_cache_bytes: 0, ..OpenOptions::default() }).unwrap();
     let queues: Vec<Queue> = (0..QUEUES)
         .map(|index| Queue { index, rng: Rng(seed + index), held: vec![0; (2 * BLOCKS / QUEUES) as usize] })

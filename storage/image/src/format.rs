@@ -15,14 +15,29 @@ pub enum Format {
     Raw,
     /// qcow2, version 2 (`compat=0.10`) or 3 (`compat=1.1`).
     Qcow2,
+    /// VirtualBox.
+    Vdi,
+    /// VMware.
+    Vmdk,
+    /// Hyper-V.
+    Vhdx,
+    /// Virtual PC, and Hyper-V before vhdx.
+    Vpc,
 }
 
 impl Format {
+    /// All of them.
+    pub const ALL: [Format; 6] = [Format::Raw, Format::Qcow2, Format::Vdi, Format::Vmdk, Format::Vhdx, Format::Vpc];
+
     /// The name libvirt and qemu-img use.
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
+            Format::Vdi => "vdi",
+            Format::Vmdk => "vmdk",
+            Format::Vhdx => "vhdx",
+            Format::Vpc => "vpc",
         }
     }
 }
@@ -35,7 +50,7 @@ impl fmt::Display for Format {
 
 /// A format name that this crate does not open.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("image format '{name}' is not supported; the supported ones are raw and qcow2")]
+#[error("image format '{name}' is not supported; the supported ones are raw, qcow2, vdi, vmdk, vhdx and vpc")]
 pub struct UnknownFormat {
     /// The name that was given.
     pub name: String,
@@ -45,11 +60,8 @@ impl FromStr for Format {
     type Err = UnknownFormat;
 
     fn from_str(name: &str) -> Result<Format, UnknownFormat> {
-        match name {
-            "raw" => Ok(Format::Raw),
-            "qcow2" => Ok(Format::Qcow2),
-            _ => Err(UnknownFormat { name: name.to_owned() }),
-        }
+        let known = Format::ALL.into_iter().find(|format| format.name() == name);
+        known.ok_or_else(|| UnknownFormat { name: name.to_owned() })
     }
 }
 
@@ -76,19 +88,27 @@ const SIGNATURES: [(&[u8], &str); 9] = [
     (b"\x1f\x8b", "a gzip signature (unpack the file first)"),
 ];
 
-/// Guesses the format from the first [`PROBE_BYTES`] of a file: qcow2 by its magic and version, else raw.
+/// Guesses the format from the first [`PROBE_BYTES`] of a file, as QEMU does: by a magic, qcow2 also by its
+/// version, else raw. A fixed vpc, whose magic is at its end, looks like a raw disk.
 ///
 /// A guest can write any bytes into its raw disk, so a guess must never decide how a disk of a machine is
 /// opened. It serves a person who asks what a file is.
 pub fn probe(first: &[u8]) -> Format {
-    let version = crate::be32(first, 4);
-    if first.starts_with(b"QFI\xfb") && matches!(version, Some(2 | 3)) { Format::Qcow2 } else { Format::Raw }
+    let has = |at: usize, magic: &[u8]| first.get(at..at + magic.len()) == Some(magic);
+    match crate::be32(first, 4) {
+        Some(2 | 3) if has(0, b"QFI\xfb") => Format::Qcow2,
+        _ if has(0, b"vhdxfile") => Format::Vhdx,
+        _ if has(0, b"conectix") => Format::Vpc,
+        _ if has(0, b"KDMV") || has(0, b"COWD") || has(0, b"# Disk DescriptorFile") => Format::Vmdk,
+        _ if has(0x40, &[0x7f, 0x10, 0xda, 0xbe]) => Format::Vdi,
+        _ => Format::Raw,
+    }
 }
 
 /// Checks that a file is what its owner declared. Raw accepts any bytes, because a guest may put an
-/// image inside its disk; qcow2 needs its magic.
+/// image inside its disk; qcow2 needs its magic. What the others need, their parsers say.
 pub fn check_declared(declared: Format, first: &[u8]) -> Result<(), FormatMismatch> {
-    if declared == Format::Raw || first.starts_with(b"QFI\xfb") {
+    if declared != Format::Qcow2 || first.starts_with(b"QFI\xfb") {
         return Ok(());
     }
     let found =
@@ -107,6 +127,12 @@ fn probing_needs_magic_and_a_version_that_exists() {
         (b"QFI\xfb\0\0\0\x01", Format::Raw),
         (b"QFI\xfb", Format::Raw),
         (b"", Format::Raw),
+        (b"vhdxfile", Format::Vhdx),
+        (b"conectix", Format::Vpc),
+        (b"KDMV", Format::Vmdk),
+        (b"# Disk DescriptorFile\n", Format::Vmdk),
+        (b"# Disk", Format::Raw),
+        (&[&[0; 0x40][..], &0xbeda_107fu32.to_le_bytes()].concat(), Format::Vdi),
     ] {
         assert_eq!(probe(bytes), want, "{bytes:?}");
     }

@@ -63,6 +63,7 @@ impl SharedDisk {
                 file: file.into(),
                 path_label: link.path.clone().into(),
                 format: format(link.format),
+                extents: Vec::new(),
             })
             .collect();
         let options = OpenOptions {

@@ -259,16 +259,21 @@ fn open_disk(
 ) -> Result<monitor::Disk, VmmError> {
     let failed = |source: BlockError| VmmError::Disk { target: target.clone(), source };
     let chain = block::resolve_chain(&disk.path, disk.format, disk.read_only, true).map_err(failed)?;
-    let chain = chain.into_iter().map(|link| ChainLink {
-        file: add(link.file.into()),
-        path: link.path_label.to_string_lossy().into_owned(),
-        format: match link.format {
+    let mut links = Vec::new();
+    for link in chain {
+        let format = match link.format {
             Format::Raw => DiskFormat::Raw,
             Format::Qcow2 => DiskFormat::Qcow2,
-        },
-    });
+            other => {
+                let source = BlockError::BackingFormat { path: link.path_label, format: other.name().to_owned() };
+                return Err(failed(source));
+            }
+        };
+        let path = link.path_label.to_string_lossy().into_owned();
+        links.push(ChainLink { file: add(link.file.into()), path, format });
+    }
     Ok(monitor::Disk {
-        chain: chain.collect(),
+        chain: links,
         target,
         bus: disk.bus,
         read_only: disk.read_only,

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use super::tests::{Rng, check_with_qemu, create, read_all, write};
 use crate::error::BlockError;
-use crate::foreign::{ForeignFormat, ForeignImage, open_foreign};
+use crate::foreign::{ForeignImage, open_foreign};
 use crate::io::FileBackend;
 use crate::node::Node;
 use crate::sys::{ReadBufs, WriteBufs};
@@ -138,7 +138,7 @@ impl FileBackend for LogFile {
 }
 
 fn open(format: &str, file: Arc<LogFile>, read_only: bool) -> Result<Arc<dyn Node>, BlockError> {
-    let format = ForeignFormat::ALL.into_iter().find(|known| known.name() == format).unwrap();
+    let format = format.parse::<image::Format>().unwrap();
     open_foreign(ForeignImage::new(file, Path::new("memory"), format), read_only, false)
 }
 

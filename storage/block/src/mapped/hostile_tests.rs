@@ -12,7 +12,7 @@ use image::vhdx::header::{HEADER_OFFSETS, REGION_OFFSETS, REGION_TABLE_BYTES};
 
 use super::tests::{Rng, create, open as open_file, qemu_img, source};
 use crate::error::BlockError;
-use crate::foreign::{ForeignFormat, ForeignImage, open_foreign};
+use crate::foreign::{ForeignImage, open_foreign};
 use crate::io::FileBackend;
 use crate::node::Node;
 use crate::sys::{ReadBufs, WriteBufs};
@@ -103,7 +103,7 @@ impl FileBackend for SparseFile {
 }
 
 fn open(format: &str, file: Arc<SparseFile>, read_only: bool) -> Result<Arc<dyn Node>, BlockError> {
-    let format = ForeignFormat::ALL.into_iter().find(|known| known.name() == format).unwrap();
+    let format = format.parse::<image::Format>().unwrap();
     open_foreign(ForeignImage::new(file, Path::new("memory"), format), read_only, false)
 }
 

@@ -83,6 +83,5 @@ impl Store {
 
 /// An error about the image at `path`, with the cause as its source.
 pub(crate) fn refused(path: &Path, source: impl Into<FormatError>) -> BlockError {
-    let source = std::io::Error::new(std::io::ErrorKind::InvalidData, source.into());
-    BlockError::Io { path: path.to_owned(), action: Action::Read, source }
+    BlockError::Format { path: path.to_owned(), source: Box::new(source.into()) }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use image::vmdk::layout::Subformat;
 
 use crate::error::BlockError;
-use crate::foreign::{ForeignFormat, ForeignImage, ForeignReport, open_foreign};
+use crate::foreign::{ForeignImage, ForeignReport, open_foreign};
 use crate::host_file::HostFile;
 use crate::node::{ExtentKind, Node};
 use crate::sys::{ReadBufs, WriteBufs};
@@ -70,7 +70,7 @@ pub(crate) fn host_file(path: &Path, writable: bool) -> Arc<HostFile> {
 
 /// An image with its extent files, which are in its directory.
 pub(crate) fn image_at(format: &str, path: &Path, read_only: bool) -> Result<ForeignImage, BlockError> {
-    let format = ForeignFormat::ALL.into_iter().find(|known| known.name() == format).unwrap();
+    let format = format.parse::<image::Format>().unwrap();
     let mut image = ForeignImage::new(host_file(path, !read_only), path, format);
     for name in image.extent_names()? {
         let path = path.with_file_name(name);

@@ -35,7 +35,7 @@ impl Qcow2Image {
 
     /// As [`Qcow2Image::open`], over a backend other than a host file.
     pub fn open_backend(layer: ChainBackend, read_only: bool) -> Result<Qcow2Image, BlockError> {
-        let ChainBackend { file, path_label: path, format } = layer;
+        let ChainBackend { file, path_label: path, format, .. } = layer;
         if format != Format::Qcow2 {
             return Err(BlockError::FormatDisagrees { path, opened: format, option: Format::Qcow2 });
         }

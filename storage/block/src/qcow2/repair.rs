@@ -50,7 +50,7 @@ pub fn repair_image(file: ChainFile, what: Repair) -> Result<Repaired, BlockErro
 
 /// As [`repair_image`], over a backend other than a host file.
 pub fn repair_backend(layer: ChainBackend, what: Repair) -> Result<Repaired, BlockError> {
-    let ChainBackend { file, path_label, format } = layer;
+    let ChainBackend { file, path_label, format, .. } = layer;
     if format != image::Format::Qcow2 {
         let option = image::Format::Qcow2;
         return Err(BlockError::FormatDisagrees { path: path_label, opened: format, option });

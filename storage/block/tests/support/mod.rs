@@ -156,7 +156,7 @@ impl MemFile {
     }
 
     pub fn layer(&self, format: Format) -> ChainBackend {
-        ChainBackend { file: Box::new(self.clone()), path_label: "memory".into(), format }
+        ChainBackend { file: Box::new(self.clone()), path_label: "memory".into(), format, extents: Vec::new() }
     }
 }
 
@@ -284,7 +284,12 @@ pub fn qemu_check(path: &Path, what: &str) {
 
 /// Opens a qcow2 image on its own for changes.
 pub fn open_image(path: &Path) -> Qcow2Image {
-    let file = ChainFile { file: open_file(path, true), path_label: path.to_owned(), format: Format::Qcow2 };
+    let file = ChainFile {
+        file: open_file(path, true),
+        path_label: path.to_owned(),
+        format: Format::Qcow2,
+        extents: Vec::new(),
+    };
     Qcow2Image::open(file, false).unwrap()
 }
 
@@ -325,6 +330,7 @@ pub fn open_chain(files: &[(&Path, Format)], opts: &OpenOptions) -> Disk {
         file: open_file(path, depth == 0 && !opts.read_only),
         path_label: PathBuf::from(path),
         format: *format,
+        extents: Vec::new(),
     });
     Disk::open(chain.collect(), opts).unwrap()
 }

@@ -15,7 +15,8 @@ use matches::{Finder, Token};
 /// Tokens of one block. Codes follow the data more closely when blocks are short, and cost their lengths each time.
 const BLOCK_TOKENS: usize = 1 << 15;
 const END_OF_BLOCK: usize = 256;
-const LITERALS: usize = 286;
+/// The last two never occur; the fixed code counts them.
+const LITERALS: usize = 288;
 const DISTANCES: usize = 30;
 /// Longest code of literals and distances, RFC 1951 section 3.2.7.
 const CODE_BITS_MAX: u32 = 15;
@@ -253,8 +254,7 @@ fn fixed_literal_lengths() -> [u8; LITERALS] {
     })
 }
 
-/// The codes of section 3.2.6. The two literal codes that are never used stand behind all others of their length, so
-/// leaving them out changes none.
+/// The codes of section 3.2.6. The two distance codes that are never used would be the last.
 fn fixed_codes() -> (Code<LITERALS>, Code<DISTANCES>) {
     (Code::new(fixed_literal_lengths()), Code::new([5; DISTANCES]))
 }

@@ -31,7 +31,8 @@ fn samples() -> Vec<Vec<u8>> {
     let runs: Vec<u8> = (0..200).flat_map(|_| vec![rng.next() as u8; (rng.next() % 3000) as usize]).collect();
     let mixed = [&random[..40_000], &text[..60_000], &runs[..50_000], &few, &random].concat();
     let far = [&random[..33_000], &random[..33_000]].concat();
-    let mut all = vec![random, few, text, runs, mixed, far];
+    let high: Vec<u8> = (0..40u8).map(|i| 200 + i % 7).collect(); // short, and in the longer codes of the fixed block
+    let mut all = vec![random, few, text, runs, mixed, far, high];
     all.extend((0..20).map(|bytes| b"aaaabcaaaabc01234567"[..bytes].to_vec()));
     all
 }
@@ -118,5 +119,33 @@ fn lengths_and_distances_have_the_codes_of_the_specification() {
 fn checksums_as_rfc_1950_computes_them() {
     for (bytes, want) in [(&b""[..], 1), (b"Wikipedia", 0x11e6_0398), (&[0xff; 100_000], 0x149a_302c)] {
         assert_eq!(adler32(bytes), want);
+    }
+}
+
+/// Pieces of different nature in one input: where they meet, blocks end, strides change and matches begin.
+#[test]
+fn random_mixtures_unpack_to_themselves() {
+    let mut rng = Rng(42);
+    let rounds = if std::env::var_os("VIREO_TEST_LONG").is_some() { 3000 } else { 200 };
+    for round in 0..rounds {
+        let bytes = if round % 2 == 0 { 65536 } else { 1 + (rng.next() % 70_000) as usize };
+        let mut sample = Vec::new();
+        while sample.len() < bytes {
+            let run = 1 + (rng.next() % 40_000) as usize;
+            let mask = rng.next();
+            match rng.next() % 5 {
+                0 => sample.resize(sample.len() + run, 0),
+                1 => sample.extend((0..run).map(|i| b"the quick brown fox "[i % 20])),
+                2 => sample.extend((0..run).map(|i| ((i * i) >> 9) as u8)),
+                3 => sample.extend((0..run).map(|_| (rng.next() & mask) as u8)),
+                _ => sample.extend((0..run).map(|_| rng.next() as u8)),
+            }
+        }
+        sample.truncate(bytes);
+        for window_bits in [9, 12, 15] {
+            let mut stream = Vec::new();
+            assert!(Deflater::new(window_bits).deflate(&sample, &mut stream, usize::MAX));
+            assert!(inflated(&stream, bytes, 15) == sample, "round {round}, window {window_bits}");
+        }
     }
 }
