@@ -9,6 +9,7 @@ use crate::disk::Disk;
 use crate::error::BlockError;
 use crate::node::ExtentKind;
 use crate::page_buf::PageBuf;
+use crate::runs::Runs;
 use crate::zeroes::is_zero;
 
 /// Differences are told by the sector they are in.
@@ -17,8 +18,8 @@ const SECTOR_BYTES: usize = 512;
 struct Shared<'a> {
     disks: [&'a Disk; 2],
     size_bytes: u64,
-    /// Where the next piece starts.
-    next: Mutex<u64>,
+    /// Where the next piece starts, and what is known of both disks there.
+    next: Mutex<(u64, [Runs; 2])>,
     /// The lowest difference so far; the size when there is none.
     differs: AtomicU64,
     stop: AtomicBool,
@@ -39,7 +40,7 @@ pub fn compare(
     let shared = Shared {
         disks: [first, second],
         size_bytes,
-        next: Mutex::new(0),
+        next: Mutex::new((0, <[Runs; 2]>::default())),
         differs: AtomicU64::new(u64::MAX),
         stop: AtomicBool::new(false),
         error: Mutex::new(None),
@@ -60,12 +61,12 @@ struct Piece {
     data: bool,
 }
 
-fn piece(disk: &Disk, offset: u64, max: u64) -> Result<Piece, BlockError> {
+fn piece(runs: &mut Runs, disk: &Disk, offset: u64, max: u64) -> Result<Piece, BlockError> {
     let inside = disk.size_bytes().saturating_sub(offset).min(max);
     if inside == 0 {
         return Ok(Piece { bytes: max, data: false });
     }
-    let extent = disk.extent(offset, inside)?.extent;
+    let extent = runs.at(disk, offset, inside)?.extent;
     Ok(Piece { bytes: extent.bytes, data: extent.kind == ExtentKind::Data })
 }
 
@@ -89,11 +90,12 @@ impl Shared<'_> {
     /// the search: pieces are taken in order, so those before it are with other threads already.
     fn take(&self) -> Result<Option<(u64, u64, [bool; 2])>, BlockError> {
         let mut next = self.next.lock();
+        let (next, runs) = &mut *next;
         while *next < self.size_bytes && self.differs.load(Ordering::Relaxed) == u64::MAX {
             let offset = *next;
             let left = self.size_bytes - offset;
-            let first = piece(self.disks[0], offset, left)?;
-            let second = piece(self.disks[1], offset, first.bytes)?;
+            let first = piece(&mut runs[0], self.disks[0], offset, left)?;
+            let second = piece(&mut runs[1], self.disks[1], offset, first.bytes)?;
             let mut bytes = second.bytes.min(left);
             let data = [first.data, second.data];
             if data != [false; 2] {

@@ -11,6 +11,7 @@ use crate::error::{Action, BlockError};
 use crate::host_file::copy_inside_kernel;
 use crate::node::{ExtentKind, Mapped};
 use crate::page_buf::PageBuf;
+use crate::runs::Runs;
 use crate::sys::{ReadBufs, WriteBufs, pread};
 use crate::zeroes::{for_each_run, is_zero};
 
@@ -91,14 +92,24 @@ enum Way<'a> {
     Zeroes,
 }
 
+/// How far the source has been given out.
+#[derive(Default)]
+struct Cursor {
+    /// Where the next step starts.
+    offset: u64,
+    /// Its place in the order of writes.
+    turn: u64,
+    source: Runs,
+    target: Runs,
+}
+
 /// What the threads of a copy share.
 struct Shared<'a> {
     source: &'a Disk,
     target: &'a Disk,
     opts: &'a CopyOptions,
     chunk_bytes: u64,
-    /// Where the next step starts, and its turn.
-    next: Mutex<(u64, u64)>,
+    next: Mutex<Cursor>,
     /// The turn that may write.
     turn: Mutex<u64>,
     turned: Condvar,
@@ -125,7 +136,7 @@ pub fn copy(
         target,
         opts,
         chunk_bytes: if opts.compressed { unit } else { CHUNK_BYTES.max(target.cluster_bytes()) },
-        next: Mutex::new((0, 0)),
+        next: Mutex::new(Cursor::default()),
         turn: Mutex::new(0),
         turned: Condvar::new(),
         stop: AtomicBool::new(false),
@@ -179,15 +190,16 @@ impl Shared<'_> {
     /// The next run of the source that needs something done.
     fn take(&self) -> Result<Option<Step>, BlockError> {
         let mut next = self.next.lock();
+        let next = &mut *next;
         let size_bytes = self.source.size_bytes();
-        while next.0 < size_bytes && !self.stop.load(Ordering::Relaxed) {
-            let offset = next.0;
+        while next.offset < size_bytes && !self.stop.load(Ordering::Relaxed) {
+            let offset = next.offset;
             let ChainExtent { depth, extent } =
-                self.source.extent(offset, (size_bytes - offset).min(ZERO_STEP_BYTES))?;
+                next.source.at(self.source, offset, (size_bytes - offset).min(ZERO_STEP_BYTES))?;
             let mut bytes = extent.bytes;
             let mut held = false;
             if self.opts.unmapped_only {
-                let there = self.target.extent(self.opts.target_offset + offset, bytes)?;
+                let there = next.target.at(self.target, self.opts.target_offset + offset, bytes)?;
                 bytes = there.extent.bytes;
                 held = there.depth == 0 && there.extent.kind != ExtentKind::Below;
             }
@@ -204,12 +216,12 @@ impl Shared<'_> {
                     _ => self.chunk_bytes.min(size_bytes - offset),
                 };
                 if nothing && run_bytes >= bytes {
-                    next.0 = offset + bytes;
+                    next.offset = offset + bytes;
                     self.report(bytes);
                     continue;
                 }
             } else if nothing {
-                next.0 = offset + bytes;
+                next.offset = offset + bytes;
                 self.report(bytes);
                 continue;
             } else if extent.kind == ExtentKind::Data || as_data {
@@ -218,8 +230,9 @@ impl Shared<'_> {
             }
             let kind = if as_data { ExtentKind::Data } else { extent.kind };
             let from_file = extent.host.filter(|_| !as_data).map(|_| depth);
-            let step = Step { turn: next.1, offset, bytes, kind, from_file };
-            *next = (offset + bytes, next.1 + 1);
+            let step = Step { turn: next.turn, offset, bytes, kind, from_file };
+            next.offset = offset + bytes;
+            next.turn += 1;
             return Ok(Some(step));
         }
         Ok(None)

@@ -27,6 +27,7 @@ mod node;
 mod page_buf;
 mod qcow2;
 mod raw;
+mod runs;
 mod slice_cache;
 pub mod spec;
 #[allow(unsafe_code)]

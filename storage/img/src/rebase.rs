@@ -174,6 +174,8 @@ impl Work<'_> {
             compressed: self.compress,
             // What stays unmapped reads as zeroes when the old file is gone.
             target_is_zero: true,
+            // A block of zeroes in the data of the old file stays one; to look for it would cost more.
+            sparse_bytes: 0,
             unmapped_only: true,
             ..CopyOptions::default()
         };
