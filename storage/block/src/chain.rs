@@ -10,11 +10,12 @@ use image::qcow2::{AUTOCLEAR_BITMAPS, COMPAT_LAZY_REFCOUNTS, CompressionType};
 use image::{Format, PROBE_BYTES};
 
 use crate::error::{Action, BlockError};
-use crate::foreign::ForeignImage;
+use crate::foreign::{ForeignImage, ForeignReport};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
 use crate::qcow2::{check_file, read_header};
 use crate::sys::{ReadBufs, lock_byte_held_elsewhere, lock_shared, pread, unlock};
+use crate::vmdk::VmdkInfo;
 
 /// Most files in a chain; libvirt's limit.
 const CHAIN_MAX: usize = 200;
@@ -53,8 +54,10 @@ pub struct ImageInfo {
     pub dirty: bool,
     /// The image is marked corrupt.
     pub corrupt: bool,
-    /// What only qcow2 has; `None` for raw.
+    /// What only qcow2 has.
     pub qcow2: Option<Qcow2Info>,
+    /// What only vmdk has.
+    pub vmdk: Option<VmdkInfo>,
 }
 
 /// Fields of a qcow2 header that a person may ask for.
@@ -118,7 +121,17 @@ pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockEr
         dirty: false,
         corrupt: false,
         qcow2: None,
+        vmdk: None,
     };
+    if format != Format::Raw && format != Format::Qcow2 {
+        let said = foreign_with_extents(path, open_image(path, true)?, format)?.inspect()?;
+        info.virtual_size_bytes = said.size_bytes;
+        info.cluster_bytes = Some(said.cluster_bytes).filter(|bytes| *bytes > 0);
+        info.allocated_bytes = said.allocated_bytes;
+        info.backing_format = said.backing_name.as_ref().map(|_| format.name().to_owned());
+        info.backing_name = said.backing_name;
+        info.vmdk = said.vmdk;
+    }
     if format == Format::Qcow2 {
         let header = read_header(&file, path)?;
         info.virtual_size_bytes = header.geometry.size_bytes;
@@ -138,6 +151,29 @@ pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockEr
         info.backing_format = header.backing_format;
     }
     Ok(info)
+}
+
+/// Looks for contradictions in the tables of a vdi, vmdk or vhdx; `None` for a format without checks. Takes no lock.
+pub fn check_foreign(path: &Path, format: Format) -> Result<Option<ForeignReport>, BlockError> {
+    if matches!(format, Format::Raw | Format::Qcow2) {
+        return Ok(None);
+    }
+    foreign_with_extents(path, open_image(path, true)?, format)?.check()
+}
+
+/// An image of another vendor with the files beside it that belong to it, for reading.
+fn foreign_with_extents(path: &Path, file: File, format: Format) -> Result<ForeignImage, BlockError> {
+    let mut image = foreign_over(path, &file, format)?;
+    let directory = path.parent().unwrap_or(Path::new(""));
+    for name in image.extent_names()? {
+        let beside = directory.join(&name);
+        let failed =
+            |source| BlockError::ExtentFile { path: path.to_owned(), name: name.clone(), source: Box::new(source) };
+        let extent = open_image(&beside, true).map_err(failed)?;
+        let extent = HostFile::new(extent).map_err(|e| BlockError::io(&beside, Action::Stat, e))?;
+        image.extents.push((Arc::new(extent), beside));
+    }
+    Ok(image)
 }
 
 /// Walks a whole qcow2 image and compares what is referenced with what is counted; changes nothing. Takes no lock:

@@ -38,7 +38,9 @@ mod vmdk;
 mod vpc;
 mod zeroes;
 
-pub use chain::{ChainFile, Checked, ImageInfo, Qcow2Info, check_image, inspect, resolve_chain, resolve_chain_probing};
+pub use chain::{
+    ChainFile, Checked, ImageInfo, Qcow2Info, check_foreign, check_image, inspect, resolve_chain, resolve_chain_probing,
+};
 pub use compare::compare;
 pub use copy::{CopyOptions, copy};
 pub use create::{
