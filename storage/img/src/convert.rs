@@ -101,6 +101,9 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         return Err(ImgError::Plain(Rule::TargetTooSmall));
     }
     let options = CopyOptions {
+        compressed: options.compressed || created.is_stream,
+        // A stream is written from its start to its end.
+        out_of_order: options.out_of_order && !created.is_stream,
         target_is_zero: (created.is_zero && options.sparse_bytes > 0) || parsed.has("target-is-zero"),
         layers: if created.has_backing { 1 } else { usize::MAX },
         ..options
@@ -212,6 +215,8 @@ struct Target {
     is_zero: bool,
     /// It shows a backing file.
     has_backing: bool,
+    /// It takes compressed pieces only, in order.
+    is_stream: bool,
 }
 
 fn open_target(
@@ -228,7 +233,7 @@ fn open_target(
         let named = Named::new(name, image_opts, format)?;
         let disk = open::disk(&named, Access::write(cache))?;
         let has_backing = parsed.has("backing");
-        return Ok((disk, Target { label, is_zero: false, has_backing }));
+        return Ok((disk, Target { label, is_zero: false, has_backing, is_stream: false }));
     }
     let format = format.unwrap_or("raw");
     let mut request = Request::unnamed(name, format, &parsed.values("target-options")?)?;
@@ -245,9 +250,10 @@ fn open_target(
     let converting = |source| ImgError::Converting { name: label.clone(), format: format.to_owned(), source };
     request.make(false).map_err(converting)?;
     let is_file = request.path().is_file();
+    let is_stream = request.list.text("subformat") == Some("streamOptimized");
     let named = Named::new(name, false, Some(format))?;
     let disk = open::disk(&named, Access::write(cache))?;
-    Ok((disk, Target { label, is_zero: is_file && !has_backing, has_backing }))
+    Ok((disk, Target { label, is_zero: is_file && !has_backing, has_backing, is_stream }))
 }
 
 fn check_compressible(request: &Request, format: &str) -> Result<(), ImgError> {

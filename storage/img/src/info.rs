@@ -1,9 +1,10 @@
 //! `info`: what an image says about itself.
 
 use std::io::{Write, stdout};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
-use block::{BitmapInfo, BlockError, CompressionType, Disk, Format, ImageInfo, Snapshot, inspect};
+use block::{BitmapInfo, BlockError, CompressionType, Disk, Format, ImageInfo, Snapshot, VmdkInfo, inspect};
 use serde_json::{Map, Value, json};
 
 use crate::Command;
@@ -71,6 +72,9 @@ fn compression(info: &ImageInfo) -> &'static str {
 
 /// What only the image's format has, and the name of that.
 fn specific(info: &ImageInfo, bitmaps: &[BitmapInfo]) -> Option<(&'static str, Facts)> {
+    if let Some(vmdk) = &info.vmdk {
+        return Some(("vmdk", vmdk_facts(vmdk)));
+    }
     let q = info.qcow2?;
     let new = q.version > 2;
     let mut facts = vec![
@@ -89,6 +93,60 @@ fn specific(info: &ImageInfo, bitmaps: &[BitmapInfo]) -> Option<(&'static str, F
         facts.push(("extended-l2", Facts::from(q.extended_l2)));
     }
     Some(("qcow2", Facts::Group(facts)))
+}
+
+fn vmdk_facts(vmdk: &VmdkInfo) -> Facts {
+    let extents = vmdk.extents.iter().map(|extent| {
+        let mut facts = Vec::new();
+        if extent.compressed {
+            facts.push(("compressed", Facts::from(true)));
+        }
+        facts.push(("virtual-size", Facts::from(extent.size_bytes)));
+        let name = extent.path.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+        facts.push(("filename", Facts::from(name.as_str())));
+        if extent.cluster_bytes > 0 {
+            facts.push(("cluster-size", Facts::from(extent.cluster_bytes)));
+        }
+        facts.push(("format", Facts::from(extent.kind)));
+        Facts::Group(facts)
+    });
+    Facts::Group(vec![
+        ("cid", Facts::from(u64::from(vmdk.cid))),
+        ("parent-cid", Facts::from(u64::from(vmdk.parent_cid))),
+        ("create-type", Facts::from(vmdk.create_type.as_str())),
+        ("extents", Facts::List(extents.collect())),
+    ])
+}
+
+/// A file that an image is in.
+struct Child {
+    name: String,
+    path: PathBuf,
+    file_bytes: u64,
+    allocated_bytes: u64,
+}
+
+/// The files of an image: those beside it that belong to it, then its own.
+fn children(found: &Found) -> Vec<Child> {
+    let measured = |name: String, path: &Path| {
+        let meta = std::fs::metadata(path).ok();
+        Child {
+            name,
+            path: path.to_owned(),
+            file_bytes: meta.as_ref().map_or(0, |meta| meta.len().next_multiple_of(512)),
+            allocated_bytes: meta.as_ref().map_or(0, |meta| meta.blocks() * 512),
+        }
+    };
+    let own = &found.path;
+    let beside = found.info.vmdk.iter().flat_map(|vmdk| &vmdk.extents).filter_map(|extent| extent.path.as_ref());
+    let mut all: Vec<Child> = beside
+        .filter(|path| *path != own)
+        .enumerate()
+        .map(|(index, path)| measured(format!("extents.{index}"), path))
+        .collect();
+    let file = measured("file".to_owned(), own);
+    all.push(Child { file_bytes: file_bytes(&found.info), ..file });
+    all
 }
 
 fn bitmap_facts(bitmap: &BitmapInfo) -> Facts {
@@ -152,11 +210,13 @@ fn as_text(found: &Found) -> String {
         lines.push("Format specific information:".into());
         lines.push(facts.to_text(1).trim_end().to_owned());
     }
-    lines.push("Child node '/file':".into());
-    lines.push(format!("    filename: {}", path.display()));
-    lines.push("    protocol type: file".into());
-    lines.push(format!("    file length: {} ({} bytes)", human(file_bytes(info)), file_bytes(info)));
-    lines.push(format!("    disk size: {}", human(info.allocated_bytes)));
+    for child in children(found) {
+        lines.push(format!("Child node '/{}':", child.name));
+        lines.push(format!("    filename: {}", child.path.display()));
+        lines.push("    protocol type: file".into());
+        lines.push(format!("    file length: {} ({} bytes)", human(child.file_bytes), child.file_bytes));
+        lines.push(format!("    disk size: {}", human(child.allocated_bytes)));
+    }
     lines.join("\n") + "\n"
 }
 
@@ -164,11 +224,8 @@ fn as_json(found: &Found) -> Value {
     let Found { path, info, snapshots, bitmaps } = found;
     let name = path.display().to_string();
     let mut all = Map::new();
-    let child = json!({
-        "children": [], "virtual-size": file_bytes(info), "filename": name, "format": "file",
-        "actual-size": info.allocated_bytes, "format-specific": {"type": "file", "data": {}}, "dirty-flag": false,
-    });
-    all.insert("children".into(), json!([{"name": "file", "info": child}]));
+    let children: Vec<Value> = children(found).iter().map(child_json).collect();
+    all.insert("children".into(), json!(children));
     all.insert("virtual-size".into(), json!(info.virtual_size_bytes));
     all.insert("filename".into(), json!(name));
     all.insert("format".into(), json!(info.format.name()));
@@ -189,6 +246,15 @@ fn as_json(found: &Found) -> Value {
         all.extend(info.backing_format.iter().map(|f| ("backing-filename-format".to_owned(), json!(f))));
     }
     Value::Object(all)
+}
+
+fn child_json(child: &Child) -> Value {
+    let info = json!({
+        "children": [], "virtual-size": child.file_bytes, "filename": child.path.display().to_string(),
+        "format": "file", "actual-size": child.allocated_bytes,
+        "format-specific": {"type": "file", "data": {}}, "dirty-flag": false,
+    });
+    json!({"name": child.name, "info": info})
 }
 
 fn snapshot_json(snapshot: &Snapshot) -> Value {

@@ -784,3 +784,57 @@ fn bitmap_is_called_by_vdsm() {
         ",
     );
 }
+
+#[test]
+fn images_of_other_vendors_are_read_and_written() {
+    check(&format!(
+        "{FILLED}
+        peer convert -O vmdk top.qcow2 a.vmdk
+        peer convert -O vmdk -o subformat=streamOptimized top.qcow2 s.vmdk
+        peer convert -O vmdk -o subformat=twoGbMaxExtentFlat top.qcow2 t.vmdk
+        peer convert -O vdi top.qcow2 a.vdi
+        peer convert -O vpc -o force_size=on top.qcow2 a.vpc
+        peer convert -O vhdx top.qcow2 a.vhdx
+        json info --output=json a.vmdk
+        json info --output=json s.vmdk
+        json info --output=json t.vmdk
+        run info a.vdi
+        run info a.vpc
+        run info a.vhdx
+        run check a.vmdk
+        run check a.vdi
+        run check a.vhdx
+        json check --output=json a.vdi
+        fail 63 check a.vpc
+        run map --output=json a.vmdk
+        run map --output=json a.vdi
+        run convert -O qcow2 a.vmdk vmdk.qcow2
+        same vmdk.qcow2
+        run convert -O raw s.vmdk stream.raw
+        same stream.raw
+        run convert -f vmdk -O raw t.vmdk split.raw
+        same split.raw
+        run convert -f vdi -O qcow2 a.vdi vdi.qcow2
+        same vdi.qcow2
+        run convert -f vpc -O raw a.vpc vpc.raw
+        same vpc.raw
+        run convert -f vhdx -O raw a.vhdx vhdx.raw
+        same vhdx.raw
+        # OVA tools, cinder, people
+        run convert -f qcow2 -O vmdk -o subformat=streamOptimized top.qcow2 o1.vmdk
+        same o1.vmdk
+        ok convert -p -c -O vmdk -o subformat=streamOptimized,adapter_type=lsilogic top.qcow2 o2.vmdk
+        same o2.vmdk
+        run convert -O vmdk top.qcow2 o3.vmdk
+        same o3.vmdk
+        run convert -O vdi top.qcow2 o4.vdi
+        same o4.vdi
+        run convert -O vpc -o force_size=on top.qcow2 o5.vpc
+        same o5.vpc
+        run convert -O vhdx -o subformat=dynamic top.qcow2 o6.vhdx
+        same o6.vhdx
+        run compare a.vmdk a.vdi
+        run compare -f vpc -F vhdx a.vpc a.vhdx
+        "
+    ));
+}
