@@ -93,6 +93,8 @@ pub enum ImgError {
     Open { name: String, source: BlockError },
     #[error("Could not open '{name}': Could not open backing file: {}", why(source))]
     OpenBelow { name: String, source: BlockError },
+    #[error("Could not open '{name}': {}", host(source))]
+    OpenHost { name: String, source: io::Error },
     #[error("Could not open '{name}': {reason}")]
     OpenRule { name: String, reason: Rule },
     #[error("{name}: {source}")]
@@ -294,6 +296,13 @@ pub enum Rule {
     NotInChain { base: String, name: String },
     #[error("Invalid format name: '{0}'")]
     FormatName(String),
+    #[error("Offset ({offset}) cannot be greater than size of the containing file ({have})")]
+    SliceOffset { offset: u64, have: u64 },
+    #[error(
+        "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of the containing \
+         file ({have})"
+    )]
+    SliceEnd { offset: u64, size: u64, have: u64 },
     #[error("filesystem does not support O_DIRECT")]
     NoDirect,
     #[error("{0}")]

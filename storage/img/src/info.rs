@@ -4,6 +4,7 @@ use std::io::{Write, stdout};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use block::spec::ImageSpec;
 use block::{BitmapInfo, BlockError, CompressionType, Disk, Format, ImageInfo, Snapshot, VmdkInfo, inspect};
 use serde_json::{Map, Value, json};
 
@@ -15,7 +16,8 @@ use crate::facts::Facts;
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, flag};
 use crate::io::amount;
 use crate::json::write_json;
-use crate::open::Named;
+use crate::layers;
+use crate::open::{self, Access, Named};
 use crate::size::human;
 use crate::snapshot::table;
 
@@ -37,6 +39,9 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
     let json = parsed.json()?;
     let named = Named::of(parsed, file, "format")?;
+    if named.spec.plain_path().is_none() {
+        return layered(&named, parsed, json);
+    }
     let walk = Walk::new(named, parsed.has("force-share"));
     let images: Vec<Found> = match parsed.has("backing-chain") {
         true => walk.collect::<Result<_, _>>()?,
@@ -54,6 +59,33 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
             writeln!(out)?;
         }
         out.write_all(as_text(found).as_bytes())?;
+    }
+    Ok(0)
+}
+
+/// An image whose name has layers: what its disk is, and which file is at the bottom.
+fn layered(named: &Named, parsed: &Parsed, json: bool) -> Result<u8, ImgError> {
+    let disk = open::disk(named, Access::read(parsed))?;
+    let format = layers::format_of(named)?;
+    let name = ImageSpec { driver: Some(format), ..named.spec.clone() }.to_string();
+    let bottom = layers::innermost(&named.spec.file).map(|path| measured("file".to_owned(), path));
+    let allocated = disk.counters().allocated_bytes;
+    let mut out = stdout().lock();
+    if json {
+        let children: Vec<Value> = bottom.iter().map(child_json).collect();
+        let value = json!({
+            "children": children, "virtual-size": disk.size_bytes(), "filename": name, "format": format.name(),
+            "actual-size": allocated, "dirty-flag": false,
+        });
+        let value = if parsed.has("backing-chain") { json!([value]) } else { value };
+        write_json(&mut out, &value)?;
+        return Ok(0);
+    }
+    writeln!(out, "image: {name}\nfile format: {format}")?;
+    writeln!(out, "virtual size: {} ({} bytes)", human(disk.size_bytes()), disk.size_bytes())?;
+    writeln!(out, "disk size: {}", human(allocated))?;
+    for child in &bottom {
+        out.write_all(child_text(child).as_bytes())?;
     }
     Ok(0)
 }
@@ -126,17 +158,18 @@ struct Child {
     allocated_bytes: u64,
 }
 
+fn measured(name: String, path: &Path) -> Child {
+    let meta = std::fs::metadata(path).ok();
+    Child {
+        name,
+        path: path.to_owned(),
+        file_bytes: meta.as_ref().map_or(0, |meta| meta.len().next_multiple_of(512)),
+        allocated_bytes: meta.as_ref().map_or(0, |meta| meta.blocks() * 512),
+    }
+}
+
 /// The files of an image: those beside it that belong to it, then its own.
 fn children(found: &Found) -> Vec<Child> {
-    let measured = |name: String, path: &Path| {
-        let meta = std::fs::metadata(path).ok();
-        Child {
-            name,
-            path: path.to_owned(),
-            file_bytes: meta.as_ref().map_or(0, |meta| meta.len().next_multiple_of(512)),
-            allocated_bytes: meta.as_ref().map_or(0, |meta| meta.blocks() * 512),
-        }
-    };
     let own = &found.path;
     let beside = found.info.vmdk.iter().flat_map(|vmdk| &vmdk.extents).filter_map(|extent| extent.path.as_ref());
     let mut all: Vec<Child> = beside
@@ -211,11 +244,7 @@ fn as_text(found: &Found) -> String {
         lines.push(facts.to_text(1).trim_end().to_owned());
     }
     for child in children(found) {
-        lines.push(format!("Child node '/{}':", child.name));
-        lines.push(format!("    filename: {}", child.path.display()));
-        lines.push("    protocol type: file".into());
-        lines.push(format!("    file length: {} ({} bytes)", human(child.file_bytes), child.file_bytes));
-        lines.push(format!("    disk size: {}", human(child.allocated_bytes)));
+        lines.push(child_text(&child).trim_end().to_owned());
     }
     lines.join("\n") + "\n"
 }
@@ -246,6 +275,17 @@ fn as_json(found: &Found) -> Value {
         all.extend(info.backing_format.iter().map(|f| ("backing-filename-format".to_owned(), json!(f))));
     }
     Value::Object(all)
+}
+
+fn child_text(child: &Child) -> String {
+    format!(
+        "Child node '/{}':\n    filename: {}\n    protocol type: file\n    file length: {} ({} bytes)\n    disk size: {}\n",
+        child.name,
+        child.path.display(),
+        human(child.file_bytes),
+        child.file_bytes,
+        human(child.allocated_bytes)
+    )
 }
 
 fn child_json(child: &Child) -> Value {

@@ -23,6 +23,7 @@ mod getopt;
 mod info;
 mod io;
 mod json;
+mod layers;
 mod map;
 mod measure;
 mod open;

@@ -7,6 +7,7 @@ use block::{ChainExtent, Disk, ExtentKind};
 use crate::Command;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, opt};
+use crate::layers;
 use crate::open::{self, Access, Named};
 use crate::size;
 
@@ -53,9 +54,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let start = number("start-offset", "start offset")?.unwrap_or(0);
     let length = number("max-length", "max length")?;
     let named = Named::of(parsed, file, "format")?;
-    let chain = open::chain(&named, Access::read(parsed))?;
-    let names: Vec<String> = chain.iter().map(|layer| layer.path_label.display().to_string()).collect();
-    let disk = open::over(&named, chain, Access::read(parsed))?;
+    let (disk, names) = open::disk_with_names(&named, Access::read(parsed))?;
     let end = length.map_or(disk.size_bytes(), |length| start.saturating_add(length).min(disk.size_bytes()));
     let mut out = std::io::BufWriter::new(stdout().lock());
     if json {
@@ -64,7 +63,13 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         writeln!(out, "{:<16}{:<16}{:<16}{}", "Offset", "Length", "Mapped to", "File")?;
     }
     let mut first = true;
+    let shift = layers::shift(&named.spec.file);
     let printed = walk(&disk, start, end, &mut |entry| {
+        let mut entry = *entry;
+        if entry.depth == 0 {
+            entry.offset = entry.offset.map(|offset| offset + shift);
+        }
+        let entry = &entry;
         let last = entry.start + entry.length >= end;
         if json {
             json_line(&mut out, entry, first, last)?;

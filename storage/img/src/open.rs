@@ -11,6 +11,7 @@ use block::{
 
 use crate::error::{ImgError, Rule};
 use crate::getopt::Parsed;
+use crate::layers;
 
 /// An image as a command line names it.
 #[derive(Clone, Debug)]
@@ -41,6 +42,11 @@ impl Named {
             spec.driver = Some(format_named(&label, name)?);
         }
         Ok(Named { label, spec })
+    }
+
+    /// Whether the name is a path and nothing else, so that the files say the rest.
+    pub fn is_plain(&self) -> bool {
+        self.spec.plain_path().is_some() && self.spec.backing == BackingSpec::FromHeader
     }
 
     /// The path, for commands that need a file of the host.
@@ -173,7 +179,22 @@ pub fn over(named: &Named, chain: Vec<ChainFile>, access: Access) -> Result<Disk
 
 /// Opens an image and everything below it.
 pub fn disk(named: &Named, access: Access) -> Result<Disk, ImgError> {
-    over(named, chain(named, access)?, access)
+    disk_with_names(named, access).map(|(disk, _)| disk)
+}
+
+/// The same, with the names of its files, the top one first.
+pub fn disk_with_names(named: &Named, access: Access) -> Result<(Disk, Vec<String>), ImgError> {
+    if access.write && access.share {
+        return Err(ImgError::OpenRule { name: named.label.clone(), reason: Rule::ShareWrite });
+    }
+    if named.is_plain() {
+        let chain = chain(named, access)?;
+        let names = chain.iter().map(|layer| layer.path_label.display().to_string()).collect();
+        return Ok((over(named, chain, access)?, names));
+    }
+    let disk = layers::disk(named, access)?;
+    let names = vec![disk.path().display().to_string()];
+    Ok((disk, names))
 }
 
 /// Makes a disk show one of its internal snapshots: `snapshot.name=...`, `snapshot.id=...`, or either.

@@ -838,3 +838,38 @@ fn images_of_other_vendors_are_read_and_written() {
         "
     ));
 }
+
+#[test]
+fn names_with_layers_are_called_by_virt_v2v_and_vdsm() {
+    check(&format!(
+        "{FILLED}
+        copy raw.img tar.img
+        grow tar.img 6291456
+        peer create -q -f qcow2 -b base.qcow2 -F qcow2 inner.qcow2
+        # virt-v2v asks whether this can be opened at all
+        ok info 'json:{{\"file\":{{\"driver\":\"raw\",\"offset\":512,\"size\":512,\"file\":{{\"filename\":\"tar.img\"}}}}}}'
+        json info --output=json 'json:{{\"driver\":\"qcow2\",\"file\":{{\"driver\":\"file\",\"filename\":\"top.qcow2\"}},\"backing\":null}}'
+        run map --output=json 'json:{{\"driver\":\"raw\",\"offset\":1048576,\"size\":1048576,\"file\":{{\"filename\":\"tar.img\"}}}}'
+        run convert -O raw 'json:{{\"driver\":\"raw\",\"offset\":1048576,\"size\":2097152,\"file\":{{\"filename\":\"tar.img\"}}}}' part.raw
+        same part.raw
+        # vdsm copies one layer of a chain
+        run convert -O qcow2 'json:{{\"driver\":\"qcow2\",\"file\":{{\"driver\":\"file\",\"filename\":\"top.qcow2\"}},\"backing\":null}}' one.qcow2
+        same one.qcow2
+        run map --output=json 'json:{{\"driver\":\"qcow2\",\"file.filename\":\"top.qcow2\",\"backing\":null}}'
+        run measure -O qcow2 'json:{{\"driver\":\"qcow2\",\"file.filename\":\"top.qcow2\",\"backing\":null}}'
+        # a disk inside a disk
+        run convert -O qcow2 inner.qcow2 inside.qcow2
+        peer convert -O raw inside.qcow2 whole.raw
+        run convert -n --target-image-opts inner.qcow2 driver=raw,file.driver=qcow2,file.file.filename=inside.qcow2
+        same inside.qcow2
+        run compare --image-opts driver=raw,file.driver=qcow2,file.file.filename=inside.qcow2 driver=raw,file.filename=whole.raw
+        fail 1 info 'json:{{\"driver\":\"raw\",\"offset\":512,\"size\":1000,\"file\":{{\"filename\":\"raw.img\"}}}}'
+        fail 1 info 'json:{{\"driver\":\"raw\",\"offset\":10000001,\"file\":{{\"filename\":\"raw.img\"}}}}'
+        fail 1 info 'json:{{\"driver\":\"raw\",\"offset\":512,\"size\":9437184,\"file\":{{\"filename\":\"raw.img\"}}}}'
+        fail 1 info 'json:{{\"driver\":\"raw\",\"offset\":-5,\"file\":{{\"filename\":\"raw.img\"}}}}'
+        fail 1 info 'json:{{\"filename\":\"raw.img\"}}'
+        fail 1 info 'json:'
+        fail 1 info 'json:[]'
+        "
+    ));
+}

@@ -1,0 +1,318 @@
+//! Images whose name is more than a path: parts of files, disks inside images, backing files other than the header's.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use block::spec::{BackingSpec, FileSpec, ImageSpec};
+use block::{
+    BlockError, CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, Qcow2Image, ReadBufs,
+    WriteBufs, probe, resolve_chain_probing, use_direct_io,
+};
+
+use crate::create::beside;
+use crate::error::{ImgError, Rule};
+use crate::open::{Access, Named};
+
+/// Most layers a name can have with what its headers name.
+const LAYERS_MAX: usize = 200;
+/// Bytes a format is told by.
+const PROBE_BYTES: usize = 512;
+
+/// Opens the disk that a name with layers stands for.
+pub fn disk(named: &Named, access: Access) -> Result<Disk, ImgError> {
+    let mut opener = Opener { label: &named.label, access, layers: Vec::new() };
+    opener.add(&named.spec)?;
+    let format = opener.layers.first().map_or(Format::Raw, |top| top.format);
+    let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..OpenOptions::default() };
+    let layers = opener.layers;
+    Disk::open_backends(layers, &options).map_err(|source| ImgError::Open { name: named.label.clone(), source })
+}
+
+/// The format of the top layer: as declared, or as its first bytes say.
+pub fn format_of(named: &Named) -> Result<Format, ImgError> {
+    let access = Access { write: false, share: true, cache: CacheMode::Writeback };
+    let opener = Opener { label: &named.label, access, layers: Vec::new() };
+    let (file, _) = opener.file(&named.spec.file)?;
+    opener.format(&named.spec, &*file)
+}
+
+/// The innermost file of a name, if it is one of the host.
+pub fn innermost(file: &FileSpec) -> Option<&Path> {
+    match file {
+        FileSpec::Path(path) => Some(path),
+        FileSpec::Slice { below, .. } | FileSpec::Blkdebug { below, .. } => innermost(below),
+        FileSpec::Image(image) => innermost(&image.file),
+        FileSpec::Nbd(_) => None,
+    }
+}
+
+/// How far into its file of the host the bytes of a name start; 0 where they are not in one as they are.
+pub fn shift(file: &FileSpec) -> u64 {
+    match file {
+        FileSpec::Slice { below, offset, .. } => offset.saturating_add(shift(below)),
+        _ => 0,
+    }
+}
+
+struct Opener<'a> {
+    label: &'a str,
+    access: Access,
+    layers: Vec<ChainBackend>,
+}
+
+impl Opener<'_> {
+    fn rule(&self, reason: Rule) -> ImgError {
+        ImgError::OpenRule { name: self.label.to_owned(), reason }
+    }
+
+    fn failed(&self, source: BlockError) -> ImgError {
+        ImgError::Open { name: self.label.to_owned(), source }
+    }
+
+    /// Adds an image and everything below it.
+    fn add(&mut self, spec: &ImageSpec) -> Result<(), ImgError> {
+        if self.layers.len() >= LAYERS_MAX {
+            let path = PathBuf::from(self.label);
+            return Err(self.failed(BlockError::TooDeep { path, max: LAYERS_MAX }));
+        }
+        let (file, label) = self.file(&spec.file)?;
+        let format = self.format(spec, &*file)?;
+        let backing = match (&spec.backing, format) {
+            (BackingSpec::FromHeader, Format::Qcow2) => self.named_in_header(spec, &label)?,
+            (BackingSpec::FromHeader, _) => None,
+            (BackingSpec::None, Format::Qcow2) if self.named_in_header(spec, &label)?.is_some() => {
+                self.layers.push(layer(file, label, format));
+                // The image says that something is below it: nothing is.
+                self.layers.push(layer(Box::new(Nothing), PathBuf::from("nothing"), Format::Raw));
+                return Ok(());
+            }
+            (BackingSpec::None, _) => None,
+            (BackingSpec::Image(below), _) => Some((**below).clone()),
+        };
+        self.layers.push(layer(file, label, format));
+        // What is below is read, and nobody changes it.
+        self.access.write = false;
+        match backing {
+            Some(below) => self.add(&below),
+            None => Ok(()),
+        }
+    }
+
+    fn format(&self, spec: &ImageSpec, file: &dyn FileBackend) -> Result<Format, ImgError> {
+        if let Some(format) = spec.driver {
+            return Ok(format);
+        }
+        let mut first = [0; PROBE_BYTES];
+        file.read_at(0, &ReadBufs::from_slice(&mut first)).map_err(|source| self.host(source))?;
+        Ok(probe(&first))
+    }
+
+    fn host(&self, source: io::Error) -> ImgError {
+        ImgError::OpenHost { name: self.label.to_owned(), source }
+    }
+
+    /// The backing file that a qcow2 header names.
+    fn named_in_header(&self, spec: &ImageSpec, label: &Path) -> Result<Option<ImageSpec>, ImgError> {
+        let reader =
+            Opener { access: Access { write: false, share: true, ..self.access }, layers: Vec::new(), ..*self };
+        let (file, label_again) = reader.file(&spec.file)?;
+        let image = Qcow2Image::open_backend(layer(file, label_again, Format::Qcow2), true);
+        let header = image.map_err(|source| self.failed(source))?.header();
+        let Some(name) = header.backing_name else { return Ok(None) };
+        let refused = |source| ImgError::Spec { name: name.clone(), source };
+        let mut below = ImageSpec::parse(std::ffi::OsStr::new(&name)).map_err(refused)?;
+        if let FileSpec::Path(_) = below.file {
+            below.file = FileSpec::Path(beside(label, &name));
+        }
+        if let Some(format) = header.backing_format {
+            let unknown = || self.rule(Rule::UnknownDriver(format.clone()));
+            below.driver = Some(format.parse().map_err(|_| unknown())?);
+        }
+        Ok(Some(below))
+    }
+
+    /// Opens what holds the bytes, with the path that its messages name.
+    fn file(&self, file: &FileSpec) -> Result<(Box<dyn FileBackend>, PathBuf), ImgError> {
+        let Access { write, share, cache } = self.access;
+        match file {
+            FileSpec::Path(path) => {
+                let chain = resolve_chain_probing(path, Some(Format::Raw), !write, !share);
+                let mut chain = chain.map_err(|source| self.failed(source))?;
+                let top = chain.pop().ok_or_else(|| self.failed(BlockError::EmptyChain))?;
+                if cache == CacheMode::None {
+                    use_direct_io(&top.file).map_err(|_| self.rule(Rule::NoDirect))?;
+                }
+                let file = HostFile::new(top.file).map_err(|source| self.host(source))?;
+                Ok((Box::new(file), path.clone()))
+            }
+            FileSpec::Slice { below, offset, size } => {
+                let (below, label) = self.file(below)?;
+                let have = below.len_bytes().map_err(|source| self.host(source))?;
+                if *offset > have {
+                    return Err(self.rule(Rule::SliceOffset { offset: *offset, have }));
+                }
+                let size = size.unwrap_or((have - offset) / 512 * 512);
+                if offset.checked_add(size).is_none_or(|end| end > have) {
+                    return Err(self.rule(Rule::SliceEnd { offset: *offset, size, have }));
+                }
+                Ok((Box::new(Slice { below, offset: *offset, size }), label))
+            }
+            FileSpec::Image(image) => {
+                let mut inner = Opener { layers: Vec::new(), ..*self };
+                inner.add(image)?;
+                let label = inner.layers.first().map(|top| top.path_label.clone()).unwrap_or_default();
+                let format = inner.layers.first().map_or(Format::Raw, |top| top.format);
+                let options = OpenOptions { read_only: !write, format, cache, ..OpenOptions::default() };
+                let disk = Disk::open_backends(inner.layers, &options).map_err(|source| self.failed(source))?;
+                Ok((Box::new(DiskFile(disk)), label))
+            }
+            FileSpec::Nbd(_) => Err(ImgError::NotSupported("an image on an NBD server")),
+            FileSpec::Blkdebug { .. } => Err(ImgError::NotSupported("blkdebug:")),
+        }
+    }
+}
+
+fn layer(file: Box<dyn FileBackend>, path_label: PathBuf, format: Format) -> ChainBackend {
+    ChainBackend { file, path_label, format, extents: Vec::new() }
+}
+
+/// A file without a byte: reads past its end are zeroes.
+struct Nothing;
+
+impl FileBackend for Nothing {
+    fn read_at(&self, _: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        bufs.fill_zero();
+        Ok(())
+    }
+    fn write_at(&self, _: u64, _: &WriteBufs<'_>) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn punch_hole(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+    fn set_len_bytes(&self, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+}
+
+/// A part of a file. It neither grows nor shrinks.
+struct Slice {
+    below: Box<dyn FileBackend>,
+    offset: u64,
+    size: u64,
+}
+
+impl Slice {
+    /// Where a range is in the file below; an error if it is not all inside.
+    fn place(&self, at: u64, bytes: u64) -> io::Result<u64> {
+        match at.checked_add(bytes) {
+            Some(end) if end <= self.size => Ok(self.offset + at),
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+}
+
+impl FileBackend for Slice {
+    fn read_at(&self, at: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        let inside = usize::try_from(self.size.saturating_sub(at)).unwrap_or(usize::MAX).min(bufs.len());
+        bufs.range(inside, bufs.len() - inside).fill_zero();
+        if inside == 0 {
+            return Ok(());
+        }
+        self.below.read_at(self.offset + at, &bufs.range(0, inside))
+    }
+    fn write_at(&self, at: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
+        self.below.write_at(self.place(at, bufs.len() as u64)?, bufs)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.below.sync_data()
+    }
+    fn punch_hole(&self, at: u64, bytes: u64) -> io::Result<()> {
+        self.below.punch_hole(self.place(at, bytes)?, bytes)
+    }
+    fn write_zeroes(&self, at: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
+        self.below.write_zeroes(self.place(at, bytes)?, bytes, may_unmap)
+    }
+    fn extent(&self, at: u64, bytes: u64) -> io::Result<(u64, bool)> {
+        let inside = self.size.saturating_sub(at).min(bytes);
+        if inside == 0 { Ok((bytes, false)) } else { self.below.extent(self.offset + at, inside) }
+    }
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.size)
+    }
+    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
+        if bytes == self.size { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        self.below.allocated_bytes()
+    }
+}
+
+/// The disk of an image as a file.
+struct DiskFile(Disk);
+
+/// Bytes copied at a time between a disk and a caller's buffers.
+const PIECE_BYTES: usize = 1 << 20;
+
+fn as_io(error: BlockError) -> io::Error {
+    io::Error::other(error)
+}
+
+impl FileBackend for DiskFile {
+    fn read_at(&self, at: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        let inside = usize::try_from(self.0.size_bytes().saturating_sub(at)).unwrap_or(usize::MAX).min(bufs.len());
+        bufs.range(inside, bufs.len() - inside).fill_zero();
+        let mut room = vec![0; inside.min(PIECE_BYTES)];
+        let mut done = 0;
+        while done < inside {
+            let piece = room.get_mut(..(inside - done).min(PIECE_BYTES)).unwrap_or_default();
+            self.0.read(at + done as u64, piece).map_err(as_io)?;
+            bufs.range(done, piece.len()).copy_from(piece);
+            done += piece.len();
+        }
+        Ok(())
+    }
+    fn write_at(&self, at: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
+        let mut room = vec![0; bufs.len()];
+        bufs.copy_to(&mut room);
+        self.0.write(at, &room).map_err(as_io)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.flush().map_err(as_io)
+    }
+    fn punch_hole(&self, at: u64, bytes: u64) -> io::Result<()> {
+        self.0.discard(at, bytes).map_err(as_io)
+    }
+    fn write_zeroes(&self, at: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
+        self.0.write_zeroes(at, bytes, may_unmap).map_err(as_io)
+    }
+    fn extent(&self, at: u64, bytes: u64) -> io::Result<(u64, bool)> {
+        let inside = self.0.size_bytes().saturating_sub(at).min(bytes);
+        if inside == 0 {
+            return Ok((bytes, false));
+        }
+        let found = self.0.extent(at, inside).map_err(as_io)?.extent;
+        Ok((found.bytes, found.kind == block::ExtentKind::Data))
+    }
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.0.size_bytes())
+    }
+    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
+        self.0.resize(bytes, true, block::Preallocation::Off).map_err(as_io)
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(self.0.counters().allocated_bytes)
+    }
+}
