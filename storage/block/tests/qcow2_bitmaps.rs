@@ -4,6 +4,7 @@ mod support;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use block::{Disk, Format, OpenOptions, Preallocation, Qcow2Image};
 use support::{MemFile, Pages, open_disk, open_image, qemu_check, qemu_img};
@@ -34,7 +35,9 @@ fn qemu_bitmaps(path: &Path) -> Vec<(String, u64, String)> {
 
 /// The ranges that QEMU's NBD server says are dirty.
 fn qemu_dirty(path: &Path, bitmap: &str) -> Vec<(u64, u64)> {
-    let socket = path.with_extension("sock");
+    // A server that ends removes its socket, which must not be the next one's.
+    static SERVERS: AtomicU32 = AtomicU32::new(0);
+    let socket = path.with_extension(format!("sock{}", SERVERS.fetch_add(1, Ordering::Relaxed)));
     let args = ["-r", "-f", "qcow2", "-B", bitmap, "--fork", "-k", socket.to_str().unwrap(), path.to_str().unwrap()];
     let server = Command::new("qemu-nbd").args(args).stdout(Stdio::null()).status().unwrap();
     assert!(server.success());

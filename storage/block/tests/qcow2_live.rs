@@ -103,7 +103,8 @@ fn snapshots_of_a_busy_disk_are_moments_of_it() {
         let size = (THREADS * SHARE_BYTES).to_string();
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &size]);
         let file = Slow(HostFile::new(open_file(&path, true)).unwrap(), AtomicU64::new(0));
-        let layer = ChainBackend { file: Box::new(file), path_label: path.clone(), format: Format::Qcow2 };
+        let layer =
+            ChainBackend { file: Box::new(file), extents: Vec::new(), path_label: path.clone(), format: Format::Qcow2 };
         let disk = Disk::open_backends(vec![layer], &OpenOptions::default()).unwrap();
         let mut taken = Vec::new();
         let stop = AtomicBool::new(false);

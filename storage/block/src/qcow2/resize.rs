@@ -24,9 +24,13 @@ struct NewArea {
 
 impl Qcow2Image {
     /// Changes the size of the disk, rounded up to 512 bytes. New bytes read as zeroes. Shrinking needs `shrink`, and
-    /// loses what lies behind the new end; snapshots keep their own size. Of an image with a backing file, use
-    /// [`crate::Disk::resize`], which knows how long that is.
+    /// loses what lies behind the new end; snapshots keep their own size. An image with a backing file is refused here:
+    /// [`crate::Disk::resize`] knows what shows through.
     pub fn resize(&self, to_bytes: u64, shrink: bool, preallocation: Preallocation) -> Result<(), BlockError> {
+        if self.header().backing_name.is_some() {
+            let reason = "it has a backing file, so it must be resized as a part of its disk";
+            return Err(self.refuse(MaintenanceError::Unsupported { what: "the size", reason }));
+        }
         self.node.resize_over(&[], to_bytes, shrink, preallocation)
     }
 }
@@ -68,8 +72,9 @@ impl Qcow2Node {
             // What lies behind the old end, like the state of a machine from a snapshot, must not become guest data.
             rewrite.unmap_from(&mut l1, from_bytes.min(to_bytes).next_multiple_of(cluster_bytes))?;
             l1.resize(entries.max(1) as usize, 0);
+            // Also when shrinking: QEMU lets what is left in the last cluster come back when the disk grows again.
+            rewrite.zero_tail(&mut l1, below, from_bytes.min(to_bytes))?;
             if to_bytes > from_bytes {
-                rewrite.zero_tail(&mut l1, below, from_bytes)?;
                 let area = NewArea {
                     start: from_bytes.next_multiple_of(cluster_bytes),
                     end: to_bytes.next_multiple_of(cluster_bytes),

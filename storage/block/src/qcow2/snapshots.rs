@@ -138,7 +138,9 @@ fn apply(rewrite: &mut Rewrite<'_>, mut l1: Vec<u64>, disk_bytes: u64) -> Result
         let source = image::qcow2::HeaderError::L1TooLarge { entries: want, max: image::qcow2::L1_MAX_BYTES / 8 };
         return Err(rewrite.place.refuse(MaintenanceError::Header(source)));
     }
-    l1.resize(l1.len().max(want as usize), 0);
+    // The state of a machine behind the disk stays with the snapshot: nobody reads it in the active table, and a writer
+    // that lets the disk grow might show it to a guest.
+    l1.resize(want.max(1) as usize, 0);
     let old = rewrite.old_l1.clone();
     rewrite.drop_references(&old)?;
     rewrite.add_references(&l1)?;

@@ -179,6 +179,31 @@ fn what_is_packed_comes_out_again() {
             decompress(compression, &out, &mut back).unwrap();
             assert!(back == plain);
         }
+        // A cluster that fails leaves nothing behind for those after it.
+        for bytes in [512usize, 4096, 65536] {
+            let mut seed = 7u64;
+            let mut number = || {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                seed
+            };
+            let mut compressor = Compressor::new(compression);
+            for round in 0..200u64 {
+                let noisy = number() % 3 == 0;
+                let plain: Vec<u8> = match noisy {
+                    true => (0..bytes).map(|_| number() as u8).collect(),
+                    false => (0..bytes as u64).map(|i| (i / 50 + round) as u8 | 1).collect(),
+                };
+                if !compressor.compress(&plain, &mut out) {
+                    assert!(noisy, "{compression:?} {bytes} round {round}");
+                    continue;
+                }
+                let mut back = vec![0; bytes];
+                decompress(compression, &out, &mut back).unwrap();
+                assert!(back == plain, "{compression:?} {bytes} round {round}");
+            }
+        }
         // xorshift: nothing to gain.
         let mut seed = 1u64;
         let noise: Vec<u8> = std::iter::repeat_with(|| {
