@@ -40,7 +40,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let format = parsed.value("format")?.unwrap_or("raw");
     let lists = parsed.values("options")?;
     if optlist::wants_help(&lists) {
-        return print_help(format, parsed.words.first().is_some());
+        return print_help(format, !parsed.words.is_empty());
     }
     let (file, size_word) = match parsed.words.as_slice() {
         [] => return Err(ImgError::Expecting { command: "create", expected: "image file name" }),

@@ -104,7 +104,7 @@ impl Parsed {
 }
 
 fn text<'a>(option: &'static str, value: &'a OsStr) -> Result<&'a str, ImgError> {
-    value.to_str().ok_or_else(|| ImgError::NotText { option })
+    value.to_str().ok_or(ImgError::NotText { option })
 }
 
 /// Splits a subcommand's arguments.

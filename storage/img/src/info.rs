@@ -84,7 +84,7 @@ fn layered(named: &Named, parsed: &Parsed, json: bool) -> Result<u8, ImgError> {
     writeln!(out, "image: {name}\nfile format: {format}")?;
     writeln!(out, "virtual size: {} ({} bytes)", human(disk.size_bytes()), disk.size_bytes())?;
     writeln!(out, "disk size: {}", human(allocated))?;
-    for child in &bottom {
+    if let Some(child) = &bottom {
         out.write_all(child_text(child).as_bytes())?;
     }
     Ok(0)

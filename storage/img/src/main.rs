@@ -5,6 +5,7 @@
 //! by the crate `block`; here are command lines and words only. What is not built ends with a sentence that says so,
 //! never with half of the work.
 #![forbid(unsafe_code)]
+#![allow(clippy::result_large_err, reason = "an error ends the process: it is made and moved once")]
 
 mod amend;
 mod bench;
@@ -159,7 +160,10 @@ fn run_command(command: &Command, args: Vec<OsString>) -> Result<u8, ImgError> {
     if asks_help(command, &args) {
         return print(&help(command));
     }
-    (command.run)(&getopt::parse(command.name, command.options, args)?)
+    let parsed = getopt::parse(command.name, command.options, args)?;
+    // A wrong secret is told before anything is opened, whether the command comes to need it or not.
+    secret::Secrets::of(&parsed)?;
+    (command.run)(&parsed)
 }
 
 /// `-h` or `--help` among the options, and not as the value of one.

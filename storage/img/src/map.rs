@@ -60,7 +60,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     if json {
         write!(out, "[")?;
     } else {
-        writeln!(out, "{:<16}{:<16}{:<16}{}", "Offset", "Length", "Mapped to", "File")?;
+        writeln!(out, "Offset          Length          Mapped to       File")?;
     }
     let mut first = true;
     let shift = layers::shift(&named.spec.file);

@@ -12,6 +12,7 @@ use block::{
 use crate::error::{ImgError, Rule};
 use crate::getopt::Parsed;
 use crate::layers;
+use crate::secret::Secrets;
 
 /// An image as a command line names it.
 #[derive(Clone, Debug)]
@@ -26,7 +27,11 @@ impl Named {
     /// Reads a file name under `--image-opts` and the format that the option `format_option` declares.
     pub fn of(parsed: &Parsed, file: &OsStr, format_option: &'static str) -> Result<Named, ImgError> {
         parsed.exclusive("image-opts", format_option)?;
-        Named::new(file, parsed.has("image-opts"), parsed.value(format_option)?)
+        let named = Named::new(file, parsed.has("image-opts"), parsed.value(format_option)?)?;
+        if let Some(id) = &named.spec.key_secret {
+            Secrets::of(parsed)?.get(id)?;
+        }
+        Ok(named)
     }
 
     /// Reads a name. `format` replaces what the name declares.

@@ -226,7 +226,7 @@ impl Work<'_> {
 
     fn write(&self, at: u64, bytes: &[u8]) -> Result<(), BlockError> {
         let unit = self.disk.cluster_bytes().max(1);
-        let whole = at % unit == 0 && bytes.len() as u64 == unit;
+        let whole = at.is_multiple_of(unit) && bytes.len() as u64 == unit;
         // Without a backing file an unmapped cluster is zeroes already, and stays unmapped: not enough for a file to come.
         if self.old.is_some() && bytes.iter().all(|byte| *byte == 0) {
             return self.disk.write_zeroes(at, bytes.len() as u64, true);

@@ -103,3 +103,37 @@ fn the_name_it_is_called_by_is_the_name_it_has() {
     let (_, text) = ours(dir.path(), "info nope");
     assert!(text.starts_with("vireo-img: Could not open 'nope'"), "{text}");
 }
+
+#[test]
+fn progress_is_what_vdsm_reads() {
+    let dir = images();
+    let out = run(Path::new(env!("CARGO_BIN_EXE_vireo-img")), dir.path(), "convert -p -O raw top.qcow2 out.raw");
+    let text = String::from_utf8(out.stdout).unwrap();
+    // vdsm's regular expression: ` *\((\d+\.\d\d)/100%\)\r`.
+    let mut last = -1.0;
+    for part in text.trim_end_matches('\n').split_terminator('\r') {
+        let number = part.strip_prefix("    (").and_then(|part| part.strip_suffix("/100%)")).unwrap();
+        assert_eq!(number.split_once('.').map(|(_, digits)| digits.len()), Some(2), "{part}");
+        let value: f64 = number.parse().unwrap();
+        assert!(value >= last && value <= 100.0, "{text:?}");
+        last = value;
+    }
+    assert_eq!(last, 100.0);
+    assert!(text.ends_with("\r\n"), "{text:?}");
+    let quiet = run(Path::new(env!("CARGO_BIN_EXE_vireo-img")), dir.path(), "convert -q -p -O raw top.qcow2 out.raw");
+    assert!(quiet.stdout.is_empty() && quiet.stderr.is_empty());
+}
+
+#[test]
+fn secrets_are_looked_at_first() {
+    let dir = images();
+    for (line, says) in [
+        ("info --object secret,id=a top.qcow2", "Must provide 'file' or 'data'"),
+        ("info --object tls-creds,id=a top.qcow2", "object type 'tls-creds' is not supported"),
+        ("info --image-opts driver=qcow2,file.filename=top.qcow2,encrypt.key-secret=sec0", "No secret with id 'sec0'"),
+    ] {
+        let (code, text) = ours(dir.path(), line);
+        assert_eq!(code, Some(1), "{line}");
+        assert!(text.contains(says), "{line}: {text}");
+    }
+}
