@@ -12,6 +12,7 @@ use crate::getopt::{FORCE_SHARE, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt
 use crate::open::{self, Access, Named};
 use crate::optlist::{self, Value};
 use crate::progress::Progress;
+use crate::salvage;
 use crate::size::{self, SizeError};
 use crate::stream;
 
@@ -112,6 +113,11 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let mut before = 0;
     for source in &sources {
         let options = CopyOptions { target_offset: before, ..options.clone() };
+        if parsed.has("salvage") {
+            salvage::copy(source, &target, &options, &progress, (before, total))?;
+            before += source.size_bytes();
+            continue;
+        }
         block::copy(source, &target, &options, &|done, _| {
             progress.report(before + done, total);
             true
@@ -152,13 +158,11 @@ fn check_options(parsed: &Parsed) -> Result<(), ImgError> {
     if has("copy-range-offloading") && has("sparse-size") {
         return rule(Rule::Requires("Cannot enable copy offloading when -S is used"));
     }
+    if has("copy-range-offloading") && has("salvage") {
+        return rule(Rule::Requires("Cannot use copy offloading in salvaging mode"));
+    }
     if has("no-create") && has("target-options") {
         return rule(Rule::Requires("-o has no effect when skipping image creation"));
-    }
-    for (option, name) in [("salvage", "convert --salvage")] {
-        if has(option) {
-            return Err(ImgError::NotSupported(name));
-        }
     }
     Ok(())
 }

@@ -33,6 +33,7 @@ mod progress;
 mod qcow2_options;
 mod rebase;
 mod resize;
+mod salvage;
 mod secret;
 mod size;
 mod snapshot;

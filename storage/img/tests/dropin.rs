@@ -873,3 +873,21 @@ fn names_with_layers_are_called_by_virt_v2v_and_vdsm() {
         "
     ));
 }
+
+#[test]
+fn what_cannot_be_read_is_salvaged_around() {
+    check(
+        "
+        peer create -q -f qcow2 a.qcow2 1M
+        io -c 'write -P 1 0 64k' -c 'write -c -P 2 128k 64k' -c 'write -P 3 256k 64k' -c 'write -z 512k 64k' a.qcow2
+        # the compressed data, behind the clusters before it
+        poke a.qcow2 393216 ffffffffffffffff
+        code 1 convert -O raw a.qcow2 out.raw
+        ok convert --salvage -O raw a.qcow2 out.raw
+        same out.raw
+        ok convert --salvage -c -O qcow2 a.qcow2 out.qcow2
+        same out.qcow2
+        fail 1 convert --salvage -C -O raw a.qcow2 x.raw
+        ",
+    );
+}
