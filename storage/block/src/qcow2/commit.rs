@@ -27,6 +27,13 @@ impl Tables {
         self.retire(frees)
     }
 
+    /// Whether the tables on disk differ from those in memory, or clusters wait to be dropped.
+    pub(super) fn is_dirty(&self) -> bool {
+        let tables = self.l2_cache.has_dirty() || !self.l1_dirty.is_empty() || self.refcount_cache.has_dirty();
+        let refcount_table = self.reftable_moved || !self.reftable_dirty.is_empty();
+        tables || refcount_table || !self.pending_frees.is_empty() || !self.leaving.is_empty()
+    }
+
     /// Steps 1 and 2. What entries gave up may be retired after one more barrier.
     pub(super) fn commit_tables(&mut self) -> Result<(), BlockError> {
         self.write_refcounts()?;

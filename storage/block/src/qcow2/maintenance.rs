@@ -123,11 +123,13 @@ impl Qcow2Node {
         while !(self.flights.landed(0) && self.flights.landed(1)) {
             std::thread::yield_now();
         }
-        // The first commit writes tables and drops what they gave up, the second writes the refcounts of that.
-        for _ in 0..2 {
+        if tables.is_dirty() {
             let committed = tables.commit();
             tables.noticing(committed)?;
         }
+        // What the commit dropped; the switch that follows has a barrier of its own before it.
+        let written = tables.write_refcounts();
+        tables.noticing(written)?;
         let stored = tables.store_bitmaps();
         tables.noticing(stored)?;
         Ok(tables)
@@ -172,6 +174,7 @@ impl Tables {
         fresh.generation = self.generation;
         fresh.releases = self.releases + 1;
         fresh.recordings = self.recordings;
+        fresh.changed = self.changed;
         *self = fresh;
         Ok(())
     }

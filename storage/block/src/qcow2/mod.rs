@@ -125,6 +125,8 @@ pub(crate) struct Tables {
     free_hint: u64,
     /// Bitmaps that record changes.
     recording: Recording,
+    /// A guest has changed data since the image was opened.
+    changed: bool,
     /// How often bits were loaded.
     recordings: u64,
     /// Where the compressed stream that was placed last ends, when its cluster has room behind it; else at a cluster.
@@ -171,6 +173,7 @@ impl Tables {
             free_hint: 0,
             recording: Recording::Off,
             recordings: 0,
+            changed: false,
             packed_end: 0,
             pending_frees: Vec::new(),
             leaving: VecDeque::new(),
@@ -272,6 +275,7 @@ impl Tables {
     /// A guest range is about to change, if the image can be written at all.
     fn begin_change(&mut self, offset: u64, bytes: u64) -> Result<(), BlockError> {
         self.check_writable()?;
+        self.changed = true;
         let recorded = self.record(offset, bytes);
         self.noticing(recorded)
     }
@@ -465,6 +469,11 @@ impl Node for Qcow2Node {
 
 impl Drop for Qcow2Node {
     fn drop(&mut self) {
+        let tables = self.tables.get_mut();
+        if !tables.changed && !tables.is_dirty() {
+            // An image that was only looked at, or changed as a whole, is on disk already.
+            return;
+        }
         // Twice: the first writes the tables, the second the refcounts of what they gave up.
         if self.flush_tables().is_ok() && self.tables.get_mut().refcount_cache.has_dirty() {
             let _ = self.flush_tables();
