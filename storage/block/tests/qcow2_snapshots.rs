@@ -208,6 +208,30 @@ fn what_cannot_be_done_changes_nothing() {
 }
 
 #[test]
+fn a_disk_of_no_bytes_has_snapshots_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "0"]);
+    let image = open_image(&path);
+    image.create_snapshot("s", &TIME).unwrap();
+    image.create_snapshot_with_state("t", &TIME, &mut [].as_slice()).unwrap();
+    assert!(image.add_bitmap("b", 65_536, true).is_err());
+    drop(image);
+    check(&path, "created");
+    disk(&path).resize(1 << 20, false, block::Preallocation::Off).unwrap();
+    disk(&path).write(4096, &[1; 512]).unwrap();
+    check(&path, "grown");
+    let image = open_image(&path);
+    image.apply_snapshot("s").unwrap();
+    image.delete_snapshot("t").unwrap();
+    image.delete_snapshot("s").unwrap();
+    image.make_empty().unwrap();
+    drop(image);
+    check(&path, "deleted");
+    assert_eq!(disk(&path).size_bytes(), 0);
+}
+
+#[test]
 fn the_state_of_a_machine_comes_back() {
     for options in OPTIONS {
         let dir = tempfile::tempdir().unwrap();

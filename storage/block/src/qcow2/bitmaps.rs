@@ -373,6 +373,11 @@ impl Rewrite<'_> {
     fn store_bits(&mut self, bitmap: &mut Bitmap, bits: &BitmapBits) -> Result<(), BlockError> {
         let geometry = self.header.geometry;
         let want = bitmap_table_entries(&geometry, bitmap.granularity_bits).unwrap_or(0);
+        if want == 0 {
+            // QEMU does not open an image with a bitmap that has no table.
+            let reason = "the disk has no bytes";
+            return Err(self.place.refuse(MaintenanceError::Unsupported { what: "a bitmap", reason }));
+        }
         let mut table = Vec::with_capacity(want as usize * 8);
         for part in bits.bits.chunks(geometry.cluster_bytes() as usize) {
             let entry = match crate::zeroes::is_zero(part) {
@@ -383,11 +388,6 @@ impl Rewrite<'_> {
         }
         bitmap.table_offset = self.place(&table)?;
         bitmap.table_entries = want as u32;
-        if table.is_empty() {
-            // Of an empty disk: nothing refers to a table, so none is kept.
-            self.counts.drop(bitmap.table_offset, 1)?;
-            bitmap.table_offset = 0;
-        }
         Ok(())
     }
 }

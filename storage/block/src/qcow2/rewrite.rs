@@ -171,6 +171,8 @@ impl<'f> Rewrite<'f> {
     /// are set as the counts demand, in copies of the L2 tables where that changes them. `keep_old`: the present L1
     /// table on disk stays in use as it is.
     pub(super) fn set_active(&mut self, mut l1: Vec<u64>, keep_old: bool) -> Result<(), BlockError> {
+        // A table without entries would take a cluster that nothing is counted to use.
+        l1.resize(l1.len().max(1), 0);
         for (index, offset) in self.l2_tables(&l1)? {
             let mut table = self.read_l2(offset)?;
             let placed = match self.settle_flags(index, &mut table)? {

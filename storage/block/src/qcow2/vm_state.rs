@@ -32,6 +32,7 @@ impl Qcow2Image {
             rewrite.drop_references(&gone)?;
             l1.resize(state_index, 0);
             let vm_state_bytes = rewrite.store_state(&mut l1, state)?;
+            l1.resize(l1.len().max(1), 0);
             let raw: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
             let own = SnapshotL1 { offset: rewrite.place(&raw)?, entries: l1.len() as u32 };
             let snapshot = new_snapshot(rewrite, &table.snapshots, name, time, own);
