@@ -342,6 +342,11 @@ impl Disk {
         self.nodes.len()
     }
 
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
     /// Name of the top image in messages.
     pub fn path(&self) -> &Path {
         &self.path

@@ -9,6 +9,7 @@ use image::{Format, FormatMismatch};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::nbd::NbdError;
 use crate::qcow2::MaintenanceError;
 
 /// What the engine was doing when the host refused.
@@ -148,6 +149,8 @@ pub enum BlockError {
     TooDeep { path: PathBuf, max: usize },
     #[error("{path}: another process uses the image ({access}); is a guest running on it?", path = path.display())]
     Locked { path: PathBuf, access: &'static str },
+    #[error(transparent)]
+    Nbd(NbdError),
 }
 
 impl BlockError {
@@ -195,7 +198,7 @@ impl BlockError {
             | E::Rebuild { source: CheckError::Read(_), .. }
             | E::Io { .. }
             | E::FlushFailed { .. } => ErrorKind::Io,
-            E::BackingMissing { .. } | E::Locked { .. } => ErrorKind::Io,
+            E::BackingMissing { .. } | E::Locked { .. } | E::Nbd(_) => ErrorKind::Io,
             E::Mismatch { .. }
             | E::RefcountTableFull { .. }
             | E::NoCompression { .. }

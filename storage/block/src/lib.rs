@@ -23,6 +23,7 @@ mod foreign;
 mod host_file;
 mod io;
 mod mapped;
+pub mod nbd;
 mod node;
 mod page_buf;
 mod qcow2;

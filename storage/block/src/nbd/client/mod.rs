@@ -1,0 +1,327 @@
+//! The client: an export as a file.
+
+mod handshake;
+mod pending;
+mod transport;
+
+use std::io;
+use std::ops::Range;
+
+use parking_lot::{Mutex, RwLock};
+use rustix::io::Errno;
+
+use super::error::NbdError;
+use super::socket::Stream;
+use super::wire::{
+    BlockRun, NAME_MAX_BYTES, PAYLOAD_MAX_BYTES, STATE_ZERO, command, command_flag, transmission_flag as can,
+};
+use crate::io::FileBackend;
+use crate::spec::NbdSpec;
+use crate::sys::{ReadBufs, WriteBufs};
+use handshake::Agreed;
+use transport::{Ask, Transport};
+
+pub use handshake::Export;
+
+/// Largest read or write sent as one request, so that what other threads' answers hold in memory stays small.
+const REQUEST_MAX_BYTES: u64 = 4 << 20;
+/// Largest range of a request that carries no data.
+const RANGE_MAX_BYTES: u64 = 1 << 30;
+/// Zeroes written as data, where a server knows no other way.
+const ZEROES_BYTES: u64 = 1 << 20;
+
+/// An export of an NBD server as a file. It has a fixed length. Any number of threads use it at once: their requests
+/// are in flight together on one connection. When that is lost, every request fails from then on.
+pub struct NbdFile {
+    server: String,
+    transport: Transport,
+    agreed: Agreed,
+    size_bytes: u64,
+    /// A range known to hold data. What others do meanwhile does not matter: data can always be read.
+    data_run: Mutex<Range<u64>>,
+    /// Writes hold it shared, changes of a part of a block alone.
+    blocks: RwLock<()>,
+}
+
+impl NbdFile {
+    /// Connects to a server and opens an export.
+    pub fn connect(spec: &NbdSpec) -> Result<NbdFile, NbdError> {
+        let mut stream = open(spec)?;
+        let server = spec.to_string();
+        let failed = |source| NbdError::Handshake { server: server.clone(), source };
+        let agreed = handshake::negotiate(&mut stream, &spec.export).map_err(failed)?;
+        let min = u64::from(agreed.sizes.min);
+        // Spec, "Block size constraints": what is behind the last whole block cannot be reached.
+        let size_bytes = agreed.size_bytes - agreed.size_bytes % min;
+        let transport = Transport::new(stream, server.clone(), &agreed).map_err(|e| failed(e.into()))?;
+        let data_run = Mutex::new(0..0);
+        Ok(NbdFile { server, transport, agreed, size_bytes, data_run, blocks: RwLock::new(()) })
+    }
+
+    /// Whether the server lets nobody write.
+    pub fn is_read_only(&self) -> bool {
+        self.has(can::READ_ONLY)
+    }
+
+    fn has(&self, flag: u16) -> bool {
+        self.agreed.flags & flag != 0
+    }
+
+    fn min(&self) -> u64 {
+        u64::from(self.agreed.sizes.min)
+    }
+
+    fn is_aligned(&self, offset: u64, bytes: u64) -> bool {
+        offset.is_multiple_of(self.min()) && bytes.is_multiple_of(self.min())
+    }
+
+    /// Largest payload, in whole blocks.
+    fn request_max(&self) -> u64 {
+        let max = u64::from(self.agreed.sizes.max.min(PAYLOAD_MAX_BYTES)).min(REQUEST_MAX_BYTES);
+        (max - max % self.min()).max(self.min())
+    }
+
+    fn check_writable(&self) -> io::Result<()> {
+        if self.is_read_only() { Err(Errno::ROFS.into()) } else { Ok(()) }
+    }
+
+    /// How much of a range is inside the export.
+    fn inside(&self, offset: u64, bytes: u64) -> u64 {
+        self.size_bytes.saturating_sub(offset).min(bytes)
+    }
+
+    fn read_piece(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        let bytes = bufs.len() as u64;
+        if self.is_aligned(offset, bytes) {
+            let ask = Ask { command: command::READ, flags: 0, offset, length: bytes as u32 };
+            return self.transport.read(&ask, bufs);
+        }
+        let (start, mut blocks) = self.blocks_around(offset, bytes);
+        self.read_piece(start, &ReadBufs::from_slice(&mut blocks))?;
+        let skip = (offset - start) as usize;
+        bufs.copy_from(blocks.get(skip..skip + bufs.len()).unwrap_or_default());
+        Ok(())
+    }
+
+    /// Where the blocks that hold a range start, and room for them.
+    fn blocks_around(&self, offset: u64, bytes: u64) -> (u64, Vec<u8>) {
+        let start = offset - offset % self.min();
+        let end = (offset + bytes).next_multiple_of(self.min());
+        (start, vec![0; (end - start) as usize])
+    }
+
+    fn write_piece(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
+        let bytes = bufs.len() as u64;
+        let send = |offset, bufs: &WriteBufs<'_>| {
+            let ask = Ask { command: command::WRITE, flags: 0, offset, length: bufs.len() as u32 };
+            self.transport.write(&ask, bufs)
+        };
+        if self.is_aligned(offset, bytes) {
+            let _shared = self.blocks.read();
+            return send(offset, bufs);
+        }
+        let _alone = self.blocks.write();
+        let (start, mut blocks) = self.blocks_around(offset, bytes);
+        self.read_piece(start, &ReadBufs::from_slice(&mut blocks))?;
+        let skip = (offset - start) as usize;
+        bufs.copy_to(blocks.get_mut(skip..skip + bufs.len()).unwrap_or_default());
+        send(start, &WriteBufs::from_slice(&blocks))
+    }
+
+    /// Sends a command about a range in pieces. The range is in whole blocks.
+    fn range(&self, command: u16, flags: u16, offset: u64, bytes: u64) -> io::Result<()> {
+        let _shared = self.blocks.read();
+        pieces(offset, bytes, RANGE_MAX_BYTES)
+            .try_for_each(|(offset, bytes)| self.transport.plain(&Ask { command, flags, offset, length: bytes as u32 }))
+    }
+
+    fn write_zero_data(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let zeroes = vec![0; bytes.min(ZEROES_BYTES).min(self.request_max()) as usize];
+        pieces(offset, bytes, zeroes.len() as u64).try_for_each(|(offset, bytes)| {
+            let zeroes = zeroes.get(..bytes as usize).unwrap_or_default();
+            self.write_piece(offset, &WriteBufs::from_slice(zeroes))
+        })
+    }
+
+    /// The whole blocks of a range.
+    fn whole_blocks(&self, offset: u64, bytes: u64) -> Range<u64> {
+        let end = offset + bytes;
+        let start = offset.next_multiple_of(self.min()).min(end);
+        start..(end - end % self.min()).max(start)
+    }
+
+    fn status(&self, offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
+        let start = offset - offset % self.min();
+        let length = (offset + bytes).next_multiple_of(self.min()) - start;
+        let length = length.min(RANGE_MAX_BYTES);
+        let ask = Ask { command: command::BLOCK_STATUS, flags: 0, offset: start, length: length as u32 };
+        let runs = self.transport.status(&ask)?;
+        let (first_bytes, is_data) = first_run(&runs);
+        if let Some(run) = first_data(start, &runs) {
+            *self.data_run.lock() = run;
+        }
+        // A server may describe more than was asked, but not less than something of it.
+        let reached = (start + first_bytes).saturating_sub(offset);
+        if reached == 0 {
+            return Ok((bytes.min(self.min() - (offset - start)), true));
+        }
+        Ok((reached.min(bytes), is_data))
+    }
+}
+
+/// Connects, and says what is wanted: names in bounds, no TLS.
+fn open(spec: &NbdSpec) -> Result<Stream, NbdError> {
+    if spec.tls {
+        return Err(NbdError::Tls { server: spec.to_string() });
+    }
+    if spec.export.len() > NAME_MAX_BYTES {
+        return Err(NbdError::Name { name: spec.export.clone() });
+    }
+    Stream::connect(&spec.address)
+}
+
+/// Everything that a server offers.
+pub fn list_exports(spec: &NbdSpec) -> Result<Vec<Export>, NbdError> {
+    let mut stream = open(spec)?;
+    handshake::list(&mut stream).map_err(|source| NbdError::Handshake { server: spec.to_string(), source })
+}
+
+/// Cuts a range into pieces of at most `max` bytes that end at multiples of it.
+fn pieces(offset: u64, bytes: u64, max: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = offset.saturating_add(bytes);
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        let piece = (max - at % max).min(end - at);
+        let found = (piece > 0).then_some((at, piece));
+        at += piece;
+        found
+    })
+}
+
+/// Runs that do not read as zeroes count as data, whether they take space or not.
+fn is_data(run: &BlockRun) -> bool {
+    run.state & STATE_ZERO == 0
+}
+
+/// How long the first runs of one kind are together, and whether they are data.
+fn first_run(runs: &[BlockRun]) -> (u64, bool) {
+    let kind = runs.first().is_none_or(is_data);
+    let bytes = runs.iter().take_while(|run| is_data(run) == kind).map(|run| u64::from(run.bytes)).sum();
+    (bytes, kind)
+}
+
+/// Where the first data is.
+fn first_data(start: u64, runs: &[BlockRun]) -> Option<Range<u64>> {
+    let (skipped, kind) = first_run(runs);
+    if kind {
+        return Some(start..start.saturating_add(skipped));
+    }
+    let rest: Vec<BlockRun> = runs.iter().skip_while(|run| !is_data(run)).copied().collect();
+    let start = start.saturating_add(skipped);
+    (!rest.is_empty()).then(|| start..start.saturating_add(first_run(&rest).0))
+}
+
+impl FileBackend for NbdFile {
+    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        let inside = self.inside(offset, bufs.len() as u64);
+        if inside < bufs.len() as u64 {
+            bufs.range(inside as usize, bufs.len() - inside as usize).fill_zero();
+        }
+        pieces(offset, inside, self.request_max())
+            .try_for_each(|(at, bytes)| self.read_piece(at, &bufs.range((at - offset) as usize, bytes as usize)))
+    }
+
+    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
+        self.check_writable()?;
+        let inside = self.inside(offset, bufs.len() as u64);
+        // An export of no whole number of sectors is rounded up above; the zeroes of its last sector need no room.
+        if inside < bufs.len() as u64 && !bufs.range(inside as usize, bufs.len() - inside as usize).is_zero() {
+            let (server, size_bytes) = (self.server.clone(), self.size_bytes);
+            return Err(io::Error::other(NbdError::PastEnd { server, offset, size_bytes }));
+        }
+        pieces(offset, inside, self.request_max())
+            .try_for_each(|(at, bytes)| self.write_piece(at, &bufs.range((at - offset) as usize, bytes as usize)))
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        if !self.has(can::SEND_FLUSH) || self.is_read_only() {
+            return Ok(());
+        }
+        self.transport.plain(&Ask { command: command::FLUSH, flags: 0, offset: 0, length: 0 })
+    }
+
+    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.check_writable()?;
+        let whole = self.whole_blocks(offset, self.inside(offset, bytes));
+        if !self.has(can::SEND_TRIM) || whole.is_empty() {
+            return Ok(());
+        }
+        self.range(command::TRIM, 0, whole.start, whole.end - whole.start)
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
+        self.check_writable()?;
+        let inside = self.inside(offset, bytes);
+        let whole = self.whole_blocks(offset, inside);
+        if !self.has(can::SEND_WRITE_ZEROES) || whole.is_empty() {
+            return self.write_zero_data(offset, inside);
+        }
+        self.write_zero_data(offset, whole.start - offset)?;
+        let flags = if may_unmap { 0 } else { command_flag::NO_HOLE };
+        self.range(command::WRITE_ZEROES, flags, whole.start, whole.end - whole.start)?;
+        self.write_zero_data(whole.end, offset + inside - whole.end)
+    }
+
+    fn extent(&self, offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
+        let inside = self.inside(offset, bytes);
+        if inside == 0 {
+            return Ok((bytes, false));
+        }
+        let known = self.data_run.lock().clone();
+        if known.contains(&offset) {
+            return Ok(((known.end - offset).min(inside), true));
+        }
+        if self.agreed.allocation.is_none() { Ok((inside, true)) } else { self.status(offset, inside) }
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.size_bytes)
+    }
+
+    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
+        if bytes == self.size_bytes {
+            return Ok(());
+        }
+        Err(io::Error::new(io::ErrorKind::Unsupported, NbdError::NoResize { server: self.server.clone() }))
+    }
+
+    /// A server does not say.
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+}
+
+#[test]
+fn ranges_are_cut_at_multiples() {
+    for (offset, bytes, max, want) in [
+        (0, 0, 8, vec![]),
+        (0, 8, 8, vec![(0, 8)]),
+        (3, 20, 8, vec![(3, 5), (8, 8), (16, 7)]),
+        (u64::MAX - 3, 3, 8, vec![(u64::MAX - 3, 3)]),
+    ] {
+        assert_eq!(pieces(offset, bytes, max).collect::<Vec<_>>(), want);
+    }
+}
+
+#[test]
+fn runs_of_one_kind_are_one() {
+    let runs = |states: &[u32]| states.iter().map(|state| BlockRun { bytes: 10, state: *state }).collect::<Vec<_>>();
+    for (states, first, data) in [
+        (&[0, 1, 3][..], (20, true), Some(100..120)),
+        (&[3, 2, 0, 0, 3], (20, false), Some(120..140)),
+        (&[3], (10, false), None),
+    ] {
+        let runs = runs(states);
+        assert_eq!((first_run(&runs), first_data(100, &runs)), (first, data), "{states:?}");
+    }
+}

@@ -1,0 +1,68 @@
+//! What goes wrong between a client and a server.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use super::wire::WireError;
+
+/// What a peer did that ends a connection.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the fields are named in the messages right above them")]
+pub enum PeerError {
+    #[error("the connection was closed from the other side")]
+    Closed,
+    #[error("the connection failed")]
+    Io(#[source] io::Error),
+    #[error("the peer broke the protocol")]
+    Wire(#[from] WireError),
+    #[error("the peer did not finish the handshake in {seconds} s")]
+    TooSlow { seconds: u64 },
+    #[error("Requested export not available: '{export}'")]
+    NoExport { export: String },
+    #[error("the server demands TLS, which is not supported; use a Unix socket or a tunnel")]
+    TlsOnly,
+    #[error("the server refused option {option} (error {kind:#x}): {text}")]
+    Refused { option: u32, kind: u32, text: String },
+    #[error("the server answered option {option} with more than {max} messages")]
+    TooManyAnswers { option: u32, max: usize },
+}
+
+impl From<io::Error> for PeerError {
+    fn from(error: io::Error) -> PeerError {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof => PeerError::Closed,
+            _ => PeerError::Io(error),
+        }
+    }
+}
+
+/// An error of an NBD client or server. Each names the server.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the fields are named in the messages right above them")]
+pub enum NbdError {
+    #[error("Failed to connect to '{server}'")]
+    Connect { server: String, source: io::Error },
+    #[error("{server}: encrypted connections (nbds:, tls-creds) are not supported; use a Unix socket or a tunnel")]
+    Tls { server: String },
+    #[error("{server}: the export cannot be used")]
+    Handshake { server: String, source: PeerError },
+    #[error("{server}: the connection is lost; what was not flushed may be lost with it")]
+    Lost { server: String, source: Arc<PeerError> },
+    #[error("{server}: the server refused the request (error {errno}): {text}")]
+    Refused { server: String, errno: u32, text: String },
+    #[error("{server}: data at {offset} lies past the end of the export ({size_bytes} bytes), which cannot grow")]
+    PastEnd { server: String, offset: u64, size_bytes: u64 },
+    #[error("{server}: an export cannot change its size; resize the image on the server")]
+    NoResize { server: String },
+    #[error("the name '{name}' of an export has more than 4096 bytes")]
+    Name { name: String },
+    #[error("Failed to find an available port or socket '{at}'")]
+    Listen { at: String, source: io::Error },
+    #[error("socket {path}: another server listens on it", path = path.display())]
+    InUse { path: PathBuf },
+    #[error("clients cannot be accepted")]
+    Accept { source: io::Error },
+}
