@@ -9,6 +9,7 @@ use std::sync::Arc;
 use image::qcow2::{AUTOCLEAR_BITMAPS, COMPAT_LAZY_REFCOUNTS, CompressionType};
 use image::{Format, PROBE_BYTES};
 
+use crate::disk::ChainBackend;
 use crate::error::{Action, BlockError};
 use crate::foreign::{ForeignImage, ForeignReport};
 use crate::host_file::HostFile;
@@ -108,6 +109,15 @@ pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockEr
     let file = open_image(path, true)?;
     let format = settle_format(path, &file, format)?;
     let file = HostFile::new(file).map_err(|e| BlockError::io(path, Action::Stat, e))?;
+    describe(&file, path, format)
+}
+
+/// As [`inspect`], of an open backend that is no host file.
+pub fn inspect_backend(layer: &ChainBackend) -> Result<ImageInfo, BlockError> {
+    describe(&*layer.file, &layer.path_label, layer.format)
+}
+
+fn describe(file: &dyn FileBackend, path: &Path, format: Format) -> Result<ImageInfo, BlockError> {
     let stat = |e| BlockError::io(path, Action::Stat, e);
     let file_bytes = file.len_bytes().map_err(stat)?;
     let mut info = ImageInfo {
@@ -133,7 +143,7 @@ pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockEr
         info.vmdk = said.vmdk;
     }
     if format == Format::Qcow2 {
-        let header = read_header(&file, path)?;
+        let header = read_header(file, path)?;
         info.virtual_size_bytes = header.geometry.size_bytes;
         info.cluster_bytes = Some(header.geometry.cluster_bytes());
         info.dirty = header.is_dirty();

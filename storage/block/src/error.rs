@@ -150,7 +150,7 @@ pub enum BlockError {
     #[error("{path}: another process uses the image ({access}); is a guest running on it?", path = path.display())]
     Locked { path: PathBuf, access: &'static str },
     #[error(transparent)]
-    Nbd(NbdError),
+    Nbd(Box<NbdError>),
 }
 
 impl BlockError {

@@ -40,7 +40,8 @@ mod vpc;
 mod zeroes;
 
 pub use chain::{
-    ChainFile, Checked, ImageInfo, Qcow2Info, check_foreign, check_image, inspect, resolve_chain, resolve_chain_probing,
+    ChainFile, Checked, ImageInfo, Qcow2Info, check_foreign, check_image, inspect, inspect_backend, resolve_chain,
+    resolve_chain_probing,
 };
 pub use compare::compare;
 pub use copy::{CopyOptions, copy};

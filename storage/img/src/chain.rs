@@ -3,10 +3,11 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use block::{BitmapInfo, BlockError, CacheMode, ImageInfo, Qcow2Image, Snapshot, inspect};
+use block::{BitmapInfo, BlockError, CacheMode, ImageInfo, Qcow2Image, Snapshot, inspect, inspect_backend};
 
 use crate::create::beside;
 use crate::error::ImgError;
+use crate::layers;
 use crate::open::{self, Access, Named};
 
 /// More files than any chain has.
@@ -22,6 +23,8 @@ pub struct Found {
     pub snapshots: Vec<Snapshot>,
     /// Its persistent bitmaps.
     pub bitmaps: Vec<BitmapInfo>,
+    /// How its file is reached: `file` or `nbd`.
+    pub protocol: &'static str,
 }
 
 impl Found {
@@ -45,6 +48,9 @@ impl Walk {
     }
 
     fn step(&mut self, named: &Named) -> Result<Found, ImgError> {
+        if named.is_export() {
+            return of_export(named);
+        }
         let path = named.plain_path()?.to_owned();
         let failed = |source| ImgError::Open { name: named.label.clone(), source };
         let real = path.canonicalize().unwrap_or_else(|_| path.clone());
@@ -64,7 +70,7 @@ impl Walk {
             }
             _ => (Vec::new(), Vec::new()),
         };
-        let found = Found { path, info, snapshots, bitmaps };
+        let found = Found { path, info, snapshots, bitmaps, protocol: "file" };
         if let Some(below) = found.backing_path() {
             self.next = Some(Named::new(below.as_os_str(), false, found.info.backing_format.as_deref())?);
         }
@@ -79,6 +85,21 @@ impl Iterator for Walk {
         let named = self.next.take()?;
         Some(self.step(&named))
     }
+}
+
+/// What an image says that a server exports. What is below it is on the server's host.
+fn of_export(named: &Named) -> Result<Found, ImgError> {
+    let failed = |source| ImgError::Open { name: named.label.clone(), source };
+    let layer = layers::top(named)?;
+    let (info, path) = (inspect_backend(&layer).map_err(failed)?, layer.path_label.clone());
+    let (snapshots, bitmaps) = match info.qcow2 {
+        Some(qcow2) if qcow2.snapshots > 0 || qcow2.has_bitmaps => {
+            let image = Qcow2Image::open_backend(layer, true).map_err(failed)?;
+            (image.snapshots().map_err(failed)?, image.bitmaps().map_err(failed)?)
+        }
+        _ => (Vec::new(), Vec::new()),
+    };
+    Ok(Found { path, info, snapshots, bitmaps, protocol: "nbd" })
 }
 
 /// The last part of a path, for people.

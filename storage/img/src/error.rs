@@ -5,6 +5,7 @@ use std::io;
 use block::spec::SpecError;
 use block::{Action, BlockError};
 
+use crate::serve::ServeError;
 use crate::size::SizeError;
 
 /// Why a command did not do what it was asked.
@@ -135,6 +136,8 @@ pub enum ImgError {
     Failed { doing: String, source: BlockError },
     #[error("{0}")]
     Plain(Rule),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     #[error("This image format does not support checks")]
     NoChecks,
     #[error("the answer cannot be written: {}", host(.0))]
@@ -406,7 +409,8 @@ pub fn why(error: &BlockError) -> String {
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error and its causes, behind colons.
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(below) = cause {

@@ -39,7 +39,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
     let json = parsed.json()?;
     let named = Named::of(parsed, file, "format")?;
-    if named.spec.plain_path().is_none() {
+    if named.spec.plain_path().is_none() && !named.is_export() {
         return layered(&named, parsed, json);
     }
     let walk = Walk::new(named, parsed.has("force-share"));
@@ -154,8 +154,14 @@ fn vmdk_facts(vmdk: &VmdkInfo) -> Facts {
 struct Child {
     name: String,
     path: PathBuf,
+    protocol: &'static str,
     file_bytes: u64,
-    allocated_bytes: u64,
+    /// Of space on its host a server says nothing.
+    allocated_bytes: Option<u64>,
+}
+
+fn shown(allocated_bytes: Option<u64>) -> String {
+    allocated_bytes.map_or_else(|| "unavailable".to_owned(), human)
 }
 
 fn measured(name: String, path: &Path) -> Child {
@@ -163,8 +169,9 @@ fn measured(name: String, path: &Path) -> Child {
     Child {
         name,
         path: path.to_owned(),
+        protocol: "file",
         file_bytes: meta.as_ref().map_or(0, |meta| meta.len().next_multiple_of(512)),
-        allocated_bytes: meta.as_ref().map_or(0, |meta| meta.blocks() * 512),
+        allocated_bytes: Some(meta.as_ref().map_or(0, |meta| meta.blocks() * 512)),
     }
 }
 
@@ -177,8 +184,12 @@ fn children(found: &Found) -> Vec<Child> {
         .enumerate()
         .map(|(index, path)| measured(format!("extents.{index}"), path))
         .collect();
-    let file = measured("file".to_owned(), own);
-    all.push(Child { file_bytes: file_bytes(&found.info), ..file });
+    let file_bytes = file_bytes(&found.info);
+    let file = match found.protocol {
+        "file" => Child { file_bytes, ..measured("file".to_owned(), own) },
+        protocol => Child { name: "file".to_owned(), path: own.clone(), protocol, file_bytes, allocated_bytes: None },
+    };
+    all.push(file);
     all
 }
 
@@ -215,12 +226,13 @@ pub fn of_disk(disk: &Disk) -> Result<String, BlockError> {
 }
 
 fn as_text(found: &Found) -> String {
-    let Found { path, info, snapshots, bitmaps } = found;
+    let Found { path, info, snapshots, bitmaps, protocol } = found;
+    let disk_size = shown((*protocol == "file").then_some(info.allocated_bytes));
     let mut lines = vec![
         format!("image: {}", path.display()),
         format!("file format: {}", info.format.name()),
         format!("virtual size: {} ({} bytes)", human(info.virtual_size_bytes), info.virtual_size_bytes),
-        format!("disk size: {}", human(info.allocated_bytes)),
+        format!("disk size: {disk_size}"),
     ];
     if info.dirty {
         lines.push("cleanly shut down: no".into());
@@ -250,7 +262,7 @@ fn as_text(found: &Found) -> String {
 }
 
 fn as_json(found: &Found) -> Value {
-    let Found { path, info, snapshots, bitmaps } = found;
+    let Found { path, info, snapshots, bitmaps, protocol } = found;
     let name = path.display().to_string();
     let mut all = Map::new();
     let children: Vec<Value> = children(found).iter().map(child_json).collect();
@@ -258,7 +270,9 @@ fn as_json(found: &Found) -> Value {
     all.insert("virtual-size".into(), json!(info.virtual_size_bytes));
     all.insert("filename".into(), json!(name));
     all.insert("format".into(), json!(info.format.name()));
-    all.insert("actual-size".into(), json!(info.allocated_bytes));
+    if *protocol == "file" {
+        all.insert("actual-size".into(), json!(info.allocated_bytes));
+    }
     all.insert("dirty-flag".into(), json!(info.dirty));
     if let Some(bytes) = info.cluster_bytes {
         all.insert("cluster-size".into(), json!(bytes));
@@ -278,23 +292,26 @@ fn as_json(found: &Found) -> Value {
 }
 
 fn child_text(child: &Child) -> String {
+    let Child { name, path, protocol, file_bytes, allocated_bytes } = child;
     format!(
-        "Child node '/{}':\n    filename: {}\n    protocol type: file\n    file length: {} ({} bytes)\n    disk size: {}\n",
-        child.name,
-        child.path.display(),
-        human(child.file_bytes),
-        child.file_bytes,
-        human(child.allocated_bytes)
+        "Child node '/{name}':\n    filename: {}\n    protocol type: {protocol}\n    file length: {} ({file_bytes} bytes)\n    \
+         disk size: {}\n",
+        path.display(),
+        human(*file_bytes),
+        shown(*allocated_bytes)
     )
 }
 
 fn child_json(child: &Child) -> Value {
-    let info = json!({
-        "children": [], "virtual-size": child.file_bytes, "filename": child.path.display().to_string(),
-        "format": "file", "actual-size": child.allocated_bytes,
-        "format-specific": {"type": "file", "data": {}}, "dirty-flag": false,
-    });
-    json!({"name": child.name, "info": info})
+    let Child { name, path, protocol, file_bytes, allocated_bytes } = child;
+    let path = path.display().to_string();
+    let mut info = json!({"children": [], "virtual-size": file_bytes, "filename": path, "format": protocol});
+    if let Some(bytes) = allocated_bytes {
+        info["actual-size"] = json!(bytes);
+        info["format-specific"] = json!({"type": "file", "data": {}});
+        info["dirty-flag"] = json!(false);
+    }
+    json!({"name": name, "info": info})
 }
 
 fn snapshot_json(snapshot: &Snapshot) -> Value {

@@ -3,10 +3,11 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use block::nbd::NbdFile;
 use block::spec::{BackingSpec, FileSpec, ImageSpec};
 use block::{
-    BlockError, CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, Qcow2Image, ReadBufs,
-    WriteBufs, probe, resolve_chain_probing, use_direct_io,
+    BlockError, CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, ReadBufs, WriteBufs,
+    inspect_backend, probe, resolve_chain_probing, use_direct_io,
 };
 
 use crate::create::beside;
@@ -19,21 +20,33 @@ const LAYERS_MAX: usize = 200;
 const PROBE_BYTES: usize = 512;
 
 /// Opens the disk that a name with layers stands for.
-pub fn disk(named: &Named, access: Access) -> Result<Disk, ImgError> {
+pub fn disk(named: &Named, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
     let mut opener = Opener { label: &named.label, access, layers: Vec::new() };
     opener.add(&named.spec)?;
     let format = opener.layers.first().map_or(Format::Raw, |top| top.format);
-    let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..OpenOptions::default() };
+    let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..options };
     let layers = opener.layers;
     Disk::open_backends(layers, &options).map_err(|source| ImgError::Open { name: named.label.clone(), source })
 }
 
 /// The format of the top layer: as declared, or as its first bytes say.
 pub fn format_of(named: &Named) -> Result<Format, ImgError> {
+    if let Some(format) = named.spec.driver {
+        return Ok(format);
+    }
     let access = Access { write: false, share: true, cache: CacheMode::Writeback };
     let opener = Opener { label: &named.label, access, layers: Vec::new() };
     let (file, _) = opener.file(&named.spec.file)?;
     opener.format(&named.spec, &*file)
+}
+
+/// The top layer alone, for reading.
+pub fn top(named: &Named) -> Result<ChainBackend, ImgError> {
+    let access = Access { write: false, share: false, cache: CacheMode::Writeback };
+    let opener = Opener { label: &named.label, access, layers: Vec::new() };
+    let (file, label) = opener.file(&named.spec.file)?;
+    let format = opener.format(&named.spec, &*file)?;
+    Ok(layer(file, label, format))
 }
 
 /// The innermost file of a name, if it is one of the host.
@@ -77,11 +90,12 @@ impl Opener<'_> {
         }
         let (file, label) = self.file(&spec.file)?;
         let format = self.format(spec, &*file)?;
+        let image = layer(file, label, format);
         let backing = match (&spec.backing, format) {
-            (BackingSpec::FromHeader, Format::Qcow2) => self.named_in_header(spec, &label)?,
+            (BackingSpec::FromHeader, Format::Qcow2) => self.named_in_header(&image)?,
             (BackingSpec::FromHeader, _) => None,
-            (BackingSpec::None, Format::Qcow2) if self.named_in_header(spec, &label)?.is_some() => {
-                self.layers.push(layer(file, label, format));
+            (BackingSpec::None, Format::Qcow2) if self.named_in_header(&image)?.is_some() => {
+                self.layers.push(image);
                 // The image says that something is below it: nothing is.
                 self.layers.push(layer(Box::new(Nothing), PathBuf::from("nothing"), Format::Raw));
                 return Ok(());
@@ -89,7 +103,7 @@ impl Opener<'_> {
             (BackingSpec::None, _) => None,
             (BackingSpec::Image(below), _) => Some((**below).clone()),
         };
-        self.layers.push(layer(file, label, format));
+        self.layers.push(image);
         // What is below is read, and nobody changes it.
         self.access.write = false;
         match backing {
@@ -112,17 +126,13 @@ impl Opener<'_> {
     }
 
     /// The backing file that a qcow2 header names.
-    fn named_in_header(&self, spec: &ImageSpec, label: &Path) -> Result<Option<ImageSpec>, ImgError> {
-        let reader =
-            Opener { access: Access { write: false, share: true, ..self.access }, layers: Vec::new(), ..*self };
-        let (file, label_again) = reader.file(&spec.file)?;
-        let image = Qcow2Image::open_backend(layer(file, label_again, Format::Qcow2), true);
-        let header = image.map_err(|source| self.failed(source))?.header();
+    fn named_in_header(&self, image: &ChainBackend) -> Result<Option<ImageSpec>, ImgError> {
+        let header = inspect_backend(image).map_err(|source| self.failed(source))?;
         let Some(name) = header.backing_name else { return Ok(None) };
         let refused = |source| ImgError::Spec { name: name.clone(), source };
         let mut below = ImageSpec::parse(std::ffi::OsStr::new(&name)).map_err(refused)?;
         if let FileSpec::Path(_) = below.file {
-            below.file = FileSpec::Path(beside(label, &name));
+            below.file = FileSpec::Path(beside(&image.path_label, &name));
         }
         if let Some(format) = header.backing_format {
             let unknown = || self.rule(Rule::UnknownDriver(format.clone()));
@@ -166,7 +176,11 @@ impl Opener<'_> {
                 let disk = Disk::open_backends(inner.layers, &options).map_err(|source| self.failed(source))?;
                 Ok((Box::new(DiskFile(disk)), label))
             }
-            FileSpec::Nbd(_) => Err(ImgError::NotSupported("an image on an NBD server")),
+            FileSpec::Nbd(spec) => {
+                let file = NbdFile::connect(spec).and_then(|file| if write { file.for_writing() } else { Ok(file) });
+                let file = file.map_err(|source| self.failed(BlockError::Nbd(Box::new(source))))?;
+                Ok((Box::new(file), PathBuf::from(spec.to_string())))
+            }
             FileSpec::Blkdebug { .. } => Err(ImgError::NotSupported("blkdebug:")),
         }
     }

@@ -35,6 +35,7 @@ mod rebase;
 mod resize;
 mod salvage;
 mod secret;
+mod serve;
 mod size;
 mod snapshot;
 mod stream;
@@ -82,7 +83,7 @@ const COMMANDS: &[&Command] = &[
 ];
 
 /// Commands that qemu-img does not have; under its name they are not there.
-const OWN_COMMANDS: &[&Command] = &[&explain::COMMAND, &io::COMMAND, &tree::COMMAND];
+const OWN_COMMANDS: &[&Command] = &[&explain::COMMAND, &io::COMMAND, &serve::COMMAND, &tree::COMMAND];
 
 fn commands() -> impl Iterator<Item = &'static &'static Command> {
     let own: &[&Command] = if program() == "qemu-img" { &[] } else { OWN_COMMANDS };
@@ -94,7 +95,7 @@ const PEER_VERSION: &str = "10.0.2";
 const HELP: Opt = flag('h', &["help"], "print this help and exit");
 
 /// Names of QEMU's tools that this one answers to, as a link to it.
-const NAMES: [&str; 2] = ["qemu-img", "qemu-io"];
+const NAMES: [&str; 3] = ["qemu-img", "qemu-io", "qemu-nbd"];
 
 /// What the tool calls itself in messages.
 pub fn program() -> &'static str {
@@ -134,6 +135,12 @@ fn run(args: Vec<OsString>) -> Result<u8, ImgError> {
             return print(&version());
         }
         return run_command(&io::COMMAND, args);
+    }
+    if program() == "qemu-nbd" {
+        if args.iter().any(|arg| arg == "-V" || arg == "--version") {
+            return print(&version());
+        }
+        return run_command(&serve::COMMAND, args);
     }
     let mut args = args.into_iter();
     let name = loop {
@@ -185,7 +192,7 @@ fn print(text: &str) -> Result<u8, ImgError> {
 fn version() -> String {
     let own = env!("CARGO_PKG_VERSION");
     match program() {
-        name @ ("qemu-img" | "qemu-io") => format!("{name} version {PEER_VERSION} (vireo-img {own})\n"),
+        name @ ("qemu-img" | "qemu-io" | "qemu-nbd") => format!("{name} version {PEER_VERSION} (vireo-img {own})\n"),
         _ => format!("vireo-img version {own} (options and outputs of qemu-img version {PEER_VERSION})\n"),
     }
 }

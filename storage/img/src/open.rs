@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::Path;
 
-use block::spec::{BackingSpec, ImageSpec};
+use block::spec::{BackingSpec, FileSpec, ImageSpec};
 use block::{
     BlockError, CacheMode, ChainFile, Disk, Format, MaintenanceError, OpenOptions, inspect, resolve_chain_probing,
     use_direct_io,
@@ -52,6 +52,11 @@ impl Named {
     /// Whether the name is a path and nothing else, so that the files say the rest.
     pub fn is_plain(&self) -> bool {
         self.spec.plain_path().is_some() && self.spec.backing == BackingSpec::FromHeader
+    }
+
+    /// Whether the name is that of an NBD export and nothing else.
+    pub fn is_export(&self) -> bool {
+        matches!(self.spec.file, FileSpec::Nbd(_)) && self.spec.backing == BackingSpec::FromHeader
     }
 
     /// The path, for commands that need a file of the host.
@@ -169,6 +174,10 @@ fn warn_of_probing(label: &str) {
 
 /// Makes a disk of open files.
 pub fn over(named: &Named, chain: Vec<ChainFile>, access: Access) -> Result<Disk, ImgError> {
+    over_with(named, chain, access, OpenOptions::default())
+}
+
+fn over_with(named: &Named, chain: Vec<ChainFile>, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
     let format = chain.first().map_or(Format::Raw, |top| top.format);
     if access.cache == CacheMode::None {
         for layer in &chain {
@@ -178,7 +187,7 @@ pub fn over(named: &Named, chain: Vec<ChainFile>, access: Access) -> Result<Disk
             })?;
         }
     }
-    let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..OpenOptions::default() };
+    let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..options };
     Disk::open(chain, &options).map_err(|source| ImgError::Open { name: named.label.clone(), source })
 }
 
@@ -187,17 +196,26 @@ pub fn disk(named: &Named, access: Access) -> Result<Disk, ImgError> {
     disk_with_names(named, access).map(|(disk, _)| disk)
 }
 
+/// As [`disk`], with options of the disk that `access` does not decide.
+pub fn disk_with(named: &Named, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
+    disk_with_all(named, access, options).map(|(disk, _)| disk)
+}
+
 /// The same, with the names of its files, the top one first.
 pub fn disk_with_names(named: &Named, access: Access) -> Result<(Disk, Vec<String>), ImgError> {
+    disk_with_all(named, access, OpenOptions::default())
+}
+
+fn disk_with_all(named: &Named, access: Access, options: OpenOptions) -> Result<(Disk, Vec<String>), ImgError> {
     if access.write && access.share {
         return Err(ImgError::OpenRule { name: named.label.clone(), reason: Rule::ShareWrite });
     }
     if named.is_plain() {
         let chain = chain(named, access)?;
         let names = chain.iter().map(|layer| layer.path_label.display().to_string()).collect();
-        return Ok((over(named, chain, access)?, names));
+        return Ok((over_with(named, chain, access, options)?, names));
     }
-    let disk = layers::disk(named, access)?;
+    let disk = layers::disk(named, access, options)?;
     let names = vec![disk.path().display().to_string()];
     Ok((disk, names))
 }

@@ -57,6 +57,8 @@ pub enum NbdError {
     PastEnd { server: String, offset: u64, size_bytes: u64 },
     #[error("{server}: an export cannot change its size; resize the image on the server")]
     NoResize { server: String },
+    #[error("{server}: the export is read only")]
+    ReadOnly { server: String },
     #[error("the name '{name}' of an export has more than 4096 bytes")]
     Name { name: String },
     #[error("Failed to find an available port or socket '{at}'")]

@@ -59,6 +59,8 @@ impl fmt::Display for NbdSpec {
                 }
                 Ok(())
             }
+            // As QEMU prints it.
+            NbdAddress::Unix(path) if self.export.is_empty() => write!(f, "{scheme}+unix://?socket={}", path.display()),
             NbdAddress::Unix(path) => write!(f, "{scheme}+unix:///{}?socket={}", self.export, path.display()),
         }
     }

@@ -63,6 +63,11 @@ impl NbdFile {
         self.has(can::READ_ONLY)
     }
 
+    /// The same file, or an error where nobody may write.
+    pub fn for_writing(self) -> Result<NbdFile, NbdError> {
+        if self.is_read_only() { Err(NbdError::ReadOnly { server: self.server.clone() }) } else { Ok(self) }
+    }
+
     fn has(&self, flag: u16) -> bool {
         self.agreed.flags & flag != 0
     }

@@ -45,6 +45,8 @@ pub struct ServeOptions<'a> {
     pub max_clients: usize,
     /// Whether clients can ask where data is.
     pub allocation: bool,
+    /// Each write is on stable storage before it is answered.
+    pub write_through: bool,
     /// Go on when the last client has left.
     pub persistent: bool,
     /// How long a client may take to agree on options; `None`: for ever.
@@ -65,6 +67,7 @@ impl Default for ServeOptions<'_> {
             offset: 0,
             max_clients: 1,
             allocation: true,
+            write_through: false,
             persistent: true,
             handshake_limit: Some(Duration::from_secs(10)),
             workers: 4,

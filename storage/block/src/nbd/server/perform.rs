@@ -28,6 +28,8 @@ pub struct Target<'a> {
     pub flags: u16,
     pub allocation: bool,
     pub structured: bool,
+    /// Each write waits for stable storage.
+    pub write_through: bool,
 }
 
 /// A part of a read.
@@ -128,7 +130,7 @@ impl Target<'_> {
             _ => {}
         }
         let writes = matches!(request.command, command::WRITE | command::TRIM | command::WRITE_ZEROES);
-        if writes && has(flag::FUA) {
+        if writes && (has(flag::FUA) || self.write_through) {
             self.disk.flush()?;
         }
         Ok(Answer::Done)

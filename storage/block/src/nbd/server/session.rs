@@ -60,6 +60,7 @@ pub fn run(
             flags: offer.flags,
             allocation: agreed.allocation,
             structured: agreed.structured,
+            write_through: options.write_through,
         },
         structured: agreed.structured,
         input: Mutex::new(input),
