@@ -107,6 +107,7 @@ pub fn resolve_chain_probing(
 /// Takes no lock, so it serves for an image in use; the answer may be old by then.
 pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockError> {
     let file = open_image(path, true)?;
+    let declared = format.is_some();
     let format = settle_format(path, &file, format)?;
     let file = HostFile::new(file).map_err(|e| BlockError::io(path, Action::Stat, e))?;
     describe(&file, path, format)
@@ -134,7 +135,7 @@ fn describe(file: &dyn FileBackend, path: &Path, format: Format) -> Result<Image
         vmdk: None,
     };
     if format != Format::Raw && format != Format::Qcow2 {
-        let said = foreign_with_extents(path, open_image(path, true)?, format)?.inspect()?;
+        let said = foreign_with_extents(path, open_image(path, true)?, format, declared)?.inspect()?;
         info.virtual_size_bytes = said.size_bytes;
         info.cluster_bytes = Some(said.cluster_bytes).filter(|bytes| *bytes > 0);
         info.allocated_bytes = said.allocated_bytes;
@@ -168,18 +169,13 @@ pub fn check_foreign(path: &Path, format: Format) -> Result<Option<ForeignReport
     if matches!(format, Format::Raw | Format::Qcow2) {
         return Ok(None);
     }
-    foreign_with_extents(path, open_image(path, true)?, format)?.check()
+    foreign_with_extents(path, open_image(path, true)?, format, true)?.check()
 }
 
 /// An image of another vendor with the files beside it that belong to it, for reading.
-fn foreign_with_extents(path: &Path, file: File, format: Format) -> Result<ForeignImage, BlockError> {
+fn foreign_with_extents(path: &Path, file: File, format: Format, declared: bool) -> Result<ForeignImage, BlockError> {
     let mut image = foreign_over(path, &file, format)?;
-    let directory = path.parent().unwrap_or(Path::new(""));
-    for name in image.extent_names()? {
-        let beside = directory.join(&name);
-        let failed =
-            |source| BlockError::ExtentFile { path: path.to_owned(), name: name.clone(), source: Box::new(source) };
-        let extent = open_image(&beside, true).map_err(failed)?;
+    for (extent, beside) in open_extents(path, &image, true, false, declared)? {
         let extent = HostFile::new(extent).map_err(|e| BlockError::io(&beside, Action::Stat, e))?;
         image.extents.push((Arc::new(extent), beside));
     }
@@ -243,6 +239,7 @@ fn resolve(
         if chain.len() >= CHAIN_MAX {
             return Err(BlockError::TooDeep { path, max: CHAIN_MAX });
         }
+        let declared = format.is_some();
         let format = settle_format(&path, &file, format)?;
         if locks {
             lock_image(&path, &file, read_only)?;
@@ -255,7 +252,7 @@ fn resolve(
             _ if !probe_backing => {
                 return Err(BlockError::BackingFormat { path, format: format.name().to_owned() });
             }
-            Format::Vmdk => (extents, next) = files_of_vmdk(&path, &file, read_only, locks)?,
+            Format::Vmdk => (extents, next) = files_of_vmdk(&path, &file, read_only, locks, declared)?,
             Format::Vdi | Format::Vhdx | Format::Vpc => {}
         }
         chain.push(ChainFile { file, path_label: path, format, extents });
@@ -313,25 +310,52 @@ type OpenExtents = Vec<(File, PathBuf)>;
 type Next = Option<(PathBuf, Option<Format>)>;
 
 /// The files beside a vmdk that belong to it, open, and its backing file.
-fn files_of_vmdk(path: &Path, file: &File, read_only: bool, locks: bool) -> Result<(OpenExtents, Next), BlockError> {
-    let image = foreign_over(path, file, Format::Vmdk)?;
+fn files_of_vmdk(
+    path: &Path,
+    file: &File,
+    read_only: bool,
+    locks: bool,
+    declared: bool,
+) -> Result<(OpenExtents, Next), BlockError> {
+    let mut image = foreign_over(path, file, Format::Vmdk)?;
+    let extents = open_extents(path, &image, read_only, locks, declared)?;
+    for (extent, beside) in &extents {
+        let clone = extent.try_clone().and_then(HostFile::new).map_err(|e| BlockError::io(beside, Action::Stat, e))?;
+        image.extents.push((Arc::new(clone), beside.clone()));
+    }
+    let backing = image.inspect()?.backing_name;
+    let directory = path.parent().unwrap_or(Path::new(""));
+    Ok((extents, backing.map(|name| (directory.join(name), Some(Format::Vmdk)))))
+}
+
+/// Opens the files beside an image that it is made of. What a probed image names may be anybody's: those files are
+/// opened only for an image whose format was declared.
+fn open_extents(
+    path: &Path,
+    image: &ForeignImage,
+    read_only: bool,
+    locks: bool,
+    declared: bool,
+) -> Result<OpenExtents, BlockError> {
     let directory = path.parent().unwrap_or(Path::new(""));
     let mut extents = Vec::new();
-    let mut inspected = foreign_over(path, file, Format::Vmdk)?;
     for name in image.extent_names()? {
-        let beside = directory.join(&name);
-        let failed =
-            |source| BlockError::ExtentFile { path: path.to_owned(), name: name.clone(), source: Box::new(source) };
-        let extent = open_image(&beside, read_only).map_err(failed)?;
-        if locks {
-            lock_image(&beside, &extent, read_only).map_err(failed)?;
+        if !declared {
+            return Err(BlockError::ExtentConsent { path: path.to_owned(), name });
         }
-        let clone = extent.try_clone().and_then(HostFile::new).map_err(|e| BlockError::io(&beside, Action::Stat, e))?;
-        inspected.extents.push((Arc::new(clone), beside.clone()));
-        extents.push((extent, beside));
+        let beside = directory.join(&name);
+        let open = || {
+            let extent = open_image(&beside, read_only)?;
+            if locks {
+                lock_image(&beside, &extent, read_only)?;
+            }
+            Ok(extent)
+        };
+        let failed =
+            |source: BlockError| BlockError::ExtentFile { path: path.to_owned(), name, source: Box::new(source) };
+        extents.push((open().map_err(failed)?, beside.clone()));
     }
-    let backing = inspected.inspect()?.backing_name;
-    Ok((extents, backing.map(|name| (directory.join(name), Some(Format::Vmdk)))))
+    Ok(extents)
 }
 
 fn foreign_over(path: &Path, file: &File, format: Format) -> Result<ForeignImage, BlockError> {

@@ -18,6 +18,9 @@ use crate::zeroes::{for_each_run, is_zero};
 /// Bytes that one thread holds at a time. Small enough to stay in the processor's cache between the read that
 /// fills them and the write that takes them.
 pub(crate) const CHUNK_BYTES: u64 = 256 << 10;
+/// The same for files that bypass the page cache.
+const DIRECT_CHUNK_BYTES: u64 = 1 << 20;
+const DIRECT_WORKERS: usize = 4;
 /// Zeroes that one step skips or writes.
 const ZERO_STEP_BYTES: u64 = 1 << 30;
 /// Memory of one thread's stack. Nothing recurses deeper than a backing chain, 200 images at most.
@@ -129,13 +132,23 @@ pub fn copy(
     opts: &CopyOptions,
     progress: &(dyn Fn(u64, u64) -> bool + Sync),
 ) -> Result<(), BlockError> {
+    let stream = target.is_stream();
+    // Direct I/O waits for the device each time: more requests at once, and larger ones, keep it busy.
+    let direct = source.is_direct() || target.is_direct();
+    let opts = &CopyOptions {
+        workers: if direct { opts.workers.max(DIRECT_WORKERS) } else { opts.workers },
+        compressed: opts.compressed || stream,
+        out_of_order: opts.out_of_order && !stream,
+        ..opts.clone()
+    };
+    let chunk_bytes = if direct { DIRECT_CHUNK_BYTES } else { CHUNK_BYTES };
     // Compressed clusters are written whole, so steps are whole clusters.
     let unit = if opts.compressed { target.cluster_bytes().max(512) } else { 4096 };
     let shared = Shared {
         source,
         target,
         opts,
-        chunk_bytes: if opts.compressed { unit } else { CHUNK_BYTES.max(target.cluster_bytes()) },
+        chunk_bytes: if opts.compressed { unit } else { chunk_bytes.max(target.cluster_bytes()) },
         next: Mutex::new(Cursor::default()),
         turn: Mutex::new(0),
         turned: Condvar::new(),
@@ -226,7 +239,10 @@ impl Shared<'_> {
                 continue;
             } else if extent.kind == ExtentKind::Data || as_data {
                 // Steps end at chunk boundaries, so that a run that starts raggedly does not stay ragged.
-                bytes = bytes.min(self.chunk_bytes - offset % self.chunk_bytes);
+                let chunk = (self.chunk_bytes - offset % self.chunk_bytes).min(size_bytes - offset);
+                // A compressed cluster is a run of its own; what follows is read with it, and zeroes will show.
+                let any = extent.compressed && !is_part && !self.opts.unmapped_only;
+                bytes = if any { chunk } else { bytes.min(chunk) };
             }
             let kind = if as_data { ExtentKind::Data } else { extent.kind };
             let from_file = extent.host.filter(|_| !as_data).map(|_| depth);

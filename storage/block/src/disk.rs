@@ -142,6 +142,7 @@ pub struct Disk {
     read_only: bool,
     discard: Discard,
     detect_zeroes: bool,
+    direct: bool,
     meters: Meters,
 }
 
@@ -173,6 +174,7 @@ impl Disk {
             read_only: opts.read_only,
             discard: opts.discard,
             detect_zeroes: opts.detect_zeroes,
+            direct: opts.cache == CacheMode::None,
             meters: Meters::default(),
         })
     }
@@ -335,6 +337,16 @@ impl Disk {
     /// The unit in which the top image takes space; 0 where there is none.
     pub fn cluster_bytes(&self) -> u64 {
         self.nodes.first().map_or(0, |top| top.cluster_bytes())
+    }
+
+    /// Whether the host's page cache is bypassed.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Whether the top image can only be written once, compressed, in ascending order.
+    pub fn is_stream(&self) -> bool {
+        self.nodes.first().is_some_and(|top| top.is_stream())
     }
 
     /// How many images the disk is made of.

@@ -119,6 +119,8 @@ pub enum BlockError {
     Format { path: PathBuf, source: Box<image::FormatError> },
     #[error("{path}: {format} is no format of another vendor", path = path.display())]
     NotForeign { path: PathBuf, format: Format },
+    #[error("{path}: is a vmdk that names other files, the first: {name}; declare it as vmdk (-f vmdk) to open them", path = path.display())]
+    ExtentConsent { path: PathBuf, name: String },
     #[error("{path}: its file {name} cannot be opened", path = path.display())]
     ExtentFile { path: PathBuf, name: String, source: Box<BlockError> },
     #[error("stopped on request")]
@@ -208,6 +210,7 @@ impl BlockError {
             | E::Stopped
             | E::Format { .. }
             | E::NotForeign { .. }
+            | E::ExtentConsent { .. }
             | E::EmptyChain
             | E::FormatDisagrees { .. }
             | E::BackingNotGiven { .. }

@@ -110,6 +110,10 @@ pub(crate) trait Node: Send + Sync {
     fn write_packed(&self, _offset: u64, _packed: &[u8]) -> Result<(), BlockError> {
         Err(BlockError::NoCompression { path: self.path().to_owned() })
     }
+    /// Whether it can only be written by [`Node::pack`] and [`Node::write_packed`], once, in ascending order.
+    fn is_stream(&self) -> bool {
+        false
+    }
     /// The unit in which space is taken; 0 where there is none.
     fn cluster_bytes(&self) -> u64;
     /// Storage the image takes on the host.

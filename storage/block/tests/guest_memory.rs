@@ -76,9 +76,7 @@ fn direct_files_take_requests_of_any_alignment() {
         let size = (2 << 20) + 512 * 3;
         match format {
             Format::Raw => create_raw(&image, size).unwrap(),
-            _ => {
-                create_qcow2(&image, size, &CreateOptions { cluster_bits: 9, ..CreateOptions::default() }).unwrap()
-            }
+            _ => create_qcow2(&image, size, &CreateOptions { cluster_bits: 9, ..CreateOptions::default() }).unwrap(),
         }
         let Some(file) = open_direct(&image) else { return };
         let opts = OpenOptions { format, cache: CacheMode::None, ..OpenOptions::default() };

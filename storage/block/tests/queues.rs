@@ -21,7 +21,7 @@ struct Slow(HostFile, AtomicU64);
 
 impl Slow {
     fn dawdle(&self) {
-        let long = self.1.fetch_add(1, Ordering::Relaxed) % 11 == 0;
+        let long = self.1.fetch_add(1, Ordering::Relaxed).is_multiple_of(11);
         let turns = if long { 300 } else { 0 };
         (0..turns).for_each(|_| std::thread::yield_now());
     }

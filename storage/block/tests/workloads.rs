@@ -109,9 +109,7 @@ fn make(case: &Case, top: &Path) {
     let backing = (case.backing_bytes > 0).then(|| ("base.raw".into(), Format::Raw));
     match (case.format, case.create) {
         (Format::Raw, _) => create_raw(top, case.size_bytes).unwrap(),
-        (_, "") => {
-            create_qcow2(top, case.size_bytes, &CreateOptions { backing, ..CreateOptions::default() }).unwrap()
-        }
+        (_, "") => create_qcow2(top, case.size_bytes, &CreateOptions { backing, ..CreateOptions::default() }).unwrap(),
         (_, args) => {
             let mut all = vec!["create", "-q", "-f", "qcow2"];
             all.extend(args.split(' '));

@@ -797,7 +797,7 @@ fn images_of_other_vendors_are_read_and_written() {
         peer convert -O vhdx top.qcow2 a.vhdx
         json info --output=json a.vmdk
         json info --output=json s.vmdk
-        json info --output=json t.vmdk
+        json info --output=json -f vmdk t.vmdk
         run info a.vdi
         run info a.vpc
         run info a.vhdx

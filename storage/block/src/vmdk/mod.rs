@@ -294,8 +294,12 @@ impl Node for VmdkNode {
         })
     }
 
+    fn is_stream(&self) -> bool {
+        matches!(self.parts.first(), Some(Part { kind: PartKind::Stream(_), .. }))
+    }
+
     fn pack(&self, cluster: &[u8], packed: &mut Vec<u8>) -> Result<bool, BlockError> {
-        if !matches!(self.parts.first(), Some(Part { kind: PartKind::Stream(_), .. })) {
+        if !self.is_stream() {
             return Err(BlockError::NoCompression { path: self.path.clone() });
         }
         deflate_grain(cluster, packed);
