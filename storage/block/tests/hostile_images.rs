@@ -20,6 +20,10 @@ fn image(options: &str, compressed: bool) -> Pages {
     args.extend([raw.to_str().unwrap(), path.to_str().unwrap()]);
     qemu_img(&args);
     qemu_img(&["snapshot", "-c", "s", path.to_str().unwrap()]);
+    if !options.contains("0.10") {
+        qemu_img(&["bitmap", "--add", "-g", "4096", path.to_str().unwrap(), "b"]);
+        qemu_img(&["bitmap", "--add", "--disable", path.to_str().unwrap(), "c"]);
+    }
     Pages::load(&path)
 }
 
@@ -30,6 +34,11 @@ fn mutate(pages: &mut Pages, rng: &mut Rng) {
         pages.read(at, &mut raw);
         u64::from_be_bytes(raw)
     };
+    // Where the directory of bitmaps is: the header extension of type 0x23852875.
+    let bitmaps = |pages: &Pages| {
+        let kind = |at: &u64| word(pages, *at) == 0x2385_2875 << 32 | 24;
+        (104..800).step_by(8).find(kind).map_or(0, |at| word(pages, at + 24))
+    };
     for _ in 0..1 + rng.below(3) {
         let l1 = word(pages, 40);
         let regions = [
@@ -39,6 +48,8 @@ fn mutate(pages: &mut Pages, rng: &mut Rng) {
             (word(pages, word(pages, 48) & 0xff_ffff), 512),
             (word(pages, l1 & 0xff_ffff) & 0xff_ff00, 4096),
             (word(pages, 64), 128),
+            (bitmaps(pages), 64),
+            (word(pages, bitmaps(pages) & 0xff_ffff), 64),
             (0, pages.len),
         ];
         let (start, bytes) = regions[rng.below(regions.len() as u64) as usize];
@@ -89,14 +100,19 @@ fn exercise(pages: Pages, read_only: bool, rng: &mut Rng) -> bool {
 fn maintain(disk: &Disk, rng: &mut Rng) {
     let Some(image) = disk.qcow2() else { return };
     let _ = image.snapshots();
+    let _ = image.bitmaps();
+    let _ = image.read_vm_state("s", 0, &mut [0; 4096]);
     for _ in 0..3 {
-        match rng.below(7) {
+        match rng.below(10) {
             0 => _ = image.create_snapshot("new", &Default::default()),
             1 => _ = image.apply_snapshot("s"),
             2 => _ = image.delete_snapshot("s"),
             3 => _ = disk.resize(rng.below(4 << 20), true, block::Preallocation::Off),
             4 => _ = disk.resize(SIZE_BYTES + rng.below(4 << 20), true, block::Preallocation::Metadata),
             5 => _ = image.set_backing(Some("base"), Some("raw")),
+            7 => _ = image.bitmap_bits("b").and_then(|bits| image.merge_bitmap("c", &bits)),
+            8 => _ = image.add_bitmap("new", 512, true),
+            9 => _ = image.remove_bitmap("b"),
             _ => _ = image.make_empty(),
         }
     }

@@ -16,7 +16,7 @@ use super::rewrite::{Place, Rewrite, words};
 use super::{Qcow2Node, Tables};
 use crate::error::BlockError;
 
-/// Bits of one bitmap that are held in memory, in bytes: 32 TiB of disk at 64 KiB a bit.
+/// Bits of one bitmap, and of all that record, that are held in memory, in bytes: 32 TiB of disk at 64 KiB a bit.
 const BITS_MAX_BYTES: u64 = 64 << 20;
 /// Flags in a directory entry: a u32 at this byte of it, with the mark of use in its lowest bit.
 const FLAGS_AT: u64 = 12;
@@ -437,6 +437,8 @@ impl Tables {
         };
         let bitmaps = read_directory(place, &self.header)?;
         let mut loaded = Vec::new();
+        // A cluster more, because tables count in whole ones.
+        let mut room = BITS_MAX_BYTES + self.geometry.cluster_bytes();
         let mut at = extension.directory_offset;
         for bitmap in &bitmaps {
             let entry_at = at;
@@ -446,7 +448,12 @@ impl Tables {
             }
             // Bits that do not fit in memory are lost by the mark, which says so to everyone.
             let known = bitmap.extra.is_empty() || bitmap.extra_compatible;
-            if let (true, Ok(bits)) = (known, read_bits(place, &self.geometry, bitmap)) {
+            let bytes = u64::from(bitmap.table_entries).saturating_mul(self.geometry.cluster_bytes());
+            if known
+                && bytes <= room
+                && let Ok(bits) = read_bits(place, &self.geometry, bitmap)
+            {
+                room -= bytes;
                 loaded.push((bitmap.name.clone(), bits));
             }
             let mut flags = [0; 4];
