@@ -110,15 +110,28 @@ pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockEr
     let declared = format.is_some();
     let format = settle_format(path, &file, format)?;
     let file = HostFile::new(file).map_err(|e| BlockError::io(path, Action::Stat, e))?;
-    describe(&file, path, format)
+    let foreign = match format {
+        Format::Raw | Format::Qcow2 => None,
+        _ => Some(foreign_with_extents(path, open_image(path, true)?, format, declared)?),
+    };
+    describe(&file, path, format, foreign)
 }
 
 /// As [`inspect`], of an open backend that is no host file.
 pub fn inspect_backend(layer: &ChainBackend) -> Result<ImageInfo, BlockError> {
-    describe(&*layer.file, &layer.path_label, layer.format)
+    let (path, format) = (&layer.path_label, layer.format);
+    if !matches!(format, Format::Raw | Format::Qcow2) {
+        return Err(BlockError::BackingFormat { path: path.clone(), format: format.name().to_owned() });
+    }
+    describe(&*layer.file, path, format, None)
 }
 
-fn describe(file: &dyn FileBackend, path: &Path, format: Format) -> Result<ImageInfo, BlockError> {
+fn describe(
+    file: &dyn FileBackend,
+    path: &Path,
+    format: Format,
+    foreign: Option<ForeignImage>,
+) -> Result<ImageInfo, BlockError> {
     let stat = |e| BlockError::io(path, Action::Stat, e);
     let file_bytes = file.len_bytes().map_err(stat)?;
     let mut info = ImageInfo {
@@ -134,8 +147,8 @@ fn describe(file: &dyn FileBackend, path: &Path, format: Format) -> Result<Image
         qcow2: None,
         vmdk: None,
     };
-    if format != Format::Raw && format != Format::Qcow2 {
-        let said = foreign_with_extents(path, open_image(path, true)?, format, declared)?.inspect()?;
+    if let Some(foreign) = foreign {
+        let said = foreign.inspect()?;
         info.virtual_size_bytes = said.size_bytes;
         info.cluster_bytes = Some(said.cluster_bytes).filter(|bytes| *bytes > 0);
         info.allocated_bytes = said.allocated_bytes;

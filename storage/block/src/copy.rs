@@ -18,6 +18,8 @@ use crate::zeroes::{for_each_run, is_zero};
 /// Bytes that one thread holds at a time. Small enough to stay in the processor's cache between the read that
 /// fills them and the write that takes them.
 pub(crate) const CHUNK_BYTES: u64 = 256 << 10;
+/// A step fills whole clusters of the target, so that they are written once, unless they are larger than this.
+const CHUNK_MAX_BYTES: u64 = 2 << 20;
 /// The same for files that bypass the page cache.
 const DIRECT_CHUNK_BYTES: u64 = 1 << 20;
 const DIRECT_WORKERS: usize = 4;
@@ -148,7 +150,7 @@ pub fn copy(
         source,
         target,
         opts,
-        chunk_bytes: if opts.compressed { unit } else { chunk_bytes.max(target.cluster_bytes()) },
+        chunk_bytes: if opts.compressed { unit } else { chunk_bytes.max(target.cluster_bytes().min(CHUNK_MAX_BYTES)) },
         next: Mutex::new(Cursor::default()),
         turn: Mutex::new(0),
         turned: Condvar::new(),
