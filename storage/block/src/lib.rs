@@ -7,7 +7,8 @@
 //!
 //! Durability of qcow2: refcounts and data are on disk before the tables that refer to them, and a cluster
 //! is reused only after the tables that referred to it are gone from the disk. A crash at any write leaks
-//! space at worst. See `qcow2/commit.rs`.
+//! space at worst. See `qcow2/commit.rs`. What concerns an image as a whole, like its snapshots and its size, changes in
+//! one switch of its header: [`Qcow2Image`].
 //!
 //! Errors are one enum, [`BlockError`]; [`BlockError::kind`] is what a device or the daemon decides on.
 //! `unsafe` lives in `sys` alone: guest memory as I/O vectors, and open file description locks.
@@ -52,10 +53,10 @@ pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, Op
 pub use error::{Action, BlockError, ErrorKind};
 pub use foreign::{ForeignImage, ForeignInfo, ForeignReport};
 pub use host_file::{HostFile, use_direct_io};
+pub use image::{Format, probe};
 pub use image::qcow2::CompressionType;
 pub use image::qcow2::Snapshot;
 pub use image::vmdk::layout::{AdapterType, Subformat};
-pub use image::{Format, probe};
 pub use io::FileBackend;
 pub use node::{Extent, ExtentKind};
 pub use page_buf::PageBuf;

@@ -4,8 +4,9 @@
 //! the image's metadata: `tables` finds and changes L1 and L2 entries, `alloc` hands out host clusters, `commit`
 //! writes tables back in a safe order, `rebuild` mends refcounts after an unclean end.
 //!
-//! Operations on the image as a whole ([`Qcow2Image`]) wait for a moment without requests, write everything that
-//! changes beside what is in use and switch the header (`rewrite`, `recount`).
+//! Operations on the image as a whole ([`Qcow2Image`]: `snapshots`, `vm_state`, `resize`, `amend`, `bitmaps`) wait for
+//! a moment without requests, write everything that changes beside what is in use and switch the header (`rewrite`,
+//! `recount`). `repair` needs no image in use: it mends a file.
 //!
 //! Data moves outside the lock. A request looks its clusters up, counts itself as in flight ([`Flights`]) and then
 //! reads or writes the file; a cluster that a table gave up is punched and handed out again only after every

@@ -3,7 +3,7 @@
 //! [`Header`] says where the tables are, [`Geometry`] does the index arithmetic, [`L2Entry`] and the plans in
 //! `mapping` say what an access means and must change, [`refcount`] reads and writes refcount blocks,
 //! [`check`] walks a whole image, [`layout`] lays out a new one, [`parse_snapshots`] reads the internal snapshots,
-//! [`ExtendedEntry`] is an L2 entry with subclusters, [`header_steps`] replaces a header.
+//! [`ExtendedEntry`] is an L2 entry with subclusters, [`header_steps`] replaces a header, [`bitmaps`] reads dirty bitmaps.
 
 pub mod bitmaps;
 pub mod check;
