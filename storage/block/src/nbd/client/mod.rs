@@ -141,6 +141,9 @@ impl NbdFile {
     }
 
     fn write_zero_data(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         let zeroes = vec![0; bytes.min(ZEROES_BYTES).min(self.request_max()) as usize];
         pieces(offset, bytes, zeroes.len() as u64).try_for_each(|(offset, bytes)| {
             let zeroes = zeroes.get(..bytes as usize).unwrap_or_default();
