@@ -194,7 +194,7 @@ pub fn list_exports(spec: &NbdSpec) -> Result<Vec<Export>, NbdError> {
     handshake::list(&mut stream).map_err(|source| NbdError::Handshake { server: spec.to_string(), source })
 }
 
-/// Cuts a range into pieces of at most `max` bytes that end at multiples of it.
+/// Cuts a range into pieces of at most `max` bytes, not 0, that end at multiples of it.
 fn pieces(offset: u64, bytes: u64, max: u64) -> impl Iterator<Item = (u64, u64)> {
     let end = offset.saturating_add(bytes);
     let mut at = offset;

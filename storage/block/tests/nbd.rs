@@ -1,0 +1,180 @@
+//! Client and server of NBD with each other: many threads on one connection against a model of the disk, and how
+//! connections begin and end.
+
+mod nbd_support;
+mod support;
+
+use std::io::ErrorKind;
+use std::sync::Barrier;
+
+use block::nbd::{CLIENTS_UNLIMITED, NbdFile, ServeOptions};
+use block::{FileBackend, Format, ReadBufs, WriteBufs};
+use nbd_support::{Served, new_image};
+use support::Rng;
+
+const THREADS: u64 = 6;
+/// What one thread has for itself.
+const REGION: u64 = 1 << 20;
+
+/// Random requests of one thread to its region, and what the region has to hold.
+fn exercise(file: &NbdFile, start: u64, rng: &mut Rng, steps: usize) -> Vec<u8> {
+    let mut model = vec![0u8; REGION as usize];
+    let mut room = vec![0u8; REGION as usize];
+    for step in 0..steps {
+        let offset = rng.below(REGION);
+        let most = if rng.below(8) == 0 { REGION } else { 20_000 };
+        let bytes = rng.below(most.min(REGION - offset)) + 1;
+        let range = offset as usize..(offset + bytes) as usize;
+        match rng.below(10) {
+            0..4 => {
+                let value = rng.next();
+                let data: Vec<u8> = (0..bytes).map(|i| (value.rotate_left((i % 61) as u32) as u8) | 1).collect();
+                file.write_at(start + offset, &WriteBufs::from_slice(&data)).unwrap();
+                model[range].copy_from_slice(&data);
+            }
+            4 => {
+                file.write_zeroes(start + offset, bytes, rng.below(2) == 0).unwrap();
+                model[range].fill(0);
+            }
+            5 => {
+                file.punch_hole(start + offset, bytes).unwrap();
+                // Zero or unchanged: what it is now, it stays.
+                let now = &mut room[range.clone()];
+                file.read_at(start + offset, &ReadBufs::from_slice(now)).unwrap();
+                for (was, is) in model[range.clone()].iter().zip(now.iter()) {
+                    assert!(is == was || *is == 0, "step {step}");
+                }
+                model[range.clone()].copy_from_slice(&room[range]);
+            }
+            6 => file.sync_data().unwrap(),
+            7 => {
+                let (run, is_data) = file.extent(start + offset, bytes).unwrap();
+                assert!((1..=bytes).contains(&run));
+                let run = offset as usize..(offset + run) as usize;
+                assert!(is_data || model[run].iter().all(|b| *b == 0), "step {step}: data is called a hole");
+            }
+            _ => {
+                let now = &mut room[range.clone()];
+                now.fill(0xee);
+                file.read_at(start + offset, &ReadBufs::from_slice(now)).unwrap();
+                assert!(now == &model[range], "step {step}: {bytes} bytes at {offset}");
+            }
+        }
+    }
+    model
+}
+
+#[test]
+fn threads_share_a_connection_and_find_what_they_wrote() {
+    for (format, workers) in [(Format::Raw, 1), (Format::Raw, 4), (Format::Qcow2, 4)] {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = new_image(dir.path(), format, THREADS * REGION);
+        let served = Served::new(disk, ServeOptions { workers, ..ServeOptions::default() });
+        let file = served.connect().unwrap();
+        assert_eq!(file.len_bytes().unwrap(), THREADS * REGION);
+        let models: Vec<Vec<u8>> = std::thread::scope(|scope| {
+            let start = |thread: u64| {
+                let file = &file;
+                scope.spawn(move || exercise(file, thread * REGION, &mut Rng(0x5eed + thread), 150))
+            };
+            let threads: Vec<_> = (0..THREADS).map(start).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let mut found = vec![0; REGION as usize];
+        for (thread, model) in models.iter().enumerate() {
+            served.disk.read(thread as u64 * REGION, &mut found).unwrap();
+            assert!(found == *model, "{format}: region {thread}");
+        }
+        drop(file);
+        served.end().unwrap();
+    }
+}
+
+#[test]
+fn a_client_waits_until_there_is_room_and_a_server_ends_with_the_last() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = ServeOptions { persistent: false, ..ServeOptions::default() };
+    let served = Served::new(new_image(dir.path(), Format::Raw, 1 << 20), options);
+    let first = served.connect().unwrap();
+    let barrier = Barrier::new(2);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            barrier.wait();
+            served.connect().map(|file| file.len_bytes().unwrap())
+        });
+        barrier.wait();
+        // The second client is not served while the first is there.
+        first.write_at(0, &WriteBufs::from_slice(b"first")).unwrap();
+        assert!(!waiting.is_finished());
+        drop(first);
+        // It finds a server, or that the server ended with the first client: both are right, the order is chance.
+        drop(waiting.join().unwrap());
+    });
+    served.join().unwrap();
+}
+
+#[test]
+fn clients_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = ServeOptions { max_clients: CLIENTS_UNLIMITED, ..ServeOptions::default() };
+    let served = Served::new(new_image(dir.path(), Format::Raw, 1 << 20), options);
+    let files: Vec<NbdFile> = (0..20).map(|_| served.connect().unwrap()).collect();
+    for (i, file) in files.iter().enumerate() {
+        file.write_at(i as u64 * 512, &WriteBufs::from_slice(&[i as u8 + 1; 512])).unwrap();
+    }
+    for file in &files {
+        let mut all = vec![0; 20 * 512];
+        file.read_at(0, &ReadBufs::from_slice(&mut all)).unwrap();
+        assert!(all.chunks(512).enumerate().all(|(i, sector)| sector == [i as u8 + 1; 512]));
+    }
+    // The server stops although clients are there; they are told.
+    served.end().unwrap();
+    for file in &files {
+        let error = file.read_at(0, &ReadBufs::from_slice(&mut [0; 512])).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionAborted);
+        assert!(error.to_string().contains("the connection is lost"), "{error}");
+    }
+}
+
+#[test]
+fn the_end_of_an_export() {
+    let dir = tempfile::tempdir().unwrap();
+    let served = Served::new(
+        new_image(dir.path(), Format::Raw, 8192),
+        ServeOptions { offset: 4096, name: "näme".into(), ..ServeOptions::default() },
+    );
+    let file = served.connect().unwrap();
+    assert_eq!(file.len_bytes().unwrap(), 4096);
+    let mut room = [1u8; 1024];
+    file.write_at(3584, &WriteBufs::from_slice(&[7; 512])).unwrap();
+    file.read_at(3584, &ReadBufs::from_slice(&mut room)).unwrap();
+    assert_eq!((room[..512].to_vec(), room[512..].to_vec()), (vec![7; 512], vec![0; 512]));
+    // Zeroes past the end are there already; data is not taken.
+    file.write_at(4096, &WriteBufs::from_slice(&[0; 512])).unwrap();
+    let error = file.write_at(3584, &WriteBufs::from_slice(&[7; 1024])).unwrap_err();
+    assert!(error.to_string().contains("past the end of the export (4096 bytes)"), "{error}");
+    assert_eq!(file.extent(4096, 512).unwrap(), (512, false));
+    assert!(file.set_len_bytes(4096).is_ok());
+    assert_eq!(file.set_len_bytes(8192).unwrap_err().kind(), ErrorKind::Unsupported);
+    served.disk.read(7680, &mut room[..512]).unwrap();
+    assert_eq!(room[..512], [7; 512]);
+    drop(file);
+    let error = nbd_support::connect(&served.socket(), "name").map(drop).unwrap_err();
+    let text = format!("{error}: {}", std::error::Error::source(&error).unwrap());
+    assert!(text.contains("Requested export not available: 'name'"), "{text}");
+}
+
+#[test]
+fn nobody_writes_to_a_read_only_export() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = ServeOptions { read_only: true, ..ServeOptions::default() };
+    let served = Served::new(new_image(dir.path(), Format::Raw, 8192), options);
+    let file = served.connect().unwrap();
+    assert!(file.is_read_only());
+    for result in
+        [file.write_at(0, &WriteBufs::from_slice(b"x")), file.write_zeroes(0, 512, true), file.punch_hole(0, 512)]
+    {
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::ReadOnlyFilesystem);
+    }
+    file.sync_data().unwrap();
+}
