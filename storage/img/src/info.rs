@@ -273,7 +273,9 @@ fn as_json(found: &Found) -> Value {
     if *protocol == "file" {
         all.insert("actual-size".into(), json!(info.allocated_bytes));
     }
-    all.insert("dirty-flag".into(), json!(info.dirty));
+    if *protocol == "file" || info.format != Format::Raw {
+        all.insert("dirty-flag".into(), json!(info.dirty));
+    }
     if let Some(bytes) = info.cluster_bytes {
         all.insert("cluster-size".into(), json!(bytes));
     }

@@ -107,6 +107,11 @@ pub fn program() -> &'static str {
     })
 }
 
+/// Whether the name stands for one command, as `qemu-io` and `qemu-nbd` do.
+fn is_one_command() -> bool {
+    matches!(program(), "qemu-io" | "qemu-nbd")
+}
+
 /// Prints a message that is no failure.
 pub fn warn(text: &str) {
     eprintln!("{}: warning: {text}", program());
@@ -119,6 +124,7 @@ fn main() -> ExitCode {
         Err(error) => {
             let mut text = format!("{}: {error}\n", program());
             if let Some(command) = error.usage_of() {
+                let command = if is_one_command() { "" } else { command };
                 let space = if command.is_empty() { "" } else { " " };
                 text += &format!("Try '{}{space}{command} --help' for more info\n", program());
             }
@@ -214,8 +220,9 @@ fn overview() -> String {
 
 fn help(command: &Command) -> String {
     let Command { name, about, operands, options, .. } = command;
+    let name = if is_one_command() { String::new() } else { format!("{name} ") };
     format!(
-        "{about}.  Usage:\n\n  {} {name} [options] {operands}\n\nOptions:\n{}{}",
+        "{about}.  Usage:\n\n  {} {name}[options] {operands}\n\nOptions:\n{}{}",
         program(),
         getopt::describe(&[HELP]),
         getopt::describe(options)

@@ -94,7 +94,7 @@ pub enum ServeError {
     KernelDevice { option: &'static str },
     #[error("the option {option} is not supported; {instead}")]
     NotSupported { option: &'static str, instead: &'static str },
-    #[error("Failed to open '{name}': {reason}", reason = reason(source))]
+    #[error("Failed to blk_new_open '{name}': {reason}", reason = reason(source))]
     Open { name: String, source: Box<ImgError> },
     #[error("{}", chain(.0))]
     Nbd(#[from] NbdError),
@@ -112,6 +112,7 @@ pub enum ServeError {
 fn reason(error: &ImgError) -> String {
     match error {
         ImgError::Open { source, .. } => why(source),
+        ImgError::OpenRule { reason, .. } => reason.to_string(),
         other => other.to_string(),
     }
 }
@@ -143,7 +144,9 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         return background::start();
     }
     let disk = open_disk(parsed, file)?;
-    let options = ServeOptions { offset: offset(parsed, &disk)?, ..options };
+    if options.offset > 0 && options.offset >= disk.size_bytes() {
+        return Err(bad_offset(parsed.value("offset")?.unwrap_or_default()).into());
+    }
     let report = |error: &block::nbd::PeerError| crate::warn(&chain(error));
     let options = ServeOptions { report: parsed.has("verbose").then_some(&report), ..options };
     let stop = ready_to_stop()?;
@@ -242,6 +245,7 @@ fn serve_options(parsed: &Parsed) -> Result<ServeOptions<'static>, ImgError> {
         description: text(parsed, "description", "the description")?,
         read_only: parsed.has("read-only") || parsed.has("load-snapshot"),
         max_clients,
+        offset: offset(parsed)?,
         persistent: parsed.has("persistent"),
         handshake_limit: (limit > 0).then(|| Duration::from_secs(u64::from(limit))),
         write_through: matches!(parsed.value("cache")?, Some("writethrough" | "directsync")),
@@ -269,7 +273,7 @@ fn open_disk(parsed: &Parsed, file: &OsStr) -> Result<Disk, ImgError> {
         Some(other) => return Err(ServeError::DetectZeroes(other.to_owned()).into()),
     };
     if let Some(mode) = parsed.value("aio")?.filter(|mode| !matches!(*mode, "threads" | "native" | "io_uring")) {
-        return Err(ServeError::Mode { what: "aio", found: mode.to_owned() }.into());
+        return Err(ServeError::Value { what: "aio mode", found: mode.to_owned() }.into());
     }
     let write = !parsed.has("read-only") && !parsed.has("load-snapshot");
     let failed = |error| ServeError::Open { name: file.to_string_lossy().into_owned(), source: Box::new(error) };
@@ -283,9 +287,12 @@ fn open_disk(parsed: &Parsed, file: &OsStr) -> Result<Disk, ImgError> {
     Ok(disk)
 }
 
-fn offset(parsed: &Parsed, disk: &Disk) -> Result<u64, ImgError> {
+/// Where in the disk the export starts.
+fn offset(parsed: &Parsed) -> Result<u64, ImgError> {
     let Some(text) = parsed.value("offset")? else { return Ok(0) };
-    let refused = || ServeError::Value { what: "offset", found: text.to_owned() };
-    let offset = size::disk_bytes(text).map_err(|_| refused())?;
-    if offset >= disk.size_bytes() { Err(refused().into()) } else { Ok(offset) }
+    size::disk_bytes(text).map_err(|_| bad_offset(text).into())
+}
+
+fn bad_offset(found: &str) -> ServeError {
+    ServeError::Value { what: "offset", found: found.to_owned() }
 }

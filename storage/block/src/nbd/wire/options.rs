@@ -465,7 +465,8 @@ mod tests {
         const HEAD: &str = "0003e889045565a9";
         let disk = "00000004 6469736b";
         let other = "00000001 78";
-        let cases: &[(u32, String, &[(u32, &str)], Verdict)] = &[
+        type Answers<'a> = &'a [(u32, &'a str)];
+        let cases: &[(u32, String, Answers<'_>, Verdict)] = &[
             (3, String::new(), &[(2, "00000004 6469736b 61206469736b"), (1, "")], Verdict::Continue),
             (5, String::new(), &[(0x8000_0001, "*")], Verdict::Continue),
             (2, "00".into(), &[(1, "")], Verdict::Close),

@@ -1,0 +1,281 @@
+//! `serve` under the name `qemu-nbd`: its command lines beside qemu-nbd's, its life from `--fork` to SIGTERM, and
+//! `nbd:` names in the other commands.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+
+struct Room {
+    dir: tempfile::TempDir,
+    tool: PathBuf,
+}
+
+impl Room {
+    fn new() -> Room {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["qemu-nbd", "qemu-img"] {
+            std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_vireo-img"), dir.path().join(name)).unwrap();
+        }
+        let tool = dir.path().join("qemu-nbd");
+        let room = Room { dir, tool };
+        assert_eq!(room.peer_img("create -q -f qcow2 a.qcow2 4M").0, Some(0));
+        assert_eq!(room.peer_img("create -q -f raw a.raw 4M").0, Some(0));
+        room
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    /// Runs words; `DIR` in them is the directory.
+    fn run(&self, program: &Path, line: &str) -> (Option<i32>, String, String) {
+        let words = line.split_whitespace().map(|word| match word {
+            "''" => String::new(),
+            word => word.replace("DIR", &self.dir.path().display().to_string()),
+        });
+        let mut command = Command::new(program);
+        command.args(words).current_dir(self.dir.path()).stdin(Stdio::null()).env("LC_ALL", "C");
+        let Output { status, stdout, stderr } =
+            command.output().unwrap_or_else(|e| panic!("{}: {e}", program.display()));
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        (status.code(), text(stdout), text(stderr))
+    }
+
+    fn serve(&self, line: &str) -> (Option<i32>, String, String) {
+        self.run(&self.tool, line)
+    }
+
+    fn img(&self, line: &str) -> (Option<i32>, String, String) {
+        self.run(&self.dir.path().join("qemu-img"), line)
+    }
+
+    fn peer_img(&self, line: &str) -> (Option<i32>, String, String) {
+        self.run(Path::new("qemu-img"), line)
+    }
+
+    fn peer_io(&self, line: &str) -> (Option<i32>, String, String) {
+        self.run(Path::new("qemu-io"), line)
+    }
+
+    /// Starts a server in the background; it listens when this returns.
+    fn start(&self, line: &str) -> Server {
+        let started = self.serve(&format!("--fork --pid-file=DIR/pid {line}"));
+        assert_eq!(started, (Some(0), String::new(), started.2.clone()), "{line}");
+        let text = std::fs::read_to_string(self.path("pid")).unwrap();
+        Server { pid: Pid::from_raw(text.trim().parse().unwrap()).unwrap() }
+    }
+}
+
+struct Server {
+    pid: Pid,
+}
+
+impl Server {
+    /// Waits until the process is gone: it is no child of ours.
+    fn wait(&self) {
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while test_kill_process(self.pid).is_ok() {
+            assert!(std::time::Instant::now() < end, "the server is still there");
+            std::thread::yield_now();
+        }
+    }
+
+    fn end(&self) {
+        let _ = kill_process(self.pid, Signal::TERM);
+        self.wait();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = kill_process(self.pid, Signal::TERM);
+    }
+}
+
+#[test]
+fn refusals_are_qemu_nbd_s() {
+    let room = Room::new();
+    let mut wrong = String::new();
+    for line in [
+        "-e -1 a.raw",
+        "-e x a.raw",
+        "-o x a.raw",
+        "-f raw -o 5M a.raw",
+        "--cache=foo a.raw",
+        "--discard=foo a.raw",
+        "--aio=foo a.raw",
+        "--detect-zeroes=foo a.raw",
+        "-f foo a.raw",
+        "-f raw -k DIR/s nofile",
+        "-f qcow2 -k DIR/s a.raw",
+        "-n --cache=none a.raw",
+        "-k s a.raw",
+        "-L a.raw",
+        "--handshake-limit=x a.raw",
+        "-f raw --fork --pid-file=/nowhere/x -k DIR/s a.raw",
+    ] {
+        let ours = room.serve(line);
+        assert!(!Path::new(&room.path("s")).exists(), "{line}: the socket is left");
+        let theirs = room.run(Path::new("qemu-nbd"), line);
+        let _ = std::fs::remove_file(room.path("s"));
+        if ours != theirs {
+            wrong += &format!("\n{line}\n  ours: {ours:?}\ntheirs: {theirs:?}\n");
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+    let (code, _, err) = room.serve("--frob a.raw");
+    assert!(code == Some(1) && err.contains("unrecognized option '--frob'\nTry 'qemu-nbd --help'"), "{err}");
+    for line in ["", "a.raw a.qcow2"] {
+        let [ours, theirs] = [room.serve(line), room.run(Path::new("qemu-nbd"), line)];
+        assert_eq!((ours.0, ours.2.lines().next()), (theirs.0, theirs.2.lines().next()), "{line}");
+    }
+}
+
+#[test]
+fn what_is_not_built_is_said() {
+    let room = Room::new();
+    for (line, want) in [
+        ("-c /dev/nbd0 a.raw", "the option -c needs the NBD device of the host's kernel, which is not supported"),
+        ("-d /dev/nbd0", "the option -d needs the NBD device of the host's kernel"),
+        ("-s a.qcow2", "the option -s is not supported; create an overlay"),
+        ("-B b a.qcow2", "the option -B is not supported"),
+        ("-A a.qcow2", "the option -A is not supported"),
+        ("--tls-creds=tls0 a.raw", "the option --tls-creds is not supported; use a Unix socket or a tunnel"),
+    ] {
+        let (code, out, err) = room.serve(line);
+        assert_eq!((code, out.as_str()), (Some(1), ""), "{line}");
+        assert!(err.starts_with(&format!("qemu-nbd: {want}")), "{line}: {err}");
+    }
+    let (code, out, _) = room.serve("--version");
+    assert!(code == Some(0) && out.starts_with("qemu-nbd version 10.0.2 "), "{out}");
+    let (code, out, _) = room.serve("--help");
+    assert!(code == Some(0) && out.contains("-k, --socket") && out.contains("Usage:"), "{out}");
+    let (code, _, err) = room.img("info nbds://localhost/x");
+    assert!(code == Some(1) && err.contains("encrypted connections"), "{err}");
+}
+
+#[test]
+fn a_server_in_the_background_from_start_to_end() {
+    let room = Room::new();
+    let server = room.start("-t -e 3 -k DIR/s -x disk -D words -f qcow2 a.qcow2");
+    let uri = "nbd+unix:///disk?socket=DIR/s";
+    let script = room.path("commands");
+    std::fs::write(&script, "write -P 9 1M 64k\nwrite -z 2M 64k\nflush\nquit\n").unwrap();
+    let commands = std::fs::File::open(&script).unwrap();
+    let full = uri.replace("DIR", &room.dir.path().display().to_string());
+    let io = Command::new("qemu-io").args(["-f", "raw", &full]).stdin(commands).output().unwrap();
+    assert!(io.status.success(), "{io:?}");
+    let listed = room.serve("-L -k DIR/s");
+    assert_eq!(listed, room.run(Path::new("qemu-nbd"), "-L -k DIR/s"));
+    // The image is locked while it is served, against QEMU too.
+    let (code, _, err) = room.peer_img("info a.qcow2");
+    assert!(code == Some(1) && err.contains("lock"), "{err}");
+    // A second server does not take the socket away.
+    let (code, _, err) = room.serve("-f raw -k DIR/s a.raw");
+    assert!(code == Some(1) && err.contains("another server listens on it"), "{err}");
+    assert_eq!(room.img(&format!("compare -f raw -F raw {uri} {uri}")).0, Some(0));
+    server.end();
+    assert!(!Path::new(&room.path("s")).exists());
+    let out = room.peer_io("-r -f qcow2 -c map a.qcow2");
+    assert_eq!(out.0, Some(0), "{out:?}");
+    assert_eq!(room.peer_img("check a.qcow2").0, Some(0));
+    let found = Command::new("qemu-io").args(["-r", "-c", "read -P 9 1M 64k", &room.path("a.qcow2")]).output().unwrap();
+    assert!(!String::from_utf8_lossy(&found.stdout).contains("failed"), "{found:?}");
+}
+
+#[test]
+fn a_server_ends_with_its_last_client() {
+    let room = Room::new();
+    let server = room.start("-k DIR/s -f raw a.raw");
+    // A look is no client.
+    assert_eq!(room.serve("-L -k DIR/s").0, Some(0));
+    assert_eq!(room.img("convert -n -f qcow2 -O raw a.qcow2 nbd:unix:DIR/s").0, Some(0));
+    server.wait();
+    assert!(!Path::new(&room.path("s")).exists());
+}
+
+#[test]
+fn the_foreground_ends_well_on_a_signal() {
+    let room = Room::new();
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let mut command = Command::new(&room.tool);
+        let words = [
+            "-t",
+            "-v",
+            "-b",
+            "127.0.0.1",
+            "-p",
+            "0",
+            "-f",
+            "raw",
+            "--pid-file",
+            &room.path("pid"),
+            &room.path("a.raw"),
+        ];
+        let _ = std::fs::remove_file(room.path("pid"));
+        let mut child = command.args(words).stderr(Stdio::piped()).spawn().unwrap();
+        while !std::fs::read_to_string(room.path("pid")).is_ok_and(|text| text.ends_with('\n')) {
+            std::thread::yield_now();
+        }
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{signal:?}");
+        let said = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok).collect::<Vec<_>>();
+        assert!(said.is_empty(), "{said:?}");
+    }
+}
+
+#[test]
+fn names_of_exports_are_images_to_every_command() {
+    let room = Room::new();
+    let bytes: Vec<u8> = (0..4 << 20).map(|i: u32| if i % 70_000 < 30_000 { (i / 7) as u8 | 1 } else { 0 }).collect();
+    std::fs::write(room.path("a.raw"), &bytes).unwrap();
+    let server = room.start("-r -t -e 0 -k DIR/s -f raw a.raw");
+    for uri in [
+        "nbd+unix:///?socket=DIR/s",
+        "nbd:unix:DIR/s",
+        "json:{\"driver\":\"raw\",\"file\":{\"driver\":\"nbd\",\"path\":\"DIR/s\"}}",
+    ] {
+        for (out, to) in [("raw", "o.raw"), ("qcow2", "o.qcow2")] {
+            let done = room.img(&format!("convert -O {out} {uri} {to}"));
+            assert_eq!(done, (Some(0), String::new(), String::new()), "{uri}");
+            assert_eq!(room.peer_img(&format!("compare -U -f raw -F {out} a.raw {to}")).0, Some(0), "{uri}");
+        }
+        for line in ["info", "info --output=json", "map --output=json", "map"] {
+            let line = format!("{line} -f raw {uri}");
+            let [ours, theirs] = [room.img(&line), room.peer_img(&line)];
+            if line.contains("json ") {
+                let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+                assert_eq!(value(&ours.1), value(&theirs.1), "{line}");
+            } else {
+                assert_eq!(ours, theirs, "{line}");
+            }
+        }
+    }
+    let (code, _, err) = room.img("convert -n -f raw -O raw a.raw nbd:unix:DIR/s");
+    assert!(code == Some(1) && err.contains("the export is read only"), "{err}");
+    let (code, _, err) = room.img("info nbd+unix:///other?socket=DIR/s");
+    assert!(code == Some(1) && err.contains("Requested export not available"), "{err}");
+    server.end();
+    let uri = "nbd+unix:///?socket=DIR/s";
+    assert_eq!(room.img(&format!("info {uri}")), room.peer_img(&format!("info {uri}")));
+}
+
+#[test]
+fn an_internal_snapshot_and_a_part_of_a_disk_are_served() {
+    let room = Room::new();
+    let io = |commands: &[&str]| {
+        let args = commands.iter().flat_map(|command| ["-c", command]);
+        let out = Command::new("qemu-io").args(args).arg(room.path("a.qcow2")).output().unwrap();
+        assert!(out.status.success(), "{out:?}");
+    };
+    io(&["write -P 1 0 4M"]);
+    assert_eq!(room.peer_img("snapshot -c one a.qcow2").0, Some(0));
+    io(&["write -P 2 0 4M"]);
+    for (options, value, mib) in [("-l one", 1, 4), ("-l snapshot.name=one -o 1M", 1, 3), ("-r -o 3M", 2, 1)] {
+        let _server = room.start(&format!("{options} -f qcow2 -k DIR/s a.qcow2"));
+        assert_eq!(room.peer_img("convert -f raw -O raw nbd:unix:DIR/s o").0, Some(0), "{options}");
+        assert!(std::fs::read(room.path("o")).unwrap() == vec![value; mib << 20], "{options}");
+    }
+}
