@@ -351,6 +351,11 @@ impl Shared<'_> {
                 self.no_kernel_copy.store(true, Ordering::Relaxed);
                 Way::Mapped(place)
             }
+            (Way::Written, Some(_)) => {
+                // A target that takes all its data itself gets nothing from looking at the source's file first.
+                self.no_kernel_copy.store(true, Ordering::Relaxed);
+                Way::Written
+            }
             (way, _) => way,
         };
         let mut scratch = PageBuf::default();
