@@ -53,10 +53,10 @@ pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, Op
 pub use error::{Action, BlockError, ErrorKind};
 pub use foreign::{ForeignImage, ForeignInfo, ForeignReport};
 pub use host_file::{HostFile, use_direct_io};
-pub use image::{Format, probe};
 pub use image::qcow2::CompressionType;
 pub use image::qcow2::Snapshot;
 pub use image::vmdk::layout::{AdapterType, Subformat};
+pub use image::{Format, probe};
 pub use io::FileBackend;
 pub use node::{Extent, ExtentKind};
 pub use page_buf::PageBuf;
