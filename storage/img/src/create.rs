@@ -3,16 +3,17 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use block::spec::{FileSpec, ImageSpec};
+use block::spec::{FileSpec, ImageSpec, has_protocol};
 use block::{
-    AdapterType, BlockError, CompressionType, FileBackend, Format, HostFile, Preallocation, Qcow2Create, Subformat,
-    VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, create_vdi, create_vhdx, create_vmdk, create_vpc, format_qcow2,
-    format_raw, inspect, open_for_new,
+    AdapterType, BlockError, CacheMode, CompressionType, FileBackend, Format, HostFile, Preallocation, Qcow2Create,
+    Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, create_vdi, create_vhdx, create_vmdk, create_vpc,
+    format_qcow2, format_raw, inspect, open_for_new,
 };
 
 use crate::Command;
 use crate::error::{ImgError, MakeError, Rule};
 use crate::getopt::{OBJECT, Opt, Parsed, QUIET, flag, opt};
+use crate::open::{self, Access, Named};
 use crate::optlist::{self, Def, OptList, Value};
 use crate::qcow2_options::Qcow2Options;
 use crate::size;
@@ -148,13 +149,12 @@ impl Request {
         let mut size = word.or(self.list.number("size"));
         if let Some(backing) = self.list.text("backing_file") {
             let format = self.backing_format()?;
-            let at = beside(&self.path, backing);
             if !unchecked {
-                let info = inspect(&at, format).map_err(|source| self.rule(Rule::BackingOpen(source)))?;
+                let (found, bytes) = self.look_at_backing(backing, format)?;
                 if self.list.text("backing_fmt").is_none() {
-                    return Err(self.rule(Rule::NoBackingFormat(info.format.name().to_owned())));
+                    return Err(self.rule(Rule::NoBackingFormat(found)));
                 }
-                size = size.or(Some(info.virtual_size_bytes));
+                size = size.or(Some(bytes));
             } else if self.list.text("backing_fmt").is_none() {
                 return Err(self.rule(Rule::NoBackingFormat("an unknown format".to_owned())));
             }
@@ -162,6 +162,20 @@ impl Request {
         let size = size.ok_or_else(|| self.rule(Rule::NoSize))?;
         self.list.put(&self.defs, "size", Value::Number(size));
         Ok(())
+    }
+
+    /// Name of the backing file's format, and size of its disk in bytes.
+    fn look_at_backing(&self, name: &str, format: Option<Format>) -> Result<(String, u64), ImgError> {
+        if !has_protocol(name) {
+            let info = inspect(&beside(&self.path, name), format);
+            let info = info.map_err(|source| self.rule(Rule::BackingOpen(source)))?;
+            return Ok((info.format.name().to_owned(), info.virtual_size_bytes));
+        }
+        // The caller names it here and now, so it may be more than a file beside the image.
+        let named = Named::new(OsStr::new(name), false, format.map(Format::name))?;
+        let access = Access { write: false, share: false, cache: CacheMode::Writeback };
+        let disk = open::disk(&named, access)?;
+        Ok((format.unwrap_or(Format::Raw).name().to_owned(), disk.size_bytes()))
     }
 
     fn backing_format(&self) -> Result<Option<Format>, ImgError> {

@@ -322,7 +322,8 @@ impl OptList {
     pub fn echo(&self, defs: &[&'static Def]) -> String {
         let shown = defs.iter().filter_map(|def| {
             let value = match self.value(def.name) {
-                Some(Value::Text(text)) => text.clone(),
+                // As it would have to be written in a list.
+                Some(Value::Text(text)) => text.replace(',', ",,"),
                 Some(Value::Switch(on)) => if *on { "on" } else { "off" }.to_owned(),
                 Some(Value::Number(number)) => number.to_string(),
                 None if def.default.is_empty() => return None,
@@ -386,7 +387,7 @@ mod tests {
             (
                 "qcow2",
                 &["backing_file=a,,b,lazy_refcounts,noextended_l2"],
-                "cluster_size=65536 extended_l2=off compression_type=zlib backing_file=a,b lazy_refcounts=on \
+                "cluster_size=65536 extended_l2=off compression_type=zlib backing_file=a,,b lazy_refcounts=on \
                  refcount_bits=16",
             ),
             ("vdi", &["preallocation=off"], "static=off preallocation=off"),

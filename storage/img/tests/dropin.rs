@@ -49,6 +49,8 @@ fn create_is_called_by_libvirt_nova_cinder_and_proxmox() {
         same falloc.raw
         run create -f raw -o preallocation=full full.raw 1M
         same full.raw
+        run create -f qcow2 -b 'json:{\"driver\":\"qcow2\",\"file.filename\":\"base.qcow2\"}' -F qcow2 layered.qcow2
+        ok info layered.qcow2
         # an existing file is replaced in place
         run create -f qcow2 full.raw 3M
         same full.raw
