@@ -50,13 +50,23 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         ImgError::Parameter { name, .. } if created_only(format, &name) => ImgError::Plain(Rule::CreationOnly(name)),
         other => other,
     })?;
-    let image = Qcow2Image::open(top, false).map_err(|source| ImgError::Open { name: named.label.clone(), source })?;
+    // A disk that grows must go on showing zeroes where its backing file has bytes, so the whole chain is needed.
+    let mut resized = None;
+    let image = if list.has("size") {
+        drop(top);
+        let disk = open::disk(&named, Access::write(cache))?;
+        let image = disk.qcow2().ok_or_else(|| not_amended(format.name()))?;
+        resized = list.number("size").map(|bytes| (disk, bytes));
+        image
+    } else {
+        Qcow2Image::open(top, false).map_err(|source| ImgError::Open { name: named.label.clone(), source })?
+    };
     let wanted = wanted(&list, &image)?;
     let progress = Progress::of(parsed, None);
     let failed =
         |source| ImgError::Failed { doing: format!("Error while amending options of '{}'", named.label), source };
-    if let Some(bytes) = list.number("size") {
-        image.resize(bytes, true, Preallocation::Off).map_err(failed)?;
+    if let Some((disk, bytes)) = &resized {
+        disk.resize(*bytes, true, Preallocation::Off).map_err(failed)?;
     }
     image.amend(&wanted).map_err(failed)?;
     progress.end();

@@ -720,6 +720,10 @@ fn amend_is_called_by_vdsm() {
         same base.qcow2
         run amend -o compat=0.10 top.qcow2
         same top.qcow2
+        run amend -o compat=1.1 top.qcow2
+        run amend -o size=30M top.qcow2
+        same top.qcow2
+        run amend -o compat=0.10 top.qcow2
         run amend -o backing_file=base.qcow2,backing_fmt=qcow2 top.qcow2
         run amend -f qcow2 -o help
         fail 1 amend -o lazy_refcounts=on top.qcow2
