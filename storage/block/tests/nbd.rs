@@ -4,10 +4,13 @@
 mod nbd_support;
 mod support;
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::Barrier;
+use std::time::Duration;
 
-use block::nbd::{CLIENTS_UNLIMITED, NbdFile, ServeOptions};
+use block::nbd::{CLIENTS_UNLIMITED, Listener, NbdFile, ServeOptions, Stop, serve};
+use block::spec::{NbdAddress, NbdSpec};
 use block::{FileBackend, Format, ReadBufs, WriteBufs};
 use nbd_support::{Served, new_image};
 use support::Rng;
@@ -134,6 +137,71 @@ fn clients_at_once() {
         assert_eq!(error.kind(), ErrorKind::ConnectionAborted);
         assert!(error.to_string().contains("the connection is lost"), "{error}");
     }
+}
+
+#[test]
+fn a_client_that_reads_nothing_holds_up_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = ServeOptions { max_clients: CLIENTS_UNLIMITED, ..ServeOptions::default() };
+    let served = Served::new(new_image(dir.path(), Format::Raw, 8 << 20), options);
+    let mut silent = UnixStream::connect(served.socket()).unwrap();
+    let mut bytes = b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0".to_vec();
+    for cookie in 0..16u8 {
+        bytes.extend(b"\x25\x60\x95\x13\0\0\0\0\0\0\0\0\0\0\0");
+        bytes.extend([cookie, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0]);
+    }
+    silent.write_all(&bytes).unwrap();
+    let file = served.connect().unwrap();
+    for at in 0..64 {
+        file.write_at(at * 4096, &WriteBufs::from_slice(&[1; 4096])).unwrap();
+        file.sync_data().unwrap();
+    }
+    // Nor does it keep the server from ending.
+    served.end().unwrap();
+    // What was read before is there: the greeting of 18 bytes, size and flags, and a part of the data.
+    let mut all = Vec::new();
+    silent.read_to_end(&mut all).unwrap();
+    assert!(all.len() > 28 && all.len() < 16 << 22, "{}", all.len());
+}
+
+#[test]
+fn a_client_that_does_not_agree_on_options_in_time_is_sent_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = ServeOptions { handshake_limit: Some(Duration::from_millis(20)), ..ServeOptions::default() };
+    let served = Served::new(new_image(dir.path(), Format::Raw, 4096), options);
+    for said in [&b""[..], b"\0\0", b"\0\0\0\x03IHAVEOPT\0\0\0\x06\0\x01\0\0"] {
+        let mut slow = UnixStream::connect(served.socket()).unwrap();
+        slow.write_all(said).unwrap();
+        let mut all = Vec::new();
+        slow.read_to_end(&mut all).unwrap();
+        assert_eq!(all, b"NBDMAGICIHAVEOPT\0\x03");
+    }
+    drop(served.connect().unwrap());
+}
+
+#[test]
+fn tcp_is_as_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = new_image(dir.path(), Format::Raw, REGION);
+    let listener = Listener::tcp("127.0.0.1", 0).unwrap();
+    let address = NbdAddress::Tcp { host: "localhost".into(), port: listener.port().unwrap() };
+    let stop = Stop::new().unwrap();
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| serve(&listener, &disk, &ServeOptions::default(), &stop));
+        let file = NbdFile::connect(&NbdSpec { address, export: String::new(), tls: false }).unwrap();
+        let model = exercise(&file, 0, &mut Rng(3), 40);
+        stop.stop();
+        server.join().unwrap().unwrap();
+        let mut found = vec![0; REGION as usize];
+        disk.read(0, &mut found).unwrap();
+        assert!(found == model);
+    });
+    let error = NbdFile::connect(&NbdSpec {
+        address: NbdAddress::Tcp { host: "127.0.0.1".into(), port: 1 },
+        export: String::new(),
+        tls: false,
+    });
+    assert_eq!(error.map(drop).unwrap_err().to_string(), "Failed to connect to '127.0.0.1:1'");
 }
 
 #[test]

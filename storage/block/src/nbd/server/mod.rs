@@ -12,7 +12,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -233,8 +233,9 @@ fn accept(
 fn part(clients: &Clients) {
     let mut streams = clients.streams.lock();
     streams.values().for_each(|stream| stream.shutdown(Shutdown::Read));
+    let end = Instant::now() + PARTING;
     while !streams.is_empty() {
-        if clients.changed.wait_for(&mut streams, PARTING).timed_out() {
+        if clients.changed.wait_until(&mut streams, end).timed_out() {
             break;
         }
     }
