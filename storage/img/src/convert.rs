@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 
+use block::spec::{FileSpec, ImageSpec};
 use block::{CacheMode, CopyOptions, Disk};
 
 use crate::Command;
@@ -240,6 +241,9 @@ fn open_target(
         return Ok((disk, Target { label, is_zero: false, has_backing, is_stream: false }));
     }
     let format = format.unwrap_or("raw");
+    if let Some(found) = open_export(parsed, name, format, cache)? {
+        return Ok(found);
+    }
     let mut request = Request::unnamed(name, format, &parsed.values("target-options")?)?;
     request.add_backing(parsed.value("backing")?, parsed.value("backing-format")?)?;
     let has_backing = request.list.has("backing_file");
@@ -258,6 +262,23 @@ fn open_target(
     let named = Named::new(name, false, Some(format))?;
     let disk = open::disk(&named, Access::write(cache))?;
     Ok((disk, Target { label, is_zero: is_file && !has_backing, has_backing, is_stream }))
+}
+
+/// An export of an NBD server is there already: a raw image in it needs no making. `None`: it is something else.
+fn open_export(
+    parsed: &Parsed,
+    name: &OsString,
+    format: &str,
+    cache: CacheMode,
+) -> Result<Option<(Disk, Target)>, ImgError> {
+    let is_special = ["target-options", "backing", "compress"].into_iter().any(|option| parsed.has(option));
+    let is_export = || ImageSpec::parse(name).is_ok_and(|spec| matches!(spec.file, FileSpec::Nbd(_)));
+    if format != "raw" || is_special || !is_export() {
+        return Ok(None);
+    }
+    let disk = open::disk(&Named::new(name, false, Some(format))?, Access::write(cache))?;
+    let label = name.to_string_lossy().into_owned();
+    Ok(Some((disk, Target { label, is_zero: false, has_backing: false, is_stream: false })))
 }
 
 fn check_compressible(request: &Request, format: &str) -> Result<(), ImgError> {

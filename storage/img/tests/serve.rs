@@ -279,3 +279,33 @@ fn an_internal_snapshot_and_a_part_of_a_disk_are_served() {
         assert!(std::fs::read(room.path("o")).unwrap() == vec![value; mib << 20], "{options}");
     }
 }
+
+#[test]
+fn a_target_on_a_server_needs_no_making() {
+    let room = Room::new();
+    let bytes: Vec<u8> = (0..4 << 20).map(|i: u32| (i / 4096) as u8).collect();
+    std::fs::write(room.path("from"), &bytes).unwrap();
+    let server = room.start("-t -k DIR/s -f raw a.raw");
+    let done = room.img("convert -f raw -O raw from nbd:unix:DIR/s");
+    assert_eq!(done, (Some(0), String::new(), String::new()));
+    std::fs::write(room.path("longer"), vec![1; 5 << 20]).unwrap();
+    let (code, _, err) = room.img("convert -f raw -O raw longer nbd:unix:DIR/s");
+    assert_eq!((code, err.as_str()), (Some(1), "qemu-img: output file is smaller than input file\n"));
+    server.end();
+    assert!(std::fs::read(room.path("a.raw")).unwrap() == bytes);
+}
+
+#[test]
+fn libnbd_starts_a_server_with_its_own_socket() {
+    if Command::new("nbdcopy").arg("--version").stdout(Stdio::null()).status().is_err() {
+        eprintln!("skipped: nbdcopy is not installed");
+        return;
+    }
+    let room = Room::new();
+    std::fs::write(room.path("a.raw"), vec![5; 1 << 20]).unwrap();
+    let done = room.run(Path::new("nbdcopy"), "-- [ DIR/qemu-nbd -r -f raw DIR/a.raw ] DIR/copy");
+    assert_eq!(done.0, Some(0), "{done:?}");
+    assert!(std::fs::read(room.path("copy")).unwrap() == vec![5; 1 << 20]);
+    let done = room.run(Path::new("nbdinfo"), "--size -- [ DIR/qemu-nbd -f qcow2 DIR/a.qcow2 ]");
+    assert_eq!((done.0, done.1.as_str()), (Some(0), "4194304\n"), "{done:?}");
+}

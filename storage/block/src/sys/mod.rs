@@ -1,9 +1,11 @@
-//! The unsafe floor of the crate: guest memory as I/O vectors, and locks that libc alone offers.
+//! The unsafe floor of the crate: guest memory as I/O vectors, locks that libc alone offers, inherited descriptors.
 
+mod descriptor;
 mod lock;
 mod memory;
 
 pub use memory::{ReadBufs, WriteBufs};
 
+pub(crate) use descriptor::duplicate;
 pub(crate) use lock::{lock_byte_held_elsewhere, lock_shared, unlock};
 pub(crate) use memory::{pread, pwrite};

@@ -82,6 +82,10 @@ pub enum ServeError {
     TooLong { what: &'static str, bytes: usize },
     #[error("the address '{socket}' and a port or bind address cannot be served together")]
     TwoPlaces { socket: String },
+    #[error("{what} can't be set when using socket activation")]
+    Activated { what: &'static str },
+    #[error("qemu-nbd does not support socket activation with LISTEN_FDS > 1")]
+    ManySockets,
     #[error("List mode is incompatible with a file name")]
     ListWithFile,
     #[error("List mode is incompatible with an export name")]
@@ -150,9 +154,10 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let report = |error: &block::nbd::PeerError| crate::warn(&chain(error));
     let options = ServeOptions { report: parsed.has("verbose").then_some(&report), ..options };
     let stop = ready_to_stop()?;
-    let listener = match &place {
-        NbdAddress::Unix(path) => Listener::unix(path),
-        NbdAddress::Tcp { host, port } => Listener::tcp(host, *port),
+    let listener = match (is_activated(parsed)?, &place) {
+        (true, _) => Listener::inherited(FIRST_INHERITED),
+        (false, NbdAddress::Unix(path)) => Listener::unix(path),
+        (false, NbdAddress::Tcp { host, port }) => Listener::tcp(host, *port),
     };
     let listener = listener.map_err(ServeError::Nbd)?;
     if let Some(path) = parsed.os_value("pid-file") {
@@ -166,6 +171,33 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     disk.flush().map_err(|source| ServeError::Flush { source })?;
     served.map_err(ServeError::Nbd)?;
     Ok(0)
+}
+
+/// Where descriptors of socket activation begin, `sd_listen_fds(3)`.
+const FIRST_INHERITED: i32 = 3;
+
+/// Whether whoever started this process has opened the socket, as systemd does, and libnbd for `[ qemu-nbd ... ]`.
+fn is_activated(parsed: &Parsed) -> Result<bool, ServeError> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    if number("LISTEN_PID") != Some(std::process::id()) {
+        return Ok(false);
+    }
+    let Some(count) = number("LISTEN_FDS").filter(|count| *count > 0) else { return Ok(false) };
+    if count > 1 {
+        return Err(ServeError::ManySockets);
+    }
+    for (option, what) in [
+        ("socket", "Unix socket"),
+        ("bind", "The interface"),
+        ("port", "TCP port number"),
+        ("fork", "Fork"),
+        ("list", "List mode"),
+    ] {
+        if parsed.has(option) {
+            return Err(ServeError::Activated { what });
+        }
+    }
+    Ok(true)
 }
 
 fn ready_to_stop() -> Result<&'static Stop, ServeError> {

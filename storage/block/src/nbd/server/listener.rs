@@ -2,12 +2,15 @@
 
 use std::io;
 use std::net::{TcpListener, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use rustix::net::AddressFamily;
+
 use super::super::error::NbdError;
 use super::super::socket::Stream;
+use crate::sys::duplicate;
 
 /// A socket that listens. A Unix socket's file goes away with it.
 pub struct Listener {
@@ -15,7 +18,8 @@ pub struct Listener {
 }
 
 enum Socket {
-    Unix(UnixListener, PathBuf),
+    /// With its file, if that is ours.
+    Unix(UnixListener, Option<PathBuf>),
     Tcp(TcpListener),
 }
 
@@ -45,7 +49,7 @@ impl Listener {
             let _ = std::fs::remove_file(&beside);
             return Err(failed(error));
         }
-        Ok(Listener { socket: Socket::Unix(socket, path.to_owned()) })
+        Ok(Listener { socket: Socket::Unix(socket, Some(path.to_owned())) })
     }
 
     /// Listens on a TCP port of the host's addresses that `address` names.
@@ -55,6 +59,26 @@ impl Listener {
         let socket = TcpListener::bind(&addresses[..]).map_err(failed)?;
         socket.set_nonblocking(true).map_err(failed)?;
         Ok(Listener { socket: Socket::Tcp(socket) })
+    }
+
+    /// Listens on a socket that whoever started this process has opened: its number, as in systemd's protocol.
+    pub fn inherited(number: RawFd) -> Result<Listener, NbdError> {
+        let failed = |source| NbdError::Listen { at: format!("descriptor {number}"), source };
+        let socket = duplicate(number).map_err(failed)?;
+        let domain = rustix::net::sockopt::socket_domain(&socket).map_err(|errno| failed(errno.into()))?;
+        let listens = rustix::net::sockopt::socket_acceptconn(&socket).map_err(|errno| failed(errno.into()))?;
+        let socket = match domain {
+            _ if !listens => return Err(failed(io::ErrorKind::InvalidInput.into())),
+            AddressFamily::UNIX => Socket::Unix(UnixListener::from(socket), None),
+            AddressFamily::INET | AddressFamily::INET6 => Socket::Tcp(TcpListener::from(socket)),
+            _ => return Err(failed(io::ErrorKind::Unsupported.into())),
+        };
+        let done = match &socket {
+            Socket::Unix(socket, _) => socket.set_nonblocking(true),
+            Socket::Tcp(socket) => socket.set_nonblocking(true),
+        };
+        done.map_err(failed)?;
+        Ok(Listener { socket })
     }
 
     /// The port of a TCP listener: it differs from what was asked for when that was 0.
@@ -92,7 +116,7 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Socket::Unix(_, path) = &self.socket {
+        if let Socket::Unix(_, Some(path)) = &self.socket {
             let _ = std::fs::remove_file(path);
         }
     }
