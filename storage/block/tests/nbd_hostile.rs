@@ -459,3 +459,62 @@ fn all_who_wait_hear_of_the_end() {
         });
     });
 }
+
+/// Reads of a connection until two requests have come: cookie and offset of each.
+fn two_requests(stream: &mut UnixStream) -> [(u64, u64); 2] {
+    let (mut seen, mut room) = (Vec::new(), [0; 256]);
+    loop {
+        let count = stream.read(&mut room).unwrap();
+        assert!(count > 0, "the client left");
+        seen.extend(&room[..count]);
+        let starts = seen.windows(4).enumerate().filter(|(_, window)| window == &hex("25609513")).map(|(at, _)| at);
+        let word = |at: usize| seen.get(at..at + 8).map(|word| u64::from_be_bytes(word.try_into().unwrap()));
+        let found: Vec<_> = starts.filter(|at| at + 28 <= seen.len()).map(|at| (word(at + 8), word(at + 16))).collect();
+        if let [(Some(a), Some(b)), (Some(c), Some(d))] = found[..] {
+            return [(a, b), (c, d)];
+        }
+    }
+}
+
+/// A reply in two chunks with the whole of another one between them: whichever thread reads, each gets its own bytes.
+#[test]
+fn chunks_of_two_replies_may_be_mixed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mixed");
+    let listener = UnixListener::bind(&path).unwrap();
+    for round in 0..40 {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                stream.write_all(&honest()).unwrap();
+                let mut requests = two_requests(&mut stream);
+                if round % 2 == 0 {
+                    requests.reverse();
+                }
+                let chunk = |(cookie, offset): (u64, u64), half: u64| {
+                    let head = hex(if half == 0 { "668e33ef 0000 0001" } else { "668e33ef 0001 0001" });
+                    let at = offset + half * 256;
+                    let length = 264u32.to_be_bytes();
+                    let data = [(offset / 512 * 2 + half) as u8; 256];
+                    [&head[..], &cookie.to_be_bytes(), &length, &at.to_be_bytes(), &data].concat()
+                };
+                let [first, second] = requests;
+                let replies = [chunk(first, 0), chunk(second, 0), chunk(second, 1), chunk(first, 1)].concat();
+                stream.write_all(&replies).unwrap();
+                let _ = stream.read_to_end(&mut Vec::new());
+            });
+            let file = connect(&path, "").unwrap();
+            std::thread::scope(|scope| {
+                for sector in [1u64, 2] {
+                    let file = &file;
+                    scope.spawn(move || {
+                        let mut room = [0; 512];
+                        file.read_at(sector * 512, &ReadBufs::from_slice(&mut room)).unwrap();
+                        let value = sector as u8 * 2;
+                        assert_eq!((&room[..256], &room[256..]), (&[value; 256][..], &[value + 1; 256][..]));
+                    });
+                }
+            });
+        });
+    }
+}
