@@ -37,8 +37,10 @@ const OPTIONS: &[Opt] = &[
     OBJECT,
 ];
 
-/// Most threads of direct I/O; a deeper queue is as deep as this.
-const DIRECT_THREADS_MAX: u64 = 32;
+/// Most threads of direct reads; a deeper queue is as deep as this.
+const DIRECT_READERS_MAX: u64 = 8;
+/// Most threads of direct writes. A file system lets one write at a time grow a file, and the others spin for their turn.
+const DIRECT_WRITERS_MAX: u64 = 4;
 /// Memory of one thread's stack.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -86,7 +88,11 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let started = Instant::now();
     // A request that the host serves from memory keeps a processor busy; more threads would only take turns. One that
     // goes to the disk keeps a thread waiting.
-    let most = if cache == CacheMode::None { DIRECT_THREADS_MAX } else { default_workers() as u64 };
+    let most = match cache {
+        CacheMode::None if plan.write => DIRECT_WRITERS_MAX,
+        CacheMode::None => DIRECT_READERS_MAX,
+        _ => default_workers() as u64,
+    };
     measure(&disk, &plan, plan.depth.min(most)).map_err(|source| ImgError::BenchFailed { source })?;
     println!("Run completed in {:.3} seconds.", started.elapsed().as_secs_f64());
     Ok(0)

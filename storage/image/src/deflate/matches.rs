@@ -4,7 +4,9 @@
 const MATCH_MIN: usize = 4;
 /// Longest match the format can say.
 const MATCH_MAX: usize = 258;
-const HASH_BITS: u32 = 13;
+/// Most bits of a hash: twice as many values as a window of the largest size has positions would be 16; 15 stay in
+/// the processor's second cache.
+const HASH_BITS_MAX: u32 = 15;
 /// Positions with the same hash that are looked at.
 const CHAIN_MAX: usize = 24;
 /// A match as long as this is taken without looking further.
@@ -42,7 +44,9 @@ impl Token {
 pub(super) struct Finder {
     window: usize,
     /// The newest position with each hash.
-    newest: Box<[u32; 1 << HASH_BITS]>,
+    newest: Box<[u32; 1 << HASH_BITS_MAX]>,
+    /// Bits of a hash: the smaller the window, the fewer are worth their place in the cache.
+    hash_bits: u32,
     /// The position before, with the same hash, of each position in the window. Room for the largest one.
     before: Box<[u32; WINDOW_MAX]>,
     /// Bytes since the last match.
@@ -57,8 +61,9 @@ fn four(input: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(input.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 
-fn hash(word: u32) -> usize {
-    (word.wrapping_mul(0x9e37_79b1) >> (32 - HASH_BITS)) as usize
+fn hash(word: u32, bits: u32) -> usize {
+    // The mask changes nothing; it tells that the index is in the table.
+    (word.wrapping_mul(0x9e37_79b1) >> (32 - bits)) as usize & ((1 << HASH_BITS_MAX) - 1)
 }
 
 /// How many bytes at `a` and `b`, `a` before `b`, are equal, at most `max`.
@@ -80,17 +85,23 @@ fn common(input: &[u8], a: usize, b: usize, max: usize) -> usize {
 impl Finder {
     pub(super) fn new(window_bits: u32) -> Finder {
         let window = 1 << window_bits;
-        Finder { window, newest: Box::new([NONE; 1 << HASH_BITS]), before: Box::new([NONE; WINDOW_MAX]), unmatched: 0 }
+        Finder {
+            window,
+            newest: Box::new([NONE; 1 << HASH_BITS_MAX]),
+            hash_bits: (window_bits + 1).min(HASH_BITS_MAX),
+            before: Box::new([NONE; WINDOW_MAX]),
+            unmatched: 0,
+        }
     }
 
     /// Forgets the last input.
     pub(super) fn begin(&mut self) {
-        self.newest.fill(NONE);
+        self.newest[..1 << self.hash_bits].fill(NONE);
         self.unmatched = 0;
     }
 
     fn insert(&mut self, at: usize, word: u32) -> u32 {
-        let newest = &mut self.newest[hash(word)];
+        let newest = &mut self.newest[hash(word, self.hash_bits)];
         let last = std::mem::replace(newest, at as u32);
         self.before[at & (self.window - 1) & (WINDOW_MAX - 1)] = last;
         last
