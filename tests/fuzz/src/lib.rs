@@ -6,20 +6,32 @@
 #![forbid(unsafe_code)]
 
 mod code;
+mod deflate;
+mod disks;
 mod images;
+mod names;
+mod nbd;
 mod protocols;
 
 /// A target: its name, which is its folder below `corpus`, and the function.
 pub type Target = (&'static str, fn(&[u8]) -> bool);
 
 /// All targets.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 14] = [
     ("frames", protocols::frames),
     ("monitor", protocols::monitor_lines),
     ("domain_xml", protocols::domain_xml),
     ("qcow2", images::qcow2),
     ("kernel", images::kernel),
     ("code", code::code),
+    ("vmdk", disks::vmdk),
+    ("vdi", disks::vdi),
+    ("vpc", disks::vpc),
+    ("vhdx", disks::vhdx),
+    ("qcow2_disk", disks::qcow2_disk),
+    ("names", names::names),
+    ("nbd", nbd::nbd),
+    ("deflate", deflate::deflate),
 ];
 
 /// Runs a target by name: whether it took the bytes. Unknown names take nothing.
