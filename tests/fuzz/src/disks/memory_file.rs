@@ -9,9 +9,9 @@ use block::{FileBackend, ReadBufs, WriteBufs};
 
 const PAGE_BYTES: u64 = 4096;
 /// Calls that one input may cost. The most that a sound image of the corpus needs is below a tenth of it.
-const CALLS_MAX: u64 = 200_000;
+const CALLS_MAX: u64 = 20_000;
 /// Bytes that one input may move.
-const MOVED_MAX_BYTES: u64 = 2 << 30;
+const MOVED_MAX_BYTES: u64 = 512 << 20;
 /// Longest read: the table of snapshots of a qcow2, the largest piece of any format.
 const READ_MAX_BYTES: usize = 64 << 20;
 
