@@ -153,6 +153,9 @@ fn hostile_names_are_bounded() {
     assert!(named(&deep).is_err());
     let nested = format!("json:{}1{}", r#"{"file":"#.repeat(100), "}".repeat(100));
     assert_eq!(named(&nested), Err(SpecError::TooDeep));
+    // Nesting and dots count together: 10 levels of 32 names each would be read, one by one, and built.
+    let both = format!("json:{}1{}", format!(r#"{{"{}":"#, ["a"; 32].join(".")).repeat(10), "}".repeat(10));
+    assert_eq!(named(&both), Err(SpecError::TooDeep));
     let dotted = format!("opts {}filename=x", "file.".repeat(5000));
     assert_eq!(named(&dotted), Err(SpecError::TooDeep));
     assert_eq!(named(&"a".repeat(70_000)), Err(SpecError::TooLong { bytes: 70_000 }));

@@ -32,11 +32,16 @@ pub(super) fn from_json(text: &str) -> Result<Tree, SpecError> {
     })?;
     let serde_json::Value::Object(object) = value else { return Err(SpecError::NotAnObject) };
     let mut map = Map::new();
-    insert_object(&mut map, object)?;
+    insert_object(&mut map, object, 0)?;
     Ok(Tree::Map(map))
 }
 
-fn insert_object(map: &mut Map, object: serde_json::Map<String, serde_json::Value>) -> Result<(), SpecError> {
+/// Puts the members of an object into a group that is `depth` groups down.
+fn insert_object(
+    map: &mut Map,
+    object: serde_json::Map<String, serde_json::Value>,
+    depth: usize,
+) -> Result<(), SpecError> {
     use serde_json::Value;
     for (key, value) in object {
         let tree = match value {
@@ -46,12 +51,16 @@ fn insert_object(map: &mut Map, object: serde_json::Map<String, serde_json::Valu
             Value::String(text) => Tree::Leaf(text),
             Value::Array(_) => return Err(SpecError::Parameter(key)),
             Value::Object(object) => {
+                let inner_depth = depth + 1 + key.matches('.').count();
+                if inner_depth > DEPTH_MAX {
+                    return Err(SpecError::TooDeep);
+                }
                 let mut inner = Map::new();
-                insert_object(&mut inner, object)?;
+                insert_object(&mut inner, object, inner_depth)?;
                 Tree::Map(inner)
             }
         };
-        insert(map, &key, tree)?;
+        insert(map, &key, tree, depth)?;
     }
     Ok(())
 }
@@ -68,7 +77,7 @@ pub(super) fn from_options(text: &str, implied: &str) -> Result<Tree, SpecError>
                 None => (item, "on".to_owned()),
             },
         };
-        insert(&mut map, &key, Tree::Leaf(value))?;
+        insert(&mut map, &key, Tree::Leaf(value), 0)?;
     }
     Ok(Tree::Map(map))
 }
@@ -93,11 +102,10 @@ pub fn split_commas(text: &str) -> Vec<String> {
     items
 }
 
-/// Puts a value at a dotted key; a later value replaces an earlier one.
-fn insert(map: &mut Map, key: &str, value: Tree) -> Result<(), SpecError> {
+/// Puts a value at a dotted key of a group that is `depth` groups down; a later value replaces an earlier one.
+fn insert(map: &mut Map, key: &str, value: Tree, mut depth: usize) -> Result<(), SpecError> {
     let mut map = map;
     let mut rest = key;
-    let mut depth = 0;
     while let Some((head, tail)) = rest.split_once('.') {
         depth += 1;
         if depth > DEPTH_MAX {
@@ -112,7 +120,7 @@ fn insert(map: &mut Map, key: &str, value: Tree) -> Result<(), SpecError> {
     match (map.get_mut(rest), value) {
         (Some(Tree::Map(there)), Tree::Map(more)) => {
             for (name, tree) in more {
-                insert(there, &name, tree)?;
+                insert(there, &name, tree, depth + 1)?;
             }
         }
         (Some(Tree::Map(_)), _) | (Some(_), Tree::Map(_)) => return Err(SpecError::Twice(key.to_owned())),
