@@ -21,7 +21,7 @@ pub struct AccelReport {
     pub max_vcpus: u32,
 }
 
-/// Sockets and such are flat for now: vCPU `n` has APIC id `n`.
+/// One level: vCPU `n` has APIC id `n`, and no two share a socket.
 #[derive(Clone, Debug)]
 pub struct Topology {
     /// Number of vCPUs, at least 1.

@@ -321,7 +321,7 @@ pub(crate) fn read_uuid(root: &Element) -> Result<Option<Uuid>, DomainXmlError> 
     let Some(text) = root.child_text("uuid") else { return Ok(None) };
     let uuid = Uuid::parse_str(&text).map_err(|_| DomainXmlError::MalformedUuid)?;
     let bytes = uuid.as_bytes();
-    // libvirt refuses a uuid whose bytes are all the same: it is a placeholder, not an identity.
+    // libvirt refuses a uuid whose bytes are all the same: nobody's identity is that.
     if bytes.iter().all(|byte| *byte == bytes[0]) {
         return Err(DomainXmlError::MalformedUuid);
     }
