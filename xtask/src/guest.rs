@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use block::{CreateOptions, Disk, Format, OpenOptions};
+use block::{Disk, Format, OpenOptions, Qcow2Create};
 
 use crate::cpio::Archive;
 use crate::packages::{self, Consent};
@@ -271,7 +271,7 @@ fn to_qcow2(raw: &Path, image: &Path) -> Result<()> {
     if partial.exists() {
         fs::remove_file(&partial)?;
     }
-    block::create_qcow2(&partial, DISK_BYTES, &CreateOptions::default())?;
+    block::create_qcow2(&partial, DISK_BYTES, &Qcow2Create::default())?;
     let chain = block::resolve_chain(&partial, Some(Format::Qcow2), false, true)?;
     let disk = Disk::open(chain, &OpenOptions { format: Format::Qcow2, ..OpenOptions::default() })?;
     let mut source = File::open(raw)?;

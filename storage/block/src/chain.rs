@@ -15,11 +15,12 @@ use crate::foreign::{ForeignImage, ForeignReport};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
 use crate::qcow2::{check_file, read_header};
+use crate::spec::has_protocol;
 use crate::sys::{ReadBufs, lock_byte_held_elsewhere, lock_shared, pread, unlock};
 use crate::vmdk::VmdkInfo;
 
 /// Most files in a chain; libvirt's limit.
-const CHAIN_MAX: usize = 200;
+pub const CHAIN_MAX: usize = 200;
 
 /// One file of a chain, open. Locks taken on it belong to the open file and travel with the descriptor.
 #[derive(Debug)]
@@ -103,18 +104,27 @@ pub fn resolve_chain_probing(
     resolve(path, format, read_only, locks, true)
 }
 
+/// Opens one image, whatever it says is below it; its format is settled first. What else it needs is not opened.
+pub fn open_alone(path: &Path, format: Option<Format>, read_only: bool, locks: bool) -> Result<ChainFile, BlockError> {
+    let file = open_image(path, read_only)?;
+    let format = settle_format(path, &file, format)?;
+    if locks {
+        lock_image(path, &file, read_only)?;
+    }
+    Ok(ChainFile { file, path_label: path.to_owned(), format, extents: Vec::new() })
+}
+
 /// Reads what an image says about itself, without opening its backing file. `format` `None` probes.
 /// Takes no lock, so it serves for an image in use; the answer may be old by then.
 pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockError> {
     let file = open_image(path, true)?;
     let declared = format.is_some();
     let format = settle_format(path, &file, format)?;
-    let file = HostFile::new(file).map_err(|e| BlockError::io(path, Action::Stat, e))?;
     let foreign = match format {
         Format::Raw | Format::Qcow2 => None,
-        _ => Some(foreign_with_extents(path, open_image(path, true)?, format, declared)?),
+        _ => Some(foreign_image(path, &file, format, true, false, declared)?.0),
     };
-    describe(&file, path, format, foreign)
+    describe(&host_file(&file, path)?, path, format, foreign)
 }
 
 /// As [`inspect`], of an open backend that is no host file.
@@ -182,25 +192,13 @@ pub fn check_foreign(path: &Path, format: Format) -> Result<Option<ForeignReport
     if matches!(format, Format::Raw | Format::Qcow2) {
         return Ok(None);
     }
-    foreign_with_extents(path, open_image(path, true)?, format, true)?.check()
-}
-
-/// An image of another vendor with the files beside it that belong to it, for reading.
-fn foreign_with_extents(path: &Path, file: File, format: Format, declared: bool) -> Result<ForeignImage, BlockError> {
-    let mut image = foreign_over(path, &file, format)?;
-    for (extent, beside) in open_extents(path, &image, true, false, declared)? {
-        let extent = HostFile::new(extent).map_err(|e| BlockError::io(&beside, Action::Stat, e))?;
-        image.extents.push((Arc::new(extent), beside));
-    }
-    Ok(image)
+    foreign_image(path, &open_image(path, true)?, format, true, false, true)?.0.check()
 }
 
 /// Walks a whole qcow2 image and compares what is referenced with what is counted; changes nothing. Takes no lock:
 /// an image in use may show leaks, or damage that is not there.
 pub fn check_image(path: &Path) -> Result<Checked, BlockError> {
-    let file = open_image(path, true)?;
-    let file = HostFile::new(file).map_err(|e| BlockError::io(path, Action::Stat, e))?;
-    check_file(&file, path)
+    check_file(&host_file(&open_image(path, true)?, path)?, path)
 }
 
 /// What [`check_image`] found.
@@ -265,7 +263,11 @@ fn resolve(
             _ if !probe_backing => {
                 return Err(BlockError::BackingFormat { path, format: format.name().to_owned() });
             }
-            Format::Vmdk => (extents, next) = files_of_vmdk(&path, &file, read_only, locks, declared)?,
+            Format::Vmdk => {
+                let (image, opened) = foreign_image(&path, &file, format, read_only, locks, declared)?;
+                extents = opened;
+                next = image.inspect()?.backing_name.map(|name| (beside(&path, &name), Some(format)));
+            }
             Format::Vdi | Format::Vhdx | Format::Vpc => {}
         }
         chain.push(ChainFile { file, path_label: path, format, extents });
@@ -298,8 +300,7 @@ fn settle_format(path: &Path, file: &File, format: Option<Format>) -> Result<For
 
 /// Path and format of the backing file, from the image's header.
 fn backing_of(path: &Path, file: &File, probe: bool) -> Result<Option<(PathBuf, Option<Format>)>, BlockError> {
-    let clone = file.try_clone().and_then(HostFile::new).map_err(|e| BlockError::io(path, Action::Stat, e))?;
-    let header = read_header(&clone, path)?;
+    let header = read_header(&host_file(file, path)?, path)?;
     let Some(name) = header.backing_name else { return Ok(None) };
     let format = match header.backing_format {
         Some(format) => match format.parse::<Format>() {
@@ -309,36 +310,39 @@ fn backing_of(path: &Path, file: &File, probe: bool) -> Result<Option<(PathBuf, 
         None if probe => None,
         None => return Err(BlockError::BackingFormatMissing { path: path.to_owned(), name }),
     };
-    // QEMU's rule for what is a protocol: a colon before the first slash.
-    let before_slash = name.split('/').next().unwrap_or_default();
-    if before_slash.contains(':') {
+    if has_protocol(&name) {
         return Err(BlockError::BackingProtocol { path: path.to_owned(), name });
     }
-    let directory = path.parent().unwrap_or(Path::new(""));
-    Ok(Some((directory.join(name), format)))
+    Ok(Some((beside(path, &name), format)))
 }
 
-/// A file with its path, and where a chain goes on: path and format.
-type OpenExtents = Vec<(File, PathBuf)>;
-type Next = Option<(PathBuf, Option<Format>)>;
+/// Where a file is that an image names: absolute, or relative to the image's directory.
+pub fn beside(image: &Path, name: &str) -> PathBuf {
+    image.parent().unwrap_or(Path::new("")).join(name)
+}
 
-/// The files beside a vmdk that belong to it, open, and its backing file.
-fn files_of_vmdk(
+fn host_file(file: &File, path: &Path) -> Result<HostFile, BlockError> {
+    file.try_clone().and_then(HostFile::new).map_err(|e| BlockError::io(path, Action::Stat, e))
+}
+
+/// Open files with their paths.
+type OpenExtents = Vec<(File, PathBuf)>;
+
+/// An image of another vendor over its file, with the files beside it that belong to it, which are opened.
+fn foreign_image(
     path: &Path,
     file: &File,
+    format: Format,
     read_only: bool,
     locks: bool,
     declared: bool,
-) -> Result<(OpenExtents, Next), BlockError> {
-    let mut image = foreign_over(path, file, Format::Vmdk)?;
+) -> Result<(ForeignImage, OpenExtents), BlockError> {
+    let mut image = ForeignImage::new(Arc::new(host_file(file, path)?), path, format);
     let extents = open_extents(path, &image, read_only, locks, declared)?;
     for (extent, beside) in &extents {
-        let clone = extent.try_clone().and_then(HostFile::new).map_err(|e| BlockError::io(beside, Action::Stat, e))?;
-        image.extents.push((Arc::new(clone), beside.clone()));
+        image.extents.push((Arc::new(host_file(extent, beside)?), beside.clone()));
     }
-    let backing = image.inspect()?.backing_name;
-    let directory = path.parent().unwrap_or(Path::new(""));
-    Ok((extents, backing.map(|name| (directory.join(name), Some(Format::Vmdk)))))
+    Ok((image, extents))
 }
 
 /// Opens the files beside an image that it is made of. What a probed image names may be anybody's: those files are
@@ -350,13 +354,12 @@ fn open_extents(
     locks: bool,
     declared: bool,
 ) -> Result<OpenExtents, BlockError> {
-    let directory = path.parent().unwrap_or(Path::new(""));
     let mut extents = Vec::new();
     for name in image.extent_names()? {
         if !declared {
             return Err(BlockError::ExtentConsent { path: path.to_owned(), name });
         }
-        let beside = directory.join(&name);
+        let beside = beside(path, &name);
         let open = || {
             let extent = open_image(&beside, read_only)?;
             if locks {
@@ -369,11 +372,6 @@ fn open_extents(
         extents.push((open().map_err(failed)?, beside.clone()));
     }
     Ok(extents)
-}
-
-fn foreign_over(path: &Path, file: &File, format: Format) -> Result<ForeignImage, BlockError> {
-    let clone = file.try_clone().and_then(HostFile::new).map_err(|e| BlockError::io(path, Action::Stat, e))?;
-    Ok(ForeignImage::new(Arc::new(clone), path, format))
 }
 
 /// Lock bytes of QEMU (`block/file-posix.c`): a shared lock on 100 + bit says "I use this permission", on

@@ -20,7 +20,7 @@ struct Shared<'a> {
     size_bytes: u64,
     /// Where the next piece starts, and what is known of both disks there.
     next: Mutex<(u64, [Runs; 2])>,
-    /// The lowest difference so far; the size when there is none.
+    /// The lowest difference so far; `u64::MAX` when there is none.
     differs: AtomicU64,
     stop: AtomicBool,
     error: Mutex<Option<BlockError>>,

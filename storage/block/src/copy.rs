@@ -18,10 +18,11 @@ use crate::zeroes::{for_each_run, is_zero};
 /// Bytes that one thread holds at a time. Small enough to stay in the processor's cache between the read that
 /// fills them and the write that takes them.
 pub(crate) const CHUNK_BYTES: u64 = 256 << 10;
-/// A step fills whole clusters of the target, so that they are written once, unless they are larger than this.
-const CHUNK_MAX_BYTES: u64 = 2 << 20;
 /// The same for files that bypass the page cache.
 const DIRECT_CHUNK_BYTES: u64 = 1 << 20;
+/// A step fills whole clusters of the target, so that they are written once, unless they are larger than this.
+const CHUNK_MAX_BYTES: u64 = 2 << 20;
+/// Least threads when each waits for the device.
 const DIRECT_WORKERS: usize = 4;
 /// Zeroes that one step skips or writes.
 const ZERO_STEP_BYTES: u64 = 1 << 30;
@@ -78,6 +79,13 @@ struct Step {
     kind: ExtentKind,
     /// The layer whose file holds the bytes as they are.
     from_file: Option<usize>,
+}
+
+/// How far one decision about the source reaches, and what it is: the kind of step, and the layer whose file holds the
+/// bytes; `None` when nothing has to be done.
+struct Run {
+    bytes: u64,
+    work: Option<(ExtentKind, Option<usize>)>,
 }
 
 /// A part of a step on its way into the target.
@@ -168,7 +176,7 @@ pub fn copy(
 }
 
 /// Runs `work` on this thread and `count - 1` others, fewer where the host gives no more.
-pub(crate) fn run_on_threads(count: usize, work: &(dyn Fn() + Sync)) {
+pub fn run_on_threads(count: usize, work: &(dyn Fn() + Sync)) {
     std::thread::scope(|scope| {
         for _ in 1..count {
             // One thread less is slower and nothing else.
@@ -205,55 +213,54 @@ impl Shared<'_> {
     /// The next run of the source that needs something done.
     fn take(&self) -> Result<Option<Step>, BlockError> {
         let mut next = self.next.lock();
-        let next = &mut *next;
-        let size_bytes = self.source.size_bytes();
-        while next.offset < size_bytes && !self.stop.load(Ordering::Relaxed) {
+        while next.offset < self.source.size_bytes() && !self.stop.load(Ordering::Relaxed) {
             let offset = next.offset;
-            let ChainExtent { depth, extent } =
-                next.source.at(self.source, offset, (size_bytes - offset).min(ZERO_STEP_BYTES))?;
-            let mut bytes = extent.bytes;
-            let mut held = false;
-            if self.opts.unmapped_only {
-                let there = next.target.at(self.target, self.opts.target_offset + offset, bytes)?;
-                bytes = there.extent.bytes;
-                held = there.depth == 0 && there.extent.kind != ExtentKind::Below;
-            }
-            let is_part = self.opts.layers != usize::MAX;
-            let left_below = held || is_part && (depth >= self.opts.layers || extent.kind == ExtentKind::Below);
-            let as_data = self.opts.compressed || (self.opts.allocate_all && !left_below);
-            let all = self.opts.allocate_all;
-            let nothing = left_below || (extent.kind != ExtentKind::Data && self.opts.target_is_zero && !all);
-            let run_bytes = bytes;
-            if self.opts.compressed {
-                // A cluster that is partly data is read whole.
-                bytes = match (nothing, bytes / self.chunk_bytes * self.chunk_bytes) {
-                    (true, whole) if whole > 0 => whole,
-                    _ => self.chunk_bytes.min(size_bytes - offset),
-                };
-                if nothing && run_bytes >= bytes {
-                    next.offset = offset + bytes;
-                    self.report(bytes);
-                    continue;
-                }
-            } else if nothing {
-                next.offset = offset + bytes;
+            let Run { bytes, work } = self.run_at(&mut next)?;
+            next.offset = offset + bytes;
+            let Some((kind, from_file)) = work else {
                 self.report(bytes);
                 continue;
-            } else if extent.kind == ExtentKind::Data || as_data {
-                // Steps end at chunk boundaries, so that a run that starts raggedly does not stay ragged.
-                let chunk = (self.chunk_bytes - offset % self.chunk_bytes).min(size_bytes - offset);
-                // A compressed cluster is a run of its own; what follows is read with it, and zeroes will show.
-                let any = extent.compressed && !is_part && !self.opts.unmapped_only;
-                bytes = if any { chunk } else { bytes.min(chunk) };
-            }
-            let kind = if as_data { ExtentKind::Data } else { extent.kind };
-            let from_file = extent.host.filter(|_| !as_data).map(|_| depth);
-            let step = Step { turn: next.turn, offset, bytes, kind, from_file };
-            next.offset = offset + bytes;
+            };
             next.turn += 1;
-            return Ok(Some(step));
+            return Ok(Some(Step { turn: next.turn - 1, offset, bytes, kind, from_file }));
         }
         Ok(None)
+    }
+
+    /// Decides what is done with the bytes at the cursor, and how many of them.
+    fn run_at(&self, next: &mut Cursor) -> Result<Run, BlockError> {
+        let (offset, left) = (next.offset, self.source.size_bytes() - next.offset);
+        let ChainExtent { depth, extent } = next.source.at(self.source, offset, left.min(ZERO_STEP_BYTES))?;
+        let (mut bytes, mut held) = (extent.bytes, false);
+        if self.opts.unmapped_only {
+            let there = next.target.at(self.target, self.opts.target_offset + offset, bytes)?;
+            bytes = there.extent.bytes;
+            held = there.depth == 0 && there.extent.kind != ExtentKind::Below;
+        }
+        let is_part = self.opts.layers != usize::MAX;
+        let left_below = held || is_part && (depth >= self.opts.layers || extent.kind == ExtentKind::Below);
+        let all = self.opts.allocate_all;
+        let nothing = left_below || (extent.kind != ExtentKind::Data && self.opts.target_is_zero && !all);
+        if self.opts.compressed {
+            // A cluster that is partly data is read whole.
+            let whole = bytes / self.chunk_bytes * self.chunk_bytes;
+            let skipped = nothing && (whole > 0 || bytes == left);
+            let bytes = if nothing && whole > 0 { whole } else { self.chunk_bytes.min(left) };
+            return Ok(Run { bytes, work: (!skipped).then_some((ExtentKind::Data, None)) });
+        }
+        if nothing {
+            return Ok(Run { bytes, work: None });
+        }
+        if extent.kind != ExtentKind::Data && !all {
+            return Ok(Run { bytes, work: Some((extent.kind, None)) });
+        }
+        // Steps end at chunk boundaries, so that a run that starts raggedly does not stay ragged.
+        let chunk = (self.chunk_bytes - offset % self.chunk_bytes).min(left);
+        // A compressed cluster is a run of its own; what follows is read with it, and zeroes will show.
+        let any = extent.compressed && !is_part && !self.opts.unmapped_only;
+        let bytes = if any { chunk } else { bytes.min(chunk) };
+        let from_file = extent.host.filter(|_| !all).map(|_| depth);
+        Ok(Run { bytes, work: Some((ExtentKind::Data, from_file)) })
     }
 
     fn report(&self, bytes: u64) {
@@ -292,18 +299,10 @@ impl Shared<'_> {
     /// taken in turn, so that the target is laid out in order; the bytes move when others have their turn.
     fn copy_data(&self, step: &Step, room: &mut PageBuf) -> Result<(), BlockError> {
         let target_offset = self.opts.target_offset + step.offset;
-        let source = match step.from_file {
-            Some(depth) if !self.no_kernel_copy.load(Ordering::Relaxed) => {
-                self.source.map_read(depth, step.offset, step.bytes)?
-            }
-            _ => None,
-        };
-        let source = source.filter(|source| source.bytes == step.bytes && source.file.as_host_file().is_some());
-        let source = match &source {
-            Some(Mapped { file, host, .. }) => file.as_host_file().map(|file| (file, *host)),
-            None => None,
-        };
-        let source = match source {
+        // Held until the bytes have moved: the place stays the source's as long.
+        let mapped = self.map_source(step)?;
+        let in_file = mapped.as_ref().and_then(|place| Some((place.file.as_host_file()?, place.host)));
+        let source = match in_file {
             Some((file, host)) if !self.may_hold_zeroes(file, host, step)? => Some((file, host)),
             _ => None,
         };
@@ -324,6 +323,15 @@ impl Shared<'_> {
         }
         self.end_turn(step.turn);
         places.into_iter().try_for_each(|place| self.move_bytes(step, place, source, bytes))
+    }
+
+    /// Where all of a step is in one file, if it may be copied from there.
+    fn map_source(&self, step: &Step) -> Result<Option<Mapped<'_>>, BlockError> {
+        let Some(depth) = step.from_file.filter(|_| !self.no_kernel_copy.load(Ordering::Relaxed)) else {
+            return Ok(None);
+        };
+        let mapped = self.source.map_read(depth, step.offset, step.bytes)?;
+        Ok(mapped.filter(|place| place.bytes == step.bytes))
     }
 
     /// Moves the bytes of one place: out of the source's file, or out of memory.

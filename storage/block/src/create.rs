@@ -2,65 +2,27 @@
 
 use std::fs::{File, OpenOptions as FileOptions};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use image::Format;
 use image::qcow2::CompressionType;
-use image::qcow2::layout::{Features, NewImage, Plan, lay_out};
+use image::qcow2::layout::{Features, NewImage, Plan};
 
 use crate::chain::lock_image;
 use crate::error::{Action, BlockError};
+use crate::host_file::HostFile;
 use crate::io::FileBackend;
-use crate::sys::{WriteBufs, pwrite};
-
-/// How a qcow2 image is created.
-#[derive(Clone, Debug)]
-pub struct CreateOptions {
-    /// log2 of the cluster size, 9 to 21.
-    pub cluster_bits: u32,
-    /// 2 (`compat=0.10`) or 3 (`compat=1.1`).
-    pub version: u32,
-    /// Backing file as it shall be stored, relative to the new image's directory, and its format.
-    pub backing: Option<(PathBuf, Format)>,
-}
-
-impl Default for CreateOptions {
-    /// 64 KiB clusters, version 3, no backing file.
-    fn default() -> CreateOptions {
-        CreateOptions { cluster_bits: 16, version: 3, backing: None }
-    }
-}
+use crate::sys::WriteBufs;
+use crate::zeroes::{PIECE_BYTES, write_zero_data};
 
 /// Creates an empty qcow2 image, on stable storage when this returns. The size is rounded up to 512 bytes.
 /// On an error no file is left behind.
-pub fn create_qcow2(path: &Path, size_bytes: u64, opts: &CreateOptions) -> Result<(), BlockError> {
-    let refused = |source| BlockError::Header { path: path.to_owned(), source };
-    let size_bytes =
-        size_bytes.checked_next_multiple_of(512).ok_or_else(|| refused(image::qcow2::HeaderError::Size(size_bytes)))?;
-    let backing = opts.backing.as_ref().map(|(name, format)| {
-        let text = name.to_str().ok_or_else(|| refused(image::qcow2::HeaderError::BackingNameText))?;
-        Ok((text.to_owned(), format.name().to_owned()))
-    });
-    let new = NewImage {
-        size_bytes,
-        cluster_bits: opts.cluster_bits,
-        version: opts.version,
-        refcount_order: 4,
-        backing: backing.transpose()?,
-    };
-    let layout = lay_out(&new).map_err(refused)?;
-    create_file(path, |file| {
-        for (offset, bytes) in &layout.pieces {
-            pwrite(file, *offset, &WriteBufs::from_slice(bytes))?;
-        }
-        file.set_len(layout.file_bytes)
-    })
+pub fn create_qcow2(path: &Path, size_bytes: u64, opts: &Qcow2Create) -> Result<(), BlockError> {
+    create_file(path, |file| format_qcow2(file, path, size_bytes, opts))
 }
 
 /// Creates a sparse raw image. The size is rounded up to 512 bytes. On an error no file is left behind.
 pub fn create_raw(path: &Path, size_bytes: u64) -> Result<(), BlockError> {
-    let size_bytes = size_bytes.checked_next_multiple_of(512).unwrap_or(u64::MAX);
-    create_file(path, |file| file.set_len(size_bytes))
+    create_file(path, |file| format_raw(file, path, size_bytes, Preallocation::Off))
 }
 
 /// How much of a new image takes its space at once.
@@ -113,9 +75,6 @@ impl Default for Qcow2Create {
         }
     }
 }
-
-/// Zeroes written at once where a host must not be asked for them.
-const ZEROES_BYTES: u64 = 1 << 20;
 
 /// Opens a file for a new image: it is created if it is not there, locked as QEMU locks a writer, and emptied. A block
 /// device keeps what it holds. Another process that uses the image keeps it, and nothing has changed.
@@ -192,27 +151,23 @@ pub(crate) fn preallocate(
         Preallocation::Off | Preallocation::Metadata => Ok(()),
         Preallocation::Falloc => file.write_zeroes(range.start, range.end - range.start, false).map_err(failed),
         Preallocation::Full => {
-            let zeroes = vec![0; ZEROES_BYTES.min(range.end - range.start) as usize];
-            let mut at = range.start;
-            while at < range.end {
-                let now = ZEROES_BYTES.min(range.end - at);
-                let bufs = WriteBufs::from_slice(zeroes.get(..now as usize).unwrap_or_default());
-                file.write_at(at, &bufs).map_err(failed)?;
-                at += now;
-            }
-            Ok(())
+            write_zero_data(range, PIECE_BYTES, |at, zeroes| file.write_at(at, zeroes)).map_err(failed)
         }
     }
 }
 
-fn create_file(path: &Path, fill: impl FnOnce(&File) -> std::io::Result<()>) -> Result<(), BlockError> {
+/// A new file under `path`, as `fill` makes it.
+fn create_file(path: &Path, fill: impl FnOnce(&HostFile) -> Result<(), BlockError>) -> Result<(), BlockError> {
     let failed = |e| BlockError::io(path, Action::Create, e);
-    let file = FileOptions::new().write(true).create_new(true).mode(0o644).open(path).map_err(failed)?;
-    let filled = fill(&file).and_then(|()| file.sync_all());
-    if let Err(error) = filled {
+    let file = FileOptions::new().read(true).write(true).create_new(true).mode(0o644).open(path).map_err(failed)?;
+    let filled = HostFile::new(file).map_err(failed).and_then(|file| {
+        fill(&file)?;
+        file.sync_all().map_err(failed)
+    });
+    if filled.is_err() {
         // The first error is what matters; a file that cannot even be removed is visible to the user.
         let _ = std::fs::remove_file(path);
-        return Err(failed(error));
+        return filled;
     }
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)

@@ -8,12 +8,14 @@ use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
 use crate::io::FileBackend;
+use crate::page_buf::PageBuf;
 use crate::sys::{ReadBufs, WriteBufs, pread, pwrite};
+use crate::zeroes::{PIECE_BYTES, write_zero_data};
 
 /// Alignment of offset, length and memory that satisfies `O_DIRECT` on every disk in use.
 const DIRECT_ALIGN: u64 = 4096;
-/// Largest piece of zeroes, or of a bounced request, held in memory.
-const PIECE_BYTES: u64 = 256 << 10;
+/// Largest piece of a bounced request held in memory.
+const BOUNCE_BYTES: u64 = 256 << 10;
 
 /// Handles one aligned piece: its offset, its bytes, which of them the request asks for, where in the request
 /// they belong.
@@ -66,6 +68,11 @@ impl HostFile {
         HostFile { growing: true, ..self }
     }
 
+    /// Returns when data and everything the host knows about the file are on stable storage.
+    pub(crate) fn sync_all(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
     fn must_bounce(&self, offset: u64, aligned_memory: bool) -> bool {
         self.direct && (!aligned_memory || !offset.is_multiple_of(DIRECT_ALIGN))
     }
@@ -73,16 +80,14 @@ impl HostFile {
     /// Calls `step` with aligned pieces that cover the range.
     fn bounce(&self, offset: u64, len: usize, step: &mut BounceStep<'_>) -> io::Result<()> {
         let end = offset.checked_add(len as u64).ok_or(io::ErrorKind::InvalidInput)?;
-        let mut room = vec![0u8; (PIECE_BYTES + DIRECT_ALIGN) as usize];
-        let skip = room.as_ptr().align_offset(DIRECT_ALIGN as usize);
+        let mut piece = PageBuf::default();
         let mut at = offset;
         while at < end {
             let start = at - at % DIRECT_ALIGN;
-            let stop = end.min(start + PIECE_BYTES);
-            let piece_bytes = (stop - start).next_multiple_of(DIRECT_ALIGN) as usize;
-            let piece = room.get_mut(skip..skip + piece_bytes).ok_or(io::ErrorKind::InvalidInput)?;
+            let stop = end.min(start + BOUNCE_BYTES);
+            piece.set_len((stop - start).next_multiple_of(DIRECT_ALIGN) as usize);
             let part = (at - start) as usize..(stop - start) as usize;
-            step(start, piece, part, (at - offset) as usize)?;
+            step(start, &mut piece, part, (at - offset) as usize)?;
             at = stop;
         }
         Ok(())
@@ -168,14 +173,7 @@ impl FileBackend for HostFile {
         if self.fallocate(mode, offset, bytes)? {
             return Ok(());
         }
-        let zeroes = vec![0; PIECE_BYTES.min(bytes) as usize];
-        let mut done = 0;
-        while done < bytes {
-            let now = PIECE_BYTES.min(bytes - done);
-            self.write_at(offset + done, &WriteBufs::from_slice(zeroes.get(..now as usize).unwrap_or_default()))?;
-            done += now;
-        }
-        Ok(())
+        write_zero_data(offset..offset.saturating_add(bytes), PIECE_BYTES, |at, zeroes| self.write_at(at, zeroes))
     }
 
     fn extent(&self, offset: u64, bytes: u64) -> io::Result<(u64, bool)> {

@@ -41,14 +41,12 @@ mod vpc;
 mod zeroes;
 
 pub use chain::{
-    ChainFile, Checked, ImageInfo, Qcow2Info, check_foreign, check_image, inspect, inspect_backend, resolve_chain,
-    resolve_chain_probing,
+    CHAIN_MAX, ChainFile, Checked, ImageInfo, Qcow2Info, beside, check_foreign, check_image, inspect, inspect_backend,
+    open_alone, resolve_chain, resolve_chain_probing,
 };
 pub use compare::compare;
-pub use copy::{CopyOptions, copy};
-pub use create::{
-    CreateOptions, Preallocation, Qcow2Create, create_qcow2, create_raw, format_qcow2, format_raw, open_for_new,
-};
+pub use copy::{CopyOptions, copy, run_on_threads};
+pub use create::{Preallocation, Qcow2Create, create_qcow2, create_raw, format_qcow2, format_raw, open_for_new};
 pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};
 pub use foreign::{ForeignImage, ForeignInfo, ForeignReport};
@@ -56,7 +54,7 @@ pub use host_file::{HostFile, use_direct_io};
 pub use image::qcow2::CompressionType;
 pub use image::qcow2::Snapshot;
 pub use image::vmdk::layout::{AdapterType, Subformat};
-pub use image::{Format, probe};
+pub use image::{Format, PROBE_BYTES, probe};
 pub use io::FileBackend;
 pub use node::{Extent, ExtentKind};
 pub use page_buf::PageBuf;

@@ -1,4 +1,29 @@
-//! Finding zeroes in memory.
+//! Zeroes: found in memory, and written as data where they must be.
+
+use std::ops::Range;
+
+use crate::sys::WriteBufs;
+
+/// Piece of zeroes that is written at once.
+pub(crate) const PIECE_BYTES: u64 = 256 << 10;
+
+/// Writes zeroes as data over a range in pieces that end at multiples of `piece_bytes`, which is at least 1; stops at
+/// the first error of `write`.
+pub(crate) fn write_zero_data<E>(
+    range: Range<u64>,
+    piece_bytes: u64,
+    mut write: impl FnMut(u64, &WriteBufs<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    let zeroes = vec![0; piece_bytes.min(range.end.saturating_sub(range.start)) as usize];
+    let mut at = range.start;
+    while at < range.end {
+        let bytes = (range.end - at).min(piece_bytes - at % piece_bytes);
+        let piece = zeroes.get(..bytes as usize).unwrap_or_default();
+        write(at, &WriteBufs::from_slice(piece))?;
+        at += piece.len() as u64;
+    }
+    Ok(())
+}
 
 /// Whether every byte is zero. Data that is not costs a look at its first bytes.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
@@ -43,6 +68,24 @@ fn one_byte_anywhere_is_found() {
         bytes[at] = 1;
         assert!(!is_zero(&bytes), "{at}");
         bytes[at] = 0;
+    }
+}
+
+#[test]
+fn zero_data_covers_its_range_in_pieces() {
+    for (range, want) in [
+        (10..10, vec![]),
+        (5..6, vec![(5, 1)]),
+        (3..35, vec![(3, 13), (16, 16), (32, 3)]),
+        (3..30, vec![(3, 13), (16, 14)]),
+    ] {
+        let mut pieces = Vec::new();
+        let done: Result<(), ()> = write_zero_data(range, 16, |at, zeroes| {
+            assert!(zeroes.is_zero());
+            pieces.push((at, zeroes.len()));
+            Ok(())
+        });
+        assert_eq!((done, pieces), (Ok(()), want));
     }
 }
 

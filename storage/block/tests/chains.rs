@@ -7,13 +7,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use block::{
-    BlockError, CreateOptions, Disk, Format, OpenOptions, create_qcow2, create_raw, inspect, resolve_chain,
+    BlockError, Disk, Format, OpenOptions, Qcow2Create, create_qcow2, create_raw, inspect, resolve_chain,
     resolve_chain_probing,
 };
 use support::{contents, qemu_img, qemu_img_status};
 
 fn overlay(path: &Path, backing: &str, format: Format) {
-    let opts = CreateOptions { backing: Some((backing.into(), format)), ..CreateOptions::default() };
+    let opts = Qcow2Create { backing: Some((backing.to_owned(), format.name().to_owned())), ..Qcow2Create::default() };
     create_qcow2(path, 1 << 20, &opts).unwrap();
 }
 
@@ -105,10 +105,10 @@ fn a_chain_of_201_files_is_too_deep() {
     create_raw(&dir.path().join("0"), 1 << 20).unwrap();
     for i in 1..=200 {
         let format = if i == 1 { Format::Raw } else { Format::Qcow2 };
-        let opts = CreateOptions {
+        let opts = Qcow2Create {
             cluster_bits: 9,
-            backing: Some(((i - 1).to_string().into(), format)),
-            ..CreateOptions::default()
+            backing: Some(((i - 1).to_string(), format.name().to_owned())),
+            ..Qcow2Create::default()
         };
         create_qcow2(&dir.path().join(i.to_string()), 1 << 20, &opts).unwrap();
     }
@@ -125,7 +125,7 @@ fn a_chain_and_its_headers_must_agree() {
     let at = |name: &str| dir.path().join(name);
     create_raw(&at("plain.raw"), 1 << 20).unwrap();
     overlay(&at("top.qcow2"), "plain.raw", Format::Raw);
-    create_qcow2(&at("alone.qcow2"), 1 << 20, &CreateOptions::default()).unwrap();
+    create_qcow2(&at("alone.qcow2"), 1 << 20, &Qcow2Create::default()).unwrap();
     let read_only = OpenOptions { read_only: true, ..OpenOptions::default() };
     let open = |names: &[&str]| {
         let chain = names.iter().map(|name| block::ChainFile {
@@ -191,7 +191,8 @@ fn created_images_are_what_qemu_sees() {
     let dir = tempfile::tempdir().unwrap();
     for (bits, version) in [(9, 2), (9, 3), (16, 2), (16, 3), (21, 3)] {
         let path = dir.path().join(format!("{bits}-{version}.qcow2"));
-        create_qcow2(&path, (10 << 20) - 100, &CreateOptions { cluster_bits: bits, version, backing: None }).unwrap();
+        create_qcow2(&path, (10 << 20) - 100, &Qcow2Create { cluster_bits: bits, version, ..Qcow2Create::default() })
+            .unwrap();
         let name = path.to_str().unwrap();
         assert!(qemu_img(&["check", "-f", "qcow2", name]).contains("No errors"));
         let info = qemu_img(&["info", "-f", "qcow2", name]);
@@ -199,10 +200,7 @@ fn created_images_are_what_qemu_sees() {
         let ours = inspect(&path, None).unwrap();
         assert_eq!((ours.format, ours.cluster_bytes), (Format::Qcow2, Some(1 << bits)));
         assert!(info.contains(&format!("({} bytes)", ours.virtual_size_bytes)), "{info}");
-        assert!(
-            create_qcow2(&path, 512, &CreateOptions::default()).is_err(),
-            "an existing file must not be overwritten"
-        );
+        assert!(create_qcow2(&path, 512, &Qcow2Create::default()).is_err(), "an existing file must not be overwritten");
     }
 }
 
@@ -210,7 +208,7 @@ fn created_images_are_what_qemu_sees() {
 fn a_disk_of_no_bytes_is_a_disk() {
     let dir = tempfile::tempdir().unwrap();
     let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
-    create_qcow2(&ours, 0, &CreateOptions::default()).unwrap();
+    create_qcow2(&ours, 0, &Qcow2Create::default()).unwrap();
     qemu_img(&["create", "-q", "-f", "qcow2", theirs.to_str().unwrap(), "0"]);
     for image in [ours, theirs] {
         assert!(qemu_img(&["check", "-f", "qcow2", image.to_str().unwrap()]).contains("No errors"));

@@ -186,7 +186,7 @@ fn damage_found_while_writing_marks_the_image() {
     use std::os::unix::fs::FileExt;
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image.qcow2");
-    block::create_qcow2(&image, 1 << 20, &block::CreateOptions::default()).unwrap();
+    block::create_qcow2(&image, 1 << 20, &block::Qcow2Create::default()).unwrap();
     let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
     disk.write(0, &[1; 512]).unwrap();
     drop(disk);
@@ -206,7 +206,7 @@ fn an_entry_that_claims_a_table_as_data_is_not_written_through() {
     let image = dir.path().join("image.qcow2");
     // Cluster 1 is the refcount table, 2 the first refcount block, 3 the L1 table, 4 the L2 table made here.
     for table in 1..=4u64 {
-        block::create_qcow2(&image, 1 << 20, &block::CreateOptions::default()).unwrap();
+        block::create_qcow2(&image, 1 << 20, &block::Qcow2Create::default()).unwrap();
         let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
         disk.write(0, &[1; 512]).unwrap();
         drop(disk);

@@ -5,7 +5,7 @@ mod support;
 use std::path::Path;
 
 use block::{
-    CacheMode, ChainFile, CreateOptions, Disk, ErrorKind, Format, OpenOptions, create_qcow2, create_raw, use_direct_io,
+    CacheMode, ChainFile, Disk, ErrorKind, Format, OpenOptions, Qcow2Create, create_qcow2, create_raw, use_direct_io,
 };
 use support::{Rng, contents, open_chain, qemu_img};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
@@ -19,7 +19,7 @@ fn guest(bytes: usize) -> GuestMemoryMmap<AtomicBitmap> {
 fn scattered_guest_memory_goes_both_ways_and_reads_mark_it_dirty() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("a.qcow2");
-    create_qcow2(&image, 4 << 20, &CreateOptions::default()).unwrap();
+    create_qcow2(&image, 4 << 20, &Qcow2Create::default()).unwrap();
     let disk = open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
     let ram = guest(1 << 20);
     ram.write_slice(&[0x5a; 4096], GuestAddress(0x1000)).unwrap();
@@ -76,7 +76,7 @@ fn direct_files_take_requests_of_any_alignment() {
         let size = (2 << 20) + 512 * 3;
         match format {
             Format::Raw => create_raw(&image, size).unwrap(),
-            _ => create_qcow2(&image, size, &CreateOptions { cluster_bits: 9, ..CreateOptions::default() }).unwrap(),
+            _ => create_qcow2(&image, size, &Qcow2Create { cluster_bits: 9, ..Qcow2Create::default() }).unwrap(),
         }
         let Some(file) = open_direct(&image) else { return };
         let opts = OpenOptions { format, cache: CacheMode::None, ..OpenOptions::default() };

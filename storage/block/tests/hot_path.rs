@@ -6,7 +6,7 @@ mod support;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use block::{CreateOptions, Format, OpenOptions, create_qcow2};
+use block::{Format, OpenOptions, Qcow2Create, create_qcow2};
 use vm_memory::VolatileSlice;
 
 struct Counting;
@@ -34,7 +34,7 @@ static COUNTING: Counting = Counting;
 fn reads_and_overwrites_of_allocated_clusters_allocate_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("a.qcow2");
-    create_qcow2(&image, 64 << 20, &CreateOptions::default()).unwrap();
+    create_qcow2(&image, 64 << 20, &Qcow2Create::default()).unwrap();
     let disk = support::open_chain(&[(&image, Format::Qcow2)], &OpenOptions::default());
     disk.write(0, &vec![1; 8 << 20]).unwrap();
     disk.flush().unwrap();

@@ -4,46 +4,14 @@
 mod support;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use block::{ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, Preallocation, ReadBufs, WriteBufs};
-use support::{Rng, open_chain, open_file, qemu_check, qemu_img, qemu_raw};
+use block::{ChainBackend, Disk, Format, OpenOptions, Preallocation};
+use support::{Rng, Slow, open_chain, qemu_check, qemu_img, qemu_raw};
 
 const THREADS: u64 = 4;
 /// Each thread has a share of the disk.
 const SHARE_BYTES: u64 = 1 << 20;
-
-/// A file whose writes let other threads run first now and then, so that what can overtake them does.
-struct Slow(HostFile, AtomicU64);
-
-impl FileBackend for Slow {
-    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> std::io::Result<()> {
-        self.0.read_at(offset, bufs)
-    }
-    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> std::io::Result<()> {
-        let turns = if self.1.fetch_add(1, Ordering::Relaxed).is_multiple_of(13) { 200 } else { 0 };
-        (0..turns).for_each(|_| std::thread::yield_now());
-        self.0.write_at(offset, bufs)
-    }
-    fn sync_data(&self) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn punch_hole(&self, offset: u64, bytes: u64) -> std::io::Result<()> {
-        self.0.punch_hole(offset, bytes)
-    }
-    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> std::io::Result<()> {
-        self.0.write_zeroes(offset, bytes, may_unmap)
-    }
-    fn len_bytes(&self) -> std::io::Result<u64> {
-        self.0.len_bytes()
-    }
-    fn set_len_bytes(&self, bytes: u64) -> std::io::Result<()> {
-        self.0.set_len_bytes(bytes)
-    }
-    fn allocated_bytes(&self) -> std::io::Result<u64> {
-        self.0.allocated_bytes()
-    }
-}
 
 /// What a snapshot in the file holds.
 fn snapshot(path: &Path, name: &str) -> Vec<u8> {
@@ -102,7 +70,7 @@ fn snapshots_of_a_busy_disk_are_moments_of_it() {
         let path = dir.path().join("a.qcow2");
         let size = (THREADS * SHARE_BYTES).to_string();
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &size]);
-        let file = Slow(HostFile::new(open_file(&path, true)).unwrap(), AtomicU64::new(0));
+        let file = Slow { long_every: 13, turns: 200, ..Slow::over(&path) };
         let layer =
             ChainBackend { file: Box::new(file), extents: Vec::new(), path_label: path.clone(), format: Format::Qcow2 };
         let disk = Disk::open_backends(vec![layer], &OpenOptions::default()).unwrap();

@@ -6,55 +6,14 @@
 mod support;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use block::{ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, ReadBufs, WriteBufs};
-use support::{Rng, open_chain, open_file, qemu_img};
+use block::{ChainBackend, Disk, Format, OpenOptions};
+use support::{Rng, Slow, open_chain, qemu_img};
 
 const QUEUES: u64 = 8;
 const BLOCK: u64 = 4096;
 /// Blocks of one region.
 const BLOCKS: u64 = 512;
-
-/// A file whose requests let other threads run first, so that what can overtake them does.
-struct Slow(HostFile, AtomicU64);
-
-impl Slow {
-    fn dawdle(&self) {
-        let long = self.1.fetch_add(1, Ordering::Relaxed).is_multiple_of(11);
-        let turns = if long { 300 } else { 0 };
-        (0..turns).for_each(|_| std::thread::yield_now());
-    }
-}
-
-impl FileBackend for Slow {
-    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> std::io::Result<()> {
-        self.dawdle();
-        self.0.read_at(offset, bufs)
-    }
-    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> std::io::Result<()> {
-        self.dawdle();
-        self.0.write_at(offset, bufs)
-    }
-    fn sync_data(&self) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn punch_hole(&self, offset: u64, bytes: u64) -> std::io::Result<()> {
-        self.0.punch_hole(offset, bytes)
-    }
-    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> std::io::Result<()> {
-        self.0.write_zeroes(offset, bytes, may_unmap)
-    }
-    fn len_bytes(&self) -> std::io::Result<u64> {
-        self.0.len_bytes()
-    }
-    fn set_len_bytes(&self, bytes: u64) -> std::io::Result<()> {
-        self.0.set_len_bytes(bytes)
-    }
-    fn allocated_bytes(&self) -> std::io::Result<u64> {
-        self.0.allocated_bytes()
-    }
-}
 
 /// The blocks of one queue with what they hold: a number repeated.
 struct Queue {
@@ -132,7 +91,7 @@ fn run(path: &Path, options: &str, steps: u64, seed: u64) {
     let _ = std::fs::remove_file(path);
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &size]);
     // A small cache, so that tables go and come.
-    let file = Box::new(Slow(HostFile::new(open_file(path, true)).unwrap(), AtomicU64::new(0)));
+    let file = Box::new(Slow { long_every: 11, turns: 300, reads: true, ..Slow::over(path) });
     let layer = ChainBackend { file, path_label: path.to_owned(), format: Format::Qcow2, extents: Vec::new() };
     let disk = Disk::open_backends(vec![layer], &OpenOptions { l2_cache_bytes: 0, ..OpenOptions::default() }).unwrap();
     let queues: Vec<Queue> = (0..QUEUES)

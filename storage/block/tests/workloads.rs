@@ -4,7 +4,7 @@ mod support;
 
 use std::path::Path;
 
-use block::{CacheMode, CreateOptions, Discard, Disk, Format, OpenOptions, create_qcow2, create_raw};
+use block::{CacheMode, Discard, Disk, Format, OpenOptions, Qcow2Create, create_qcow2, create_raw};
 use support::{Rng, contents, open_chain, qemu_img};
 
 /// One run: how the top image is made, what is below it, how it is opened.
@@ -106,10 +106,10 @@ fn run(case: &Case, seed: u64) {
 }
 
 fn make(case: &Case, top: &Path) {
-    let backing = (case.backing_bytes > 0).then(|| ("base.raw".into(), Format::Raw));
+    let backing = (case.backing_bytes > 0).then(|| ("base.raw".to_owned(), "raw".to_owned()));
     match (case.format, case.create) {
         (Format::Raw, _) => create_raw(top, case.size_bytes).unwrap(),
-        (_, "") => create_qcow2(top, case.size_bytes, &CreateOptions { backing, ..CreateOptions::default() }).unwrap(),
+        (_, "") => create_qcow2(top, case.size_bytes, &Qcow2Create { backing, ..Qcow2Create::default() }).unwrap(),
         (_, args) => {
             let mut all = vec!["create", "-q", "-f", "qcow2"];
             all.extend(args.split(' '));
@@ -184,7 +184,7 @@ fn a_snapshot_keeps_what_it_saw() {
     let dir = tempfile::tempdir().unwrap();
     let top = dir.path().join("top.qcow2");
     let name = top.to_str().unwrap();
-    create_qcow2(&top, 4 << 20, &CreateOptions { cluster_bits: 12, ..CreateOptions::default() }).unwrap();
+    create_qcow2(&top, 4 << 20, &Qcow2Create { cluster_bits: 12, ..Qcow2Create::default() }).unwrap();
     let files = [(top.as_path(), Format::Qcow2)];
     let disk = open_chain(&files, &OpenOptions::default());
     disk.write(0, &[1; 1 << 20]).unwrap();

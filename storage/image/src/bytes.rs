@@ -1,26 +1,43 @@
-//! Little-endian fields at byte offsets, and a new file as pieces: what the formats of other vendors share.
+//! Fields at byte offsets, and a new file as pieces.
+
+/// The bytes at `at`; `None` past the end.
+fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+}
+
+/// Big-endian u16 at `at`; `None` past the end.
+pub(crate) fn be16(bytes: &[u8], at: usize) -> Option<u16> {
+    array(bytes, at).map(u16::from_be_bytes)
+}
+
+/// Big-endian u32 at `at`; `None` past the end.
+pub(crate) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
+    array(bytes, at).map(u32::from_be_bytes)
+}
+
+/// Big-endian u64 at `at`; `None` past the end.
+pub(crate) fn be64(bytes: &[u8], at: usize) -> Option<u64> {
+    array(bytes, at).map(u64::from_be_bytes)
+}
 
 /// Little-endian u16 at `at`; `None` past the end.
 pub(crate) fn le16(bytes: &[u8], at: usize) -> Option<u16> {
-    let raw = bytes.get(at..at.checked_add(2)?)?;
-    Some(u16::from_le_bytes(raw.try_into().ok()?))
+    array(bytes, at).map(u16::from_le_bytes)
 }
 
 /// Little-endian u32 at `at`; `None` past the end.
 pub(crate) fn le32(bytes: &[u8], at: usize) -> Option<u32> {
-    let raw = bytes.get(at..at.checked_add(4)?)?;
-    Some(u32::from_le_bytes(raw.try_into().ok()?))
+    array(bytes, at).map(u32::from_le_bytes)
 }
 
 /// Little-endian u64 at `at`; `None` past the end.
 pub(crate) fn le64(bytes: &[u8], at: usize) -> Option<u64> {
-    let raw = bytes.get(at..at.checked_add(8)?)?;
-    Some(u64::from_le_bytes(raw.try_into().ok()?))
+    array(bytes, at).map(u64::from_le_bytes)
 }
 
 /// The 16 bytes at `at`; `None` past the end.
 pub(crate) fn bytes16(bytes: &[u8], at: usize) -> Option<[u8; 16]> {
-    bytes.get(at..at.checked_add(16)?)?.try_into().ok()
+    array(bytes, at)
 }
 
 /// Copies `field` to `at`. The callers fill buffers of their own with constant offsets; what would not fit
@@ -58,6 +75,8 @@ impl NewFile {
 fn fields_end_where_the_bytes_end() {
     let bytes: Vec<u8> = (1..=16).collect();
     assert_eq!((le16(&bytes, 0), le16(&bytes, 14), le16(&bytes, 15)), (Some(0x0201), Some(0x100f), None));
+    assert_eq!((be16(&bytes, 14), be16(&bytes, 15)), (Some(0x0f10), None));
+    assert_eq!((be32(&bytes, 12), be64(&bytes, 9)), (Some(0x0d0e_0f10), None));
     assert_eq!((le32(&bytes, 12), le32(&bytes, 13)), (Some(0x100f_0e0d), None));
     assert_eq!((le64(&bytes, 8), le64(&bytes, usize::MAX)), (Some(0x100f_0e0d_0c0b_0a09), None));
     assert_eq!((bytes16(&bytes, 0).is_some(), bytes16(&bytes, 1)), (true, None));

@@ -20,23 +20,6 @@ pub mod vmdk;
 pub mod vpc;
 
 pub use bytes::NewFile;
+pub(crate) use bytes::{be16, be32, be64};
 pub use foreign::FormatError;
 pub use format::{Format, FormatMismatch, PROBE_BYTES, check_declared, probe};
-
-/// Big-endian u16 at `at`; `None` past the end.
-pub(crate) fn be16(bytes: &[u8], at: usize) -> Option<u16> {
-    let raw = bytes.get(at..at.checked_add(2)?)?;
-    Some(u16::from_be_bytes(raw.try_into().ok()?))
-}
-
-/// Big-endian u32 at `at`; `None` past the end.
-pub(crate) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
-    let raw = bytes.get(at..at.checked_add(4)?)?;
-    Some(u32::from_be_bytes(raw.try_into().ok()?))
-}
-
-/// Big-endian u64 at `at`; `None` past the end.
-pub(crate) fn be64(bytes: &[u8], at: usize) -> Option<u64> {
-    let raw = bytes.get(at..at.checked_add(8)?)?;
-    Some(u64::from_be_bytes(raw.try_into().ok()?))
-}

@@ -11,7 +11,6 @@ use crate::convert::default_workers;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
-use crate::size::{self, SizeError};
 
 /// `bench`.
 pub const COMMAND: Command =
@@ -41,8 +40,6 @@ const OPTIONS: &[Opt] = &[
 const DIRECT_READERS_MAX: u64 = 8;
 /// Most threads of direct writes. A file system lets one write at a time grow a file, and the others spin for their turn.
 const DIRECT_WRITERS_MAX: u64 = 4;
-/// Memory of one thread's stack.
-const STACK_BYTES: usize = 256 << 10;
 
 /// What is measured.
 struct Plan {
@@ -100,12 +97,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
 
 fn plan(parsed: &Parsed) -> Result<Plan, ImgError> {
     let number = |name: &'static str, what: &'static str, min: u64, max: u64, default: u64| {
-        let Some(text) = parsed.value(name)? else { return Ok(default) };
-        match size::parse(text) {
-            Ok(number) if (min..=max).contains(&number) => Ok(number),
-            Ok(_) | Err(SizeError::Range) => Err(ImgError::NumberRange { what, min, max }),
-            Err(SizeError::Text) => Err(ImgError::Number { what, found: text.to_owned() }),
-        }
+        parsed.value(name)?.map_or(Ok(default), |text| ImgError::number(text, what, min..=max))
     };
     let int = i32::MAX as u64;
     let bytes = number("buffer-size", "buffer size", 1, int, 4096)?;
@@ -153,13 +145,7 @@ fn measure(disk: &Disk, plan: &Plan, threads: u64) -> Result<(), BlockError> {
             }
         }
     };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            // One thread less is a shallower queue and nothing else.
-            let _ = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
-        }
-        work();
-    });
+    block::run_on_threads(threads as usize, &work);
     match error.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(error),
         None => Ok(()),

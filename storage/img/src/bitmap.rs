@@ -6,7 +6,6 @@ use crate::Command;
 use crate::error::{ImgError, Rule, why};
 use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, flag, opt};
 use crate::open::{self, Access, Named};
-use crate::size;
 
 /// `bitmap`.
 pub const COMMAND: Command = Command {
@@ -53,10 +52,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         return Err(ImgError::Expecting { command: "bitmap", expected: "filename and bitmap name" });
     };
     let bitmap = bitmap.to_str().ok_or(ImgError::NotText { option: "add" })?;
-    let granularity = parsed
-        .value("granularity")?
-        .map(|text| size::disk_bytes(text).map_err(|error| ImgError::size(error, "granularity", text)));
-    let granularity = granularity.transpose()?;
+    let granularity = parsed.value("granularity")?.map(|text| ImgError::size(text, "granularity")).transpose()?;
     let named = Named::of(parsed, file, "format")?;
     let top = open::top(&named, Access::write(CacheMode::Writeback))?;
     let failed = |action: &'static str, reason: String| {

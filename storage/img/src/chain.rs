@@ -3,15 +3,13 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use block::{BitmapInfo, BlockError, CacheMode, ImageInfo, Qcow2Image, Snapshot, inspect, inspect_backend};
+use block::{
+    BitmapInfo, BlockError, CHAIN_MAX, CacheMode, ImageInfo, Qcow2Image, Snapshot, beside, inspect, inspect_backend,
+};
 
-use crate::create::beside;
 use crate::error::ImgError;
 use crate::layers;
 use crate::open::{self, Access, Named};
-
-/// More files than any chain has.
-const CHAIN_MAX: usize = 200;
 
 /// One image of a chain, and what it says.
 pub struct Found {
@@ -63,13 +61,7 @@ impl Walk {
         let access = Access { write: false, share: self.share, cache: CacheMode::Writeback };
         let top = open::top(named, access)?;
         let info = inspect(&path, named.spec.driver).map_err(failed)?;
-        let (snapshots, bitmaps) = match info.qcow2 {
-            Some(qcow2) if qcow2.snapshots > 0 || qcow2.has_bitmaps => {
-                let image = Qcow2Image::open(top, true).map_err(failed)?;
-                (image.snapshots().map_err(failed)?, image.bitmaps().map_err(failed)?)
-            }
-            _ => (Vec::new(), Vec::new()),
-        };
+        let (snapshots, bitmaps) = kept_inside(&info, || Qcow2Image::open(top, true)).map_err(failed)?;
         let found = Found { path, info, snapshots, bitmaps, protocol: "file" };
         if let Some(below) = found.backing_path() {
             self.next = Some(Named::new(below.as_os_str(), false, found.info.backing_format.as_deref())?);
@@ -92,14 +84,22 @@ fn of_export(named: &Named) -> Result<Found, ImgError> {
     let failed = |source| ImgError::Open { name: named.label.clone(), source };
     let layer = layers::top(named)?;
     let (info, path) = (inspect_backend(&layer).map_err(failed)?, layer.path_label.clone());
-    let (snapshots, bitmaps) = match info.qcow2 {
-        Some(qcow2) if qcow2.snapshots > 0 || qcow2.has_bitmaps => {
-            let image = Qcow2Image::open_backend(layer, true).map_err(failed)?;
-            (image.snapshots().map_err(failed)?, image.bitmaps().map_err(failed)?)
-        }
-        _ => (Vec::new(), Vec::new()),
-    };
+    let (snapshots, bitmaps) = kept_inside(&info, || Qcow2Image::open_backend(layer, true)).map_err(failed)?;
     Ok(Found { path, info, snapshots, bitmaps, protocol: "nbd" })
+}
+
+/// Snapshots and bitmaps of an image, which is opened only if it has some.
+fn kept_inside(
+    info: &ImageInfo,
+    open: impl FnOnce() -> Result<Qcow2Image, BlockError>,
+) -> Result<(Vec<Snapshot>, Vec<BitmapInfo>), BlockError> {
+    match info.qcow2 {
+        Some(qcow2) if qcow2.snapshots > 0 || qcow2.has_bitmaps => {
+            let image = open()?;
+            Ok((image.snapshots()?, image.bitmaps()?))
+        }
+        _ => Ok((Vec::new(), Vec::new())),
+    }
 }
 
 /// The last part of a path, for people.

@@ -10,7 +10,6 @@ use crate::error::{ImgError, Rule};
 use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
 use crate::progress::Progress;
-use crate::size;
 
 /// `commit`.
 pub const COMMAND: Command = Command {
@@ -36,9 +35,7 @@ const OPTIONS: &[Opt] = &[
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
     let cache = open::cache_named("", parsed.value("cache")?, CacheMode::Writeback)?;
-    let rate = parsed
-        .value("rate")?
-        .map(|text| size::disk_bytes(text).map_err(|error| ImgError::size(error, "rate limit", text)));
+    let rate = parsed.value("rate")?.map(|text| ImgError::size(text, "rate limit"));
     let rate = rate.transpose()?;
     let named = Named::of(parsed, file, "format")?;
     // The lock of a writer on the image, and its chain for reading: the file below is about to be written.

@@ -14,7 +14,6 @@ use crate::open::{self, Access, Named};
 use crate::optlist::{self, Value};
 use crate::progress::Progress;
 use crate::salvage;
-use crate::size::{self, SizeError};
 use crate::stream;
 
 /// `convert`.
@@ -72,7 +71,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     }
     check_options(parsed)?;
     let options = copy_options(parsed)?;
-    let rate = parsed.value("rate")?.map(|text| number(text, "rate limit")).transpose()?;
+    let rate = parsed.value("rate")?.map(|text| ImgError::size(text, "rate limit")).transpose()?;
     let target_cache = open::cache_named("", parsed.value("target-cache")?, CacheMode::Unsafe)?;
     let source_cache = open::cache_named("source ", parsed.value("source-cache")?, CacheMode::Writeback)?;
     let Some((target, sources)) = parsed.words.split_last().filter(|(_, sources)| !sources.is_empty()) else {
@@ -103,9 +102,6 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         return Err(ImgError::Plain(Rule::TargetTooSmall));
     }
     let options = CopyOptions {
-        compressed: options.compressed || created.is_stream,
-        // A stream is written from its start to its end.
-        out_of_order: options.out_of_order && !created.is_stream,
         target_is_zero: (created.is_zero && options.sparse_bytes > 0) || parsed.has("target-is-zero"),
         layers: if created.has_backing { 1 } else { usize::MAX },
         ..options
@@ -182,7 +178,7 @@ fn copy_options(parsed: &Parsed) -> Result<CopyOptions, ImgError> {
         options.workers = options.workers.min(count);
     }
     if let Some(text) = parsed.value("sparse-size")? {
-        let bytes = number(text, "buffer size for sparse output")?;
+        let bytes = ImgError::size(text, "buffer size for sparse output")?;
         if bytes % 512 != 0 || bytes > SPARSE_MAX_BYTES {
             return Err(ImgError::Plain(Rule::SparseSize));
         }
@@ -195,13 +191,6 @@ fn copy_options(parsed: &Parsed) -> Result<CopyOptions, ImgError> {
 /// One thread for each processor: more would only take turns.
 pub fn default_workers() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).clamp(1, 16)
-}
-
-fn number(text: &str, what: &'static str) -> Result<u64, ImgError> {
-    size::disk_bytes(text).map_err(|error| match error {
-        SizeError::Text => ImgError::Number { what, found: text.to_owned() },
-        SizeError::Range => ImgError::NumberRange { what, min: 0, max: i64::MAX as u64 },
-    })
 }
 
 fn open_sources(parsed: &Parsed, names: &[OsString], access: Access) -> Result<Vec<Disk>, ImgError> {
@@ -220,8 +209,6 @@ struct Target {
     is_zero: bool,
     /// It shows a backing file.
     has_backing: bool,
-    /// It takes compressed pieces only, in order.
-    is_stream: bool,
 }
 
 fn open_target(
@@ -238,7 +225,7 @@ fn open_target(
         let named = Named::new(name, image_opts, format)?;
         let disk = open::disk(&named, Access::write(cache))?;
         let has_backing = parsed.has("backing");
-        return Ok((disk, Target { label, is_zero: false, has_backing, is_stream: false }));
+        return Ok((disk, Target { label, is_zero: false, has_backing }));
     }
     let format = format.unwrap_or("raw");
     if let Some(found) = open_export(parsed, name, format, cache)? {
@@ -258,10 +245,9 @@ fn open_target(
     let converting = |source| ImgError::Converting { name: label.clone(), format: format.to_owned(), source };
     request.make(false).map_err(converting)?;
     let is_file = request.path().is_file();
-    let is_stream = request.list.text("subformat") == Some("streamOptimized");
     let named = Named::new(name, false, Some(format))?;
     let disk = open::disk(&named, Access::write(cache))?;
-    Ok((disk, Target { label, is_zero: is_file && !has_backing, has_backing, is_stream }))
+    Ok((disk, Target { label, is_zero: is_file && !has_backing, has_backing }))
 }
 
 /// An export of an NBD server is there already: a raw image in it needs no making. `None`: it is something else.
@@ -278,7 +264,7 @@ fn open_export(
     }
     let disk = open::disk(&Named::new(name, false, Some(format))?, Access::write(cache))?;
     let label = name.to_string_lossy().into_owned();
-    Ok(Some((disk, Target { label, is_zero: false, has_backing: false, is_stream: false })))
+    Ok(Some((disk, Target { label, is_zero: false, has_backing: false })))
 }
 
 fn check_compressible(request: &Request, format: &str) -> Result<(), ImgError> {

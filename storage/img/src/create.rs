@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use block::spec::{FileSpec, ImageSpec, has_protocol};
 use block::{
     AdapterType, BlockError, CacheMode, CompressionType, FileBackend, Format, HostFile, Preallocation, Qcow2Create,
-    Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, create_vdi, create_vhdx, create_vmdk, create_vpc,
-    format_qcow2, format_raw, inspect, open_for_new,
+    Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, beside, create_vdi, create_vhdx, create_vmdk,
+    create_vpc, format_qcow2, format_raw, inspect, open_for_new,
 };
 
 use crate::Command;
@@ -16,7 +16,6 @@ use crate::getopt::{OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
 use crate::optlist::{self, Def, OptList, Value};
 use crate::qcow2_options::Qcow2Options;
-use crate::size;
 
 /// `create`.
 pub const COMMAND: Command = Command {
@@ -51,7 +50,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
             return Err(ImgError::Extra { command: "create", found: extra.to_string_lossy().into_owned() });
         }
     };
-    let size_word = size_word.map(|word| image_size(&word.to_string_lossy())).transpose()?;
+    let size_word = size_word.map(|word| ImgError::size(&word.to_string_lossy(), "image size")).transpose()?;
     let mut request = Request::new(file, format, &lists)?;
     request.add_backing(parsed.value("backing")?, parsed.value("backing-format")?)?;
     request.settle_size(size_word, parsed.has("backing-unsafe"))?;
@@ -60,11 +59,6 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     }
     request.make(true).map_err(|source| ImgError::Create { name: request.label.clone(), source })?;
     Ok(0)
-}
-
-/// The positional size of `create`.
-fn image_size(word: &str) -> Result<u64, ImgError> {
-    size::disk_bytes(word).map_err(|error| ImgError::size(error, "image size", word))
 }
 
 /// `-o help`.
@@ -352,9 +346,4 @@ impl Request {
         }
         done
     }
-}
-
-/// A stored name counts from the directory of the image that stores it.
-pub fn beside(image: &Path, name: &str) -> PathBuf {
-    image.parent().unwrap_or(Path::new("")).join(name)
 }

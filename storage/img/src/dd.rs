@@ -11,7 +11,6 @@ use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, opt};
 use crate::open::{self, Access, Named};
 use crate::optlist::Value;
-use crate::size::{self, SizeError};
 use crate::stream;
 
 /// `dd`.
@@ -80,14 +79,8 @@ fn operands(words: &[OsString]) -> Result<Operands<'_>, ImgError> {
         let at = bytes.iter().position(|b| *b == b'=').unwrap_or(bytes.len());
         let (name, value) = bytes.split_at(at);
         let value = OsStr::from_bytes(value.get(1..).unwrap_or_default());
-        let number = |what: &'static str, min: u64, max: u64| {
-            let text = value.to_string_lossy();
-            match size::parse(&text) {
-                Ok(number) if (min..=max).contains(&number) => Ok(number),
-                Ok(_) | Err(SizeError::Range) => Err(ImgError::NumberRange { what, min, max }),
-                Err(SizeError::Text) => Err(ImgError::Number { what, found: text.into_owned() }),
-            }
-        };
+        let number =
+            |what: &'static str, min: u64, max: u64| ImgError::number(&value.to_string_lossy(), what, min..=max);
         match name {
             b"if" => input = Some(value),
             b"of" => output = Some(value),

@@ -1,12 +1,13 @@
 //! What goes wrong, in words, and the exit code of each. Where qemu-img has a text that callers match, it is that text.
 
 use std::io;
+use std::ops::RangeInclusive;
 
 use block::spec::SpecError;
 use block::{Action, BlockError};
 
 use crate::serve::ServeError;
-use crate::size::SizeError;
+use crate::size::{self, SizeError};
 
 /// Why a command did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -326,12 +327,20 @@ pub enum Rule {
 }
 
 impl ImgError {
-    /// A word that is no size.
-    pub fn size(error: SizeError, what: &'static str, found: &str) -> ImgError {
-        match error {
-            SizeError::Text => ImgError::Number { what, found: found.to_owned() },
-            SizeError::Range => ImgError::NumberRange { what, min: 0, max: i64::MAX as u64 },
+    /// Reads a number as sizes are written; `what` names it in the error.
+    pub fn number(text: &str, what: &'static str, range: RangeInclusive<u64>) -> Result<u64, ImgError> {
+        match size::parse(text) {
+            Ok(number) if range.contains(&number) => Ok(number),
+            Ok(_) | Err(SizeError::Range) => {
+                Err(ImgError::NumberRange { what, min: *range.start(), max: *range.end() })
+            }
+            Err(SizeError::Text) => Err(ImgError::Number { what, found: text.to_owned() }),
         }
+    }
+
+    /// Reads a number of bytes of a disk.
+    pub fn size(text: &str, what: &'static str) -> Result<u64, ImgError> {
+        ImgError::number(text, what, 0..=i64::MAX as u64)
     }
 
     /// The process exit code.

@@ -5,12 +5,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use block::spec::ImageSpec;
-use block::{BitmapInfo, BlockError, CompressionType, Disk, Format, ImageInfo, Snapshot, VmdkInfo, inspect};
+use block::{BitmapInfo, BlockError, CompressionType, Disk, Format, ImageInfo, Snapshot, VmdkInfo, beside, inspect};
 use serde_json::{Map, Value, json};
 
 use crate::Command;
 use crate::chain::{Found, Walk};
-use crate::create::beside;
 use crate::error::ImgError;
 use crate::facts::Facts;
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, flag};

@@ -6,18 +6,12 @@ use std::path::{Path, PathBuf};
 use block::nbd::NbdFile;
 use block::spec::{BackingSpec, FileSpec, ImageSpec};
 use block::{
-    BlockError, CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, ReadBufs, WriteBufs,
-    inspect_backend, probe, resolve_chain_probing, use_direct_io,
+    BlockError, CHAIN_MAX, CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, PROBE_BYTES,
+    ReadBufs, WriteBufs, beside, inspect_backend, open_alone, probe, use_direct_io,
 };
 
-use crate::create::beside;
 use crate::error::{ImgError, Rule};
 use crate::open::{Access, Named};
-
-/// Most layers a name can have with what its headers name.
-const LAYERS_MAX: usize = 200;
-/// Bytes a format is told by.
-const PROBE_BYTES: usize = 512;
 
 /// Opens the disk that a name with layers stands for.
 pub fn disk(named: &Named, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
@@ -84,9 +78,9 @@ impl Opener<'_> {
 
     /// Adds an image and everything below it.
     fn add(&mut self, spec: &ImageSpec) -> Result<(), ImgError> {
-        if self.layers.len() >= LAYERS_MAX {
+        if self.layers.len() >= CHAIN_MAX {
             let path = PathBuf::from(self.label);
-            return Err(self.failed(BlockError::TooDeep { path, max: LAYERS_MAX }));
+            return Err(self.failed(BlockError::TooDeep { path, max: CHAIN_MAX }));
         }
         let (file, label) = self.file(&spec.file)?;
         let format = self.format(spec, &*file)?;
@@ -146,9 +140,8 @@ impl Opener<'_> {
         let Access { write, share, cache } = self.access;
         match file {
             FileSpec::Path(path) => {
-                let chain = resolve_chain_probing(path, Some(Format::Raw), !write, !share);
-                let mut chain = chain.map_err(|source| self.failed(source))?;
-                let top = chain.pop().ok_or_else(|| self.failed(BlockError::EmptyChain))?;
+                let top = open_alone(path, Some(Format::Raw), !write, !share);
+                let top = top.map_err(|source| self.failed(source))?;
                 if cache == CacheMode::None {
                     use_direct_io(&top.file).map_err(|_| self.rule(Rule::NoDirect))?;
                 }

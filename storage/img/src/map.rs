@@ -9,7 +9,6 @@ use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, opt};
 use crate::layers;
 use crate::open::{self, Access, Named};
-use crate::size;
 
 /// `map`.
 pub const COMMAND: Command = Command {
@@ -49,7 +48,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let json = parsed.json()?;
     let number = |name: &'static str, what: &'static str| {
         let text = parsed.value(name)?;
-        text.map(|text| size::disk_bytes(text).map_err(|error| ImgError::size(error, what, text))).transpose()
+        text.map(|text| ImgError::size(text, what)).transpose()
     };
     let start = number("start-offset", "start offset")?.unwrap_or(0);
     let length = number("max-length", "max length")?;

@@ -13,7 +13,6 @@ use crate::json::write_json;
 use crate::open::{self, Access, Named};
 use crate::optlist::{self, OptList};
 use crate::qcow2_options::Qcow2Options;
-use crate::size;
 
 /// `measure`.
 pub const COMMAND: Command = Command {
@@ -52,7 +51,7 @@ struct Measured {
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let json = parsed.json()?;
     let format = parsed.value("target-format")?.unwrap_or("raw");
-    let size = parsed.value("size")?.map(|text| size_of(text, "image size")).transpose()?;
+    let size = parsed.value("size")?.map(|text| ImgError::size(text, "image size")).transpose()?;
     if parsed.words.is_empty() && ["image-opts", "format", "snapshot"].iter().any(|name| parsed.has(name)) {
         return Err(ImgError::Plain(Rule::MeasureNeedsFile));
     }
@@ -86,10 +85,6 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         writeln!(out, "bitmaps size: {bytes}")?;
     }
     Ok(0)
-}
-
-fn size_of(text: &str, what: &'static str) -> Result<u64, ImgError> {
-    size::disk_bytes(text).map_err(|error| ImgError::size(error, what, text))
 }
 
 /// What is measured.

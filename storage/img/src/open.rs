@@ -5,7 +5,7 @@ use std::path::Path;
 
 use block::spec::{BackingSpec, FileSpec, ImageSpec};
 use block::{
-    BlockError, CacheMode, ChainFile, Disk, Format, MaintenanceError, OpenOptions, inspect, resolve_chain_probing,
+    BlockError, CacheMode, ChainFile, Disk, Format, MaintenanceError, OpenOptions, open_alone, resolve_chain_probing,
     use_direct_io,
 };
 
@@ -152,14 +152,10 @@ pub fn top(named: &Named, access: Access) -> Result<ChainFile, ImgError> {
         return Err(ImgError::OpenRule { name: named.label.clone(), reason: Rule::ShareWrite });
     }
     let path = named.plain_path()?;
-    let format = inspect(path, named.spec.driver).map_err(failed)?.format;
-    if access.write && format == Format::Raw && named.spec.driver.is_none() {
+    let file = open_alone(path, named.spec.driver, !access.write, !access.share).map_err(failed)?;
+    if access.write && file.format == Format::Raw && named.spec.driver.is_none() {
         warn_of_probing(&named.label);
     }
-    // As raw, so that what it says about a backing file leads nowhere.
-    let mut chain = resolve_chain_probing(path, Some(Format::Raw), !access.write, !access.share).map_err(failed)?;
-    let mut file = chain.pop().ok_or_else(|| failed(BlockError::EmptyChain))?;
-    file.format = format;
     Ok(file)
 }
 

@@ -1,10 +1,9 @@
 //! `rebase`: another backing file.
 
-use block::{BlockError, CacheMode, CopyOptions, Disk, ExtentKind, Format, PageBuf, Qcow2Image};
+use block::{BlockError, CacheMode, CopyOptions, Disk, ExtentKind, Format, PageBuf, Qcow2Image, beside};
 
 use crate::Command;
 use crate::convert::default_workers;
-use crate::create::beside;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};

@@ -18,13 +18,14 @@ pub fn copy(
     progress: &Progress,
     (before, total): (u64, u64),
 ) -> Result<(), ImgError> {
+    let compressed = options.compressed || target.is_stream();
     let mut room = PageBuf::default();
     let mut at = 0;
     while at < source.size_bytes() {
         let to = options.target_offset + at;
         let failed = |source| ImgError::WritingDisk { at: to, source };
         let left = source.size_bytes() - at;
-        let unit = if options.compressed { target.cluster_bytes().max(SECTOR_BYTES) } else { PIECE_BYTES };
+        let unit = if compressed { target.cluster_bytes().max(SECTOR_BYTES) } else { PIECE_BYTES };
         let mut bytes = unit.min(left);
         // A map that cannot be read says nothing of what is there: the pieces are tried one by one.
         let kind = match source.extent(at, left) {
@@ -44,7 +45,7 @@ pub fn copy(
             room.set_len(bytes as usize);
             read(source, at, &mut room);
             let mut packed = Vec::new();
-            if options.compressed && target.pack(&room, &mut packed).map_err(failed)? {
+            if compressed && target.pack(&room, &mut packed).map_err(failed)? {
                 target.write_packed(to, &packed, bytes).map_err(failed)?;
             } else {
                 target.write(to, &room).map_err(failed)?;

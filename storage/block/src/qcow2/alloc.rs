@@ -46,33 +46,31 @@ impl Tables {
 
     /// Drops one reference in memory. Returns whether it was the last.
     pub(super) fn drop_reference(&mut self, cluster: u64) -> Result<bool, BlockError> {
-        let offset = cluster << self.geometry.cluster_bits;
-        let count = self.refcount(cluster)?;
-        let slot = self.refcount_slot(cluster).filter(|_| count > 0);
-        let Some((key, index)) = slot else {
-            return Err(BlockError::RefcountZero { path: self.path.clone(), offset });
-        };
-        let slice = self.refcount_cache.get_dirty(key).unwrap_or_default();
         // One less than what is stored always fits.
-        let _ = refcount::set(slice, self.geometry.refcount_order, index, count - 1);
-        if count == 1 && self.packed_end >> self.geometry.cluster_bits == cluster {
+        let left = self.change_references(cluster, |count| count - 1)?;
+        if left == 0 && self.packed_end >> self.geometry.cluster_bits == cluster {
             self.packed_end = 0;
         }
-        Ok(count == 1)
+        Ok(left == 0)
     }
 
     /// Adds one reference in memory to a cluster whose refcount is not at its limit.
     pub(super) fn add_reference(&mut self, cluster: u64) -> Result<(), BlockError> {
-        let offset = cluster << self.geometry.cluster_bits;
+        self.change_references(cluster, |count| count + 1).map(|_| ())
+    }
+
+    /// Changes the refcount of a cluster that is in use; returns the new one, which must fit.
+    fn change_references(&mut self, cluster: u64, change: impl FnOnce(u64) -> u64) -> Result<u64, BlockError> {
         let count = self.refcount(cluster)?;
-        let slot = self.refcount_slot(cluster).filter(|_| count > 0);
-        let Some((key, index)) = slot else {
+        let Some((key, index)) = self.refcount_slot(cluster).filter(|_| count > 0) else {
+            let offset = cluster << self.geometry.cluster_bits;
             return Err(BlockError::RefcountZero { path: self.path.clone(), offset });
         };
+        let changed = change(count);
         let slice = self.refcount_cache.get_dirty(key).unwrap_or_default();
-        let stored = refcount::set(slice, self.geometry.refcount_order, index, count + 1);
+        let stored = refcount::set(slice, self.geometry.refcount_order, index, changed);
         debug_assert!(stored, "the caller looked at the limit");
-        Ok(())
+        Ok(changed)
     }
 
     /// Takes back clusters that were handed out and that no table refers to.

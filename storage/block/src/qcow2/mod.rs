@@ -357,6 +357,14 @@ impl Qcow2Node {
         tables
     }
 
+    /// A range of [`Tables::filling`] is done: who waits for it goes on.
+    fn settle(&self, tables: &mut Tables, range: &Range<u64>) {
+        if let Some(at) = tables.filling.iter().position(|filling| filling == range) {
+            tables.filling.swap_remove(at);
+        }
+        self.filled.notify_all();
+    }
+
     fn failed(&self, action: Action, source: std::io::Error) -> BlockError {
         BlockError::io(&self.path, action, source)
     }

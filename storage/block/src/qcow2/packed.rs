@@ -71,10 +71,7 @@ impl Qcow2Node {
             Ok(()) => Ok(true),
             Err(error) => tables.give_back_packed(host, bytes).and(Err(error)),
         };
-        if let Some(at) = tables.filling.iter().position(|filling| *filling == range) {
-            tables.filling.swap_remove(at);
-        }
-        self.filled.notify_all();
+        self.settle(&mut tables, &range);
         tables.noticing(result)
     }
 }

@@ -9,7 +9,8 @@ use super::rewrite::{Rewrite, word};
 use crate::create::Preallocation;
 use crate::error::{Action, BlockError};
 use crate::node::{Below, read_chain};
-use crate::sys::ReadBufs;
+use crate::sys::{ReadBufs, WriteBufs};
+use crate::zeroes::{PIECE_BYTES, write_zero_data};
 
 /// Guest data that appears when a disk grows.
 struct NewArea {
@@ -259,12 +260,8 @@ impl Rewrite<'_> {
         let bytes = clusters * self.geometry.cluster_bytes();
         let failed = |e| BlockError::io(self.place.path, Action::Write, e);
         if preallocation == Preallocation::Full {
-            let zeroes = vec![0; (256u64 << 10).min(bytes) as usize];
-            for at in (0..bytes).step_by(zeroes.len()) {
-                let part = (bytes - at).min(zeroes.len() as u64) as usize;
-                self.place.write(offset + at, zeroes.get(..part).unwrap_or_default())?;
-            }
-            return Ok(offset);
+            let write = |at, zeroes: &WriteBufs<'_>| self.place.file.write_at(at, zeroes);
+            return write_zero_data(offset..offset + bytes, PIECE_BYTES, write).map(|()| offset).map_err(failed);
         }
         let may_unmap = preallocation != Preallocation::Falloc;
         self.place.file.write_zeroes(offset, bytes, may_unmap).map_err(failed)?;

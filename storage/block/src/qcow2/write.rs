@@ -115,11 +115,7 @@ impl Qcow2Node {
             Ok(()) => Ok(()),
             Err(error) => tables.abandon(fill).and(Err(error)),
         };
-        let range = fill.guest_range(self.geometry.cluster_bits);
-        if let Some(at) = tables.filling.iter().position(|filling| *filling == range) {
-            tables.filling.swap_remove(at);
-        }
-        self.filled.notify_all();
+        self.settle(tables, &fill.guest_range(self.geometry.cluster_bits));
         tables.noticing(result)
     }
 

@@ -5,9 +5,12 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use block::{ChainBackend, ChainFile, Disk, FileBackend, Format, OpenOptions, Qcow2Image, ReadBufs, WriteBufs};
+use block::{
+    ChainBackend, ChainFile, Disk, FileBackend, Format, HostFile, OpenOptions, Qcow2Image, ReadBufs, WriteBufs,
+};
 
 /// xorshift64*: the same numbers for the same seed, everywhere.
 pub struct Rng(pub u64);
@@ -23,6 +26,61 @@ impl Rng {
     /// 0 to `end` - 1.
     pub fn below(&mut self, end: u64) -> u64 {
         self.next() % end.max(1)
+    }
+}
+
+/// A file whose requests let other threads run first, so that what can overtake them does.
+pub struct Slow {
+    pub file: HostFile,
+    pub requests: AtomicU64,
+    /// One request of so many waits,
+    pub long_every: u64,
+    /// for so many turns of the other threads.
+    pub turns: u64,
+    /// Whether reads do too, not only writes.
+    pub reads: bool,
+}
+
+impl Slow {
+    pub fn over(path: &Path) -> Slow {
+        let file = HostFile::new(open_file(path, true)).unwrap();
+        Slow { file, requests: AtomicU64::new(0), long_every: 1, turns: 0, reads: false }
+    }
+
+    fn dawdle(&self) {
+        let long = self.requests.fetch_add(1, Ordering::Relaxed).is_multiple_of(self.long_every);
+        (0..if long { self.turns } else { 0 }).for_each(|_| std::thread::yield_now());
+    }
+}
+
+impl FileBackend for Slow {
+    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        if self.reads {
+            self.dawdle();
+        }
+        self.file.read_at(offset, bufs)
+    }
+    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
+        self.dawdle();
+        self.file.write_at(offset, bufs)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.file.punch_hole(offset, bytes)
+    }
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
+        self.file.write_zeroes(offset, bytes, may_unmap)
+    }
+    fn len_bytes(&self) -> io::Result<u64> {
+        self.file.len_bytes()
+    }
+    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len_bytes(bytes)
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        self.file.allocated_bytes()
     }
 }
 

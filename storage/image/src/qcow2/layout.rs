@@ -52,21 +52,6 @@ impl Default for Features {
     }
 }
 
-/// A new image as writes: `pieces` at their offsets, everything else zero up to `file_bytes`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Layout {
-    /// Offset and bytes, in ascending order.
-    pub pieces: Vec<(u64, Vec<u8>)>,
-    /// Length of the file.
-    pub file_bytes: u64,
-}
-
-/// Lays out an empty image. The errors are those a reader would find in the header.
-pub fn lay_out(new: &NewImage) -> Result<Layout, HeaderError> {
-    let plan = Plan::new(new, &Features::default())?;
-    Ok(Layout { pieces: plan.pieces().collect(), file_bytes: plan.file_bytes() })
-}
-
 /// Where everything of a new image goes. The file is, in this order and in whole clusters: header, refcount table,
 /// refcount blocks, L1 table, and when preallocated L2 tables and guest data.
 #[derive(Clone, Debug)]
@@ -285,7 +270,7 @@ fn preallocated_layouts_map_every_cluster() {
 #[test]
 fn sizes_no_l1_table_can_map_are_refused() {
     let new = NewImage { size_bytes: 1 << 50, cluster_bits: 9, ..NewImage::default() };
-    assert!(matches!(lay_out(&new), Err(HeaderError::L1TooLarge { .. })));
+    assert!(matches!(Plan::new(&new, &Features::default()), Err(HeaderError::L1TooLarge { .. })));
     let prealloc = Features { preallocate: true, ..Features::default() };
     let new = NewImage { size_bytes: 1 << 42, cluster_bits: 14, refcount_order: 6, ..NewImage::default() };
     assert!(Plan::new(&new, &Features::default()).is_ok());

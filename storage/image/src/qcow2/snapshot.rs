@@ -219,8 +219,8 @@ pub fn find_by_name(snapshots: &[Snapshot], name: &[u8]) -> Option<usize> {
 #[cfg(test)]
 fn header_with(snapshot_count: u32) -> Header {
     let new = super::layout::NewImage { size_bytes: 1 << 20, ..super::layout::NewImage::default() };
-    let first = super::layout::lay_out(&new).unwrap().pieces.remove(0).1;
-    Header { snapshot_count, ..Header::parse(&first).unwrap() }
+    let plan = super::layout::Plan::new(&new, &super::layout::Features::default()).unwrap();
+    Header { snapshot_count, ..plan.header().clone() }
 }
 
 #[test]

@@ -18,6 +18,7 @@ use super::wire::{
 use crate::io::FileBackend;
 use crate::spec::NbdSpec;
 use crate::sys::{ReadBufs, WriteBufs};
+use crate::zeroes::write_zero_data;
 use handshake::Agreed;
 use transport::{Ask, Transport};
 
@@ -141,14 +142,8 @@ impl NbdFile {
     }
 
     fn write_zero_data(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let zeroes = vec![0; bytes.min(ZEROES_BYTES).min(self.request_max()) as usize];
-        pieces(offset, bytes, zeroes.len() as u64).try_for_each(|(offset, bytes)| {
-            let zeroes = zeroes.get(..bytes as usize).unwrap_or_default();
-            self.write_piece(offset, &WriteBufs::from_slice(zeroes))
-        })
+        let piece_bytes = ZEROES_BYTES.min(self.request_max());
+        write_zero_data(offset..offset + bytes, piece_bytes, |at, zeroes| self.write_piece(at, zeroes))
     }
 
     /// The whole blocks of a range.
