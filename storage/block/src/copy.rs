@@ -238,7 +238,8 @@ impl Shared<'_> {
             held = there.depth == 0 && there.extent.kind != ExtentKind::Below;
         }
         let is_part = self.opts.layers != usize::MAX;
-        let left_below = held || is_part && (depth >= self.opts.layers || extent.kind == ExtentKind::Below);
+        // A layer that ends early shows zeroes there, whatever is below it.
+        let left_below = held || is_part && depth >= self.opts.layers;
         let all = self.opts.allocate_all;
         let nothing = left_below || (extent.kind != ExtentKind::Data && self.opts.target_is_zero && !all);
         if self.opts.compressed {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use image::Format;
+use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
@@ -143,7 +144,17 @@ pub struct Disk {
     discard: Discard,
     detect_zeroes: bool,
     direct: bool,
-    meters: Meters,
+    meters: Arc<Meters>,
+    /// Jobs that are told of changes.
+    taps: SmallVec<[Arc<dyn Tap>; 1]>,
+}
+
+/// A job that must know what changes on a disk. It is told by the thread that makes the change.
+pub(crate) trait Tap: Send + Sync {
+    /// A range is about to change: what it holds now can still be read. The change waits for this.
+    fn before(&self, disk: &Disk, offset: u64, bytes: u64);
+    /// A range has changed, or a part of it when the change failed.
+    fn after(&self, disk: &Disk, offset: u64, bytes: u64);
 }
 
 impl Disk {
@@ -175,7 +186,8 @@ impl Disk {
             discard: opts.discard,
             detect_zeroes: opts.detect_zeroes,
             direct: opts.cache == CacheMode::None,
-            meters: Meters::default(),
+            meters: Arc::default(),
+            taps: SmallVec::new(),
         })
     }
 
@@ -250,7 +262,7 @@ impl Disk {
             return self.write_zeroes(offset, bytes, self.discard == Discard::Unmap);
         }
         let (top, below) = self.top()?;
-        top.write(below, offset, bufs)?;
+        self.changing(offset, bytes, || top.write(below, offset, bufs))?;
         Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
         Ok(())
     }
@@ -278,14 +290,15 @@ impl Disk {
     /// Where the first bytes of a write belong in a file, if the caller can put them there itself.
     pub(crate) fn map_write(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
         self.check_write(offset, bytes)?;
-        self.top()?.0.map_write(offset, bytes)
+        // A job has to see what is written.
+        if self.taps.is_empty() { self.top()?.0.map_write(offset, bytes) } else { Ok(None) }
     }
 
     /// Stores one cluster from what [`Disk::pack`] made of it. `offset` is at a cluster; `bytes` is what the
     /// cluster covers of the disk.
     pub fn write_packed(&self, offset: u64, packed: &[u8], bytes: u64) -> Result<(), BlockError> {
         self.check_write(offset, bytes)?;
-        self.top()?.0.write_packed(offset, packed)?;
+        self.changing(offset, bytes, || self.top()?.0.write_packed(offset, packed))?;
         Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
         Ok(())
     }
@@ -294,7 +307,7 @@ impl Disk {
     pub fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
         self.check_write(offset, bytes)?;
         let (top, below) = self.top()?;
-        top.write_zeroes(below, offset, bytes, may_unmap)?;
+        self.changing(offset, bytes, || top.write_zeroes(below, offset, bytes, may_unmap))?;
         Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
         Ok(())
     }
@@ -304,7 +317,7 @@ impl Disk {
     pub fn discard(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
         self.check_write(offset, bytes)?;
         if self.discard == Discard::Unmap {
-            self.top()?.0.discard(offset, bytes)?;
+            self.changing(offset, bytes, || self.top()?.0.discard(offset, bytes))?;
         }
         Meters::count(&self.meters.discards, &self.meters.discarded_bytes, bytes);
         Ok(())
@@ -324,6 +337,9 @@ impl Disk {
     /// whatever is below. Shrinking needs `shrink`; what lies behind the new end is lost.
     pub fn resize(&self, to_bytes: u64, shrink: bool, room: Preallocation) -> Result<(), BlockError> {
         self.check_write(0, 0)?;
+        if !self.taps.is_empty() {
+            return Err(BlockError::BusyWithJob { path: self.path.clone() });
+        }
         let (top, below) = self.top()?;
         top.resize(below, to_bytes, shrink, room)
     }
@@ -379,6 +395,65 @@ impl Disk {
         }
     }
 
+    /// Makes a change of a range and tells the jobs.
+    fn changing<T>(
+        &self,
+        offset: u64,
+        bytes: u64,
+        change: impl FnOnce() -> Result<T, BlockError>,
+    ) -> Result<T, BlockError> {
+        self.taps.iter().for_each(|tap| tap.before(self, offset, bytes));
+        let changed = change();
+        self.taps.iter().for_each(|tap| tap.after(self, offset, bytes));
+        changed
+    }
+
+    /// The layers, the top one first.
+    pub(crate) fn nodes(&self) -> &[Arc<dyn Node>] {
+        &self.nodes
+    }
+
+    /// Goes on with other layers, of which there is at least one: no request is under way.
+    pub(crate) fn set_nodes(&mut self, nodes: Vec<Arc<dyn Node>>) {
+        self.path = nodes.first().map_or_else(PathBuf::new, |top| top.path().to_owned());
+        self.nodes = nodes;
+    }
+
+    pub(crate) fn add_tap(&mut self, tap: Arc<dyn Tap>) {
+        self.taps.push(tap);
+    }
+
+    pub(crate) fn remove_tap(&mut self, tap: &Arc<dyn Tap>) {
+        self.taps.retain(|kept| !Arc::ptr_eq(kept, tap));
+    }
+
+    /// A disk over the layers from `depth` on, which it shares with this one.
+    pub(crate) fn view(&self, depth: usize, read_only: bool) -> Disk {
+        let nodes = self.nodes.get(depth..).unwrap_or_default().to_vec();
+        let path = nodes.first().map_or_else(PathBuf::new, |top| top.path().to_owned());
+        let Disk { discard, direct, .. } = *self;
+        let (meters, taps) = (Arc::default(), SmallVec::new());
+        Disk { nodes, path, read_only, discard, detect_zeroes: false, direct, meters, taps }
+    }
+
+    /// Goes on with the layers of another disk: no request is under way.
+    pub(crate) fn move_to(&mut self, target: Disk) {
+        self.direct = target.direct;
+        self.set_nodes(target.nodes);
+    }
+
+    /// Puts a layer in the place of another one over the same image: opened anew, to be written.
+    pub(crate) fn replace_node(&mut self, depth: usize, layer: ChainBackend) -> Result<(), BlockError> {
+        let next = self.nodes.get(depth + 1).map(|next| next.path().to_owned());
+        let opts = OpenOptions { discard: self.discard, ..OpenOptions::default() };
+        let node = open_node(layer, 0, next.as_ref(), &opts)?;
+        match self.nodes.get_mut(depth) {
+            Some(place) => *place = node,
+            None => return Err(BlockError::EmptyChain),
+        }
+        Ok(())
+    }
+
     fn check_range(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
         let size_bytes = self.size_bytes();
         match offset.checked_add(bytes) {
@@ -396,7 +471,8 @@ impl Disk {
 }
 
 impl ChainBackend {
-    pub(crate) fn from_file(chain_file: ChainFile) -> Result<ChainBackend, BlockError> {
+    /// An open file of a chain, with its locks.
+    pub fn from_file(chain_file: ChainFile) -> Result<ChainBackend, BlockError> {
         let ChainFile { file, path_label, format, extents } = chain_file;
         let host = |file: File, path: &Path| -> Result<Box<dyn FileBackend>, BlockError> {
             let file = HostFile::new(file).map_err(|e| BlockError::io(path, Action::Stat, e))?;

@@ -125,6 +125,16 @@ pub enum BlockError {
     ExtentFile { path: PathBuf, name: String, source: Box<BlockError> },
     #[error("stopped on request")]
     Stopped,
+    #[error("{path}: a job is running on the disk; wait for its end, or cancel it", path = path.display())]
+    BusyWithJob { path: PathBuf },
+    #[error("{path}: only a qcow2 image can take in what shows through it", path = path.display())]
+    NoPull { path: PathBuf },
+    #[error("{path}: only a qcow2 image has bitmaps", path = path.display())]
+    NoBitmaps { path: PathBuf },
+    #[error("the disk has {layers} layers; a job on layer {layer} is not possible")]
+    NoSuchLayer { layer: usize, layers: usize },
+    #[error("{path}: the target of {have} bytes is smaller than the disk of {need} bytes", path = path.display())]
+    TargetTooSmall { path: PathBuf, have: u64, need: u64 },
     #[error("a disk needs at least one file")]
     EmptyChain,
     #[error("{path}: opened as {opened}, but the options say {option}", path = path.display())]
@@ -208,6 +218,11 @@ impl BlockError {
             | E::NoResize { .. }
             | E::Maintenance { .. }
             | E::Stopped
+            | E::BusyWithJob { .. }
+            | E::NoPull { .. }
+            | E::NoBitmaps { .. }
+            | E::NoSuchLayer { .. }
+            | E::TargetTooSmall { .. }
             | E::Format { .. }
             | E::NotForeign { .. }
             | E::ExtentConsent { .. }

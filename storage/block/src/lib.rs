@@ -23,6 +23,7 @@ mod error;
 mod foreign;
 mod host_file;
 mod io;
+pub mod job;
 mod mapped;
 pub mod nbd;
 mod node;

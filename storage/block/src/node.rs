@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::create::Preallocation;
 use crate::error::BlockError;
 use crate::io::FileBackend;
+use crate::page_buf::PageBuf;
 use crate::qcow2::Flight;
 use crate::sys::{ReadBufs, WriteBufs};
 
@@ -113,6 +114,12 @@ pub(crate) trait Node: Send + Sync {
     /// Whether it can only be written by [`Node::pack`] and [`Node::write_packed`], once, in ascending order.
     fn is_stream(&self) -> bool {
         false
+    }
+    /// Takes in what shows through from `below` where the layer says nothing, so that the guest sees the same without
+    /// it: as much of the range as one answer describes. Returns how many bytes are done, at least 1. A range that
+    /// `below` does not reach into reads as zeroes.
+    fn pull(&self, _below: Below<'_>, _offset: u64, _bytes: u64, _room: &mut PageBuf) -> Result<u64, BlockError> {
+        Err(BlockError::NoPull { path: self.path().to_owned() })
     }
     /// The unit in which space is taken; 0 where there is none.
     fn cluster_bytes(&self) -> u64;

@@ -21,6 +21,7 @@ mod flights;
 mod maintenance;
 mod maintenance_error;
 mod packed;
+mod pull;
 mod read;
 mod rebuild;
 mod recount;
@@ -60,6 +61,7 @@ use crate::create::Preallocation;
 use crate::error::{Action, BlockError, ErrorKind};
 use crate::io::FileBackend;
 use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node};
+use crate::page_buf::PageBuf;
 use crate::slice_cache::SliceCache;
 use crate::sys::{ReadBufs, WriteBufs};
 
@@ -449,6 +451,10 @@ impl Node for Qcow2Node {
 
     fn write_packed(&self, offset: u64, packed: &[u8]) -> Result<(), BlockError> {
         self.store_or_unpack(offset, packed)
+    }
+
+    fn pull(&self, below: Below<'_>, offset: u64, bytes: u64, room: &mut PageBuf) -> Result<u64, BlockError> {
+        self.pull_run(below, offset, bytes, room)
     }
 
     fn cluster_bytes(&self) -> u64 {

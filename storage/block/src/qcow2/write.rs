@@ -17,13 +17,13 @@ use crate::sys::{ReadBufs, WriteBufs};
 const RUN_CLUSTERS_MAX: u64 = 1024;
 
 /// How the first bytes of a write go.
-struct Plan {
+pub(super) struct Plan {
     /// How many of them.
-    bytes: usize,
-    target: Target,
+    pub(super) bytes: usize,
+    pub(super) target: Target,
 }
 
-enum Target {
+pub(super) enum Target {
     /// To this offset of the file; no table changes.
     InPlace(u64),
     /// Into clusters that a table entry will refer to afterwards.
@@ -31,7 +31,7 @@ enum Target {
 }
 
 /// Clusters that are being filled. Their guest range is in [`Tables::filling`] meanwhile.
-struct Fill {
+pub(super) struct Fill {
     /// First guest offset, at a cluster.
     first: u64,
     /// First host offset.
@@ -144,7 +144,13 @@ impl Qcow2Node {
     }
 
     /// Writes `bufs` and, around them, what the guest sees now.
-    fn write_filled(&self, below: Below<'_>, offset: u64, bufs: &WriteBufs<'_>, fill: &Fill) -> Result<(), BlockError> {
+    pub(super) fn write_filled(
+        &self,
+        below: Below<'_>,
+        offset: u64,
+        bufs: &WriteBufs<'_>,
+        fill: &Fill,
+    ) -> Result<(), BlockError> {
         let within = self.geometry.in_cluster(offset);
         if fill.data_alone {
             return self.file.write_at(fill.host + within, bufs).map_err(|e| self.failed(Action::Write, e));
@@ -202,7 +208,7 @@ impl Drop for Filling<'_> {
 
 impl Tables {
     /// Decides how the first of `max` bytes at a guest offset are written, and takes clusters for them.
-    fn plan(&mut self, offset: u64, max: u64) -> Result<Plan, BlockError> {
+    pub(super) fn plan(&mut self, offset: u64, max: u64) -> Result<Plan, BlockError> {
         let cluster_bytes = self.geometry.cluster_bytes();
         if self.geometry.extended_l2 {
             return self.plan_extended(offset, max);
@@ -341,7 +347,7 @@ impl Tables {
     }
 
     /// The clusters are filled: entries refer to them, what they referred to before goes.
-    fn refer_to(&mut self, fill: &Fill) -> Result<(), BlockError> {
+    pub(super) fn refer_to(&mut self, fill: &Fill) -> Result<(), BlockError> {
         let cluster_bytes = self.geometry.cluster_bytes();
         let bitmap = fill.after.bitmap();
         let entries = (0..fill.count).map(|i| [L2Entry::fresh_data(fill.host + i * cluster_bytes), bitmap]);
@@ -353,7 +359,7 @@ impl Tables {
     }
 
     /// The clusters could not be filled: they go back, unless an entry reserves them.
-    fn abandon(&mut self, fill: &Fill) -> Result<(), BlockError> {
+    pub(super) fn abandon(&mut self, fill: &Fill) -> Result<(), BlockError> {
         match fill.frees {
             Some(_) => self.give_back(fill.host >> self.geometry.cluster_bits, fill.count),
             None => Ok(()),

@@ -12,7 +12,7 @@ use crate::node::Below;
 const STEPS_MAX: usize = 1024;
 
 /// Where a pass over the tables stopped.
-enum Stop {
+pub(super) enum Stop {
     /// Everything before this offset is done.
     At(u64),
     /// From `at` to `end`, inside one cluster, zeroes must be written as data.
@@ -78,7 +78,7 @@ impl Tables {
         Ok(())
     }
 
-    fn zero_pass(&mut self, mut at: u64, end: u64, may_unmap: bool) -> Result<Stop, BlockError> {
+    pub(super) fn zero_pass(&mut self, mut at: u64, end: u64, may_unmap: bool) -> Result<Stop, BlockError> {
         for _ in 0..STEPS_MAX {
             if at >= end {
                 break;
