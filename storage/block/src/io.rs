@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 
+use crate::blkdebug::Event;
 use crate::sys::{ReadBufs, WriteBufs};
 
 /// A file, as the engine needs it. Calls may block, and come from several threads.
@@ -22,6 +23,8 @@ pub trait FileBackend: Send + Sync {
     fn extent(&self, _offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
         Ok((bytes, true))
     }
+    /// The engine is about to do something to the file. Only [`crate::Blkdebug`] listens; to others it costs nothing.
+    fn event(&self, _event: Event) {}
     /// The file as one of the host, for copies from file to file.
     fn as_host_file(&self) -> Option<&File> {
         None

@@ -14,6 +14,7 @@
 //! `unsafe` lives in `sys` alone: guest memory as I/O vectors, and open file description locks.
 #![deny(unsafe_code)]
 
+pub mod blkdebug;
 mod chain;
 mod compare;
 mod copy;
@@ -41,6 +42,7 @@ mod vmdk;
 mod vpc;
 mod zeroes;
 
+pub use blkdebug::Event;
 pub use chain::{
     CHAIN_MAX, ChainFile, Checked, ImageInfo, Qcow2Info, beside, check_foreign, check_image, inspect, inspect_backend,
     open_alone, resolve_chain, resolve_chain_probing,

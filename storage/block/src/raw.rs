@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::blkdebug::Event;
 use crate::create::{Preallocation, preallocate};
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
@@ -67,6 +68,8 @@ impl Node for RawNode {
     }
 
     fn flush(&self) -> Result<(), BlockError> {
+        self.file.event(Event::FLUSH_TO_OS);
+        self.file.event(Event::FLUSH_TO_DISK);
         if self.no_sync { Ok(()) } else { self.done(Action::Sync, self.file.sync_data()) }
     }
 

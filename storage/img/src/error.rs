@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::RangeInclusive;
 
+use block::blkdebug::RulesFileError;
 use block::spec::SpecError;
 use block::{Action, BlockError};
 
@@ -307,6 +308,10 @@ pub enum Rule {
          file ({have})"
     )]
     SliceEnd { offset: u64, size: u64, have: u64 },
+    #[error("{}", chain(.0))]
+    RulesFile(RulesFileError),
+    #[error("Could not read image for determining its format: {}", host(.0))]
+    Probing(io::Error),
     #[error("filesystem does not support O_DIRECT")]
     NoDirect,
     #[error("{0}")]

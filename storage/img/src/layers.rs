@@ -3,11 +3,12 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use block::blkdebug::{Blkdebug, read_rules};
 use block::nbd::NbdFile;
 use block::spec::{BackingSpec, FileSpec, ImageSpec};
 use block::{
-    BlockError, CHAIN_MAX, CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, PROBE_BYTES,
-    ReadBufs, WriteBufs, beside, inspect_backend, open_alone, probe, use_direct_io,
+    BlockError, CHAIN_MAX, CacheMode, ChainBackend, Disk, Event, FileBackend, Format, HostFile, OpenOptions,
+    PROBE_BYTES, ReadBufs, WriteBufs, beside, inspect_backend, open_alone, probe, use_direct_io,
 };
 
 use crate::error::{ImgError, Rule};
@@ -111,7 +112,8 @@ impl Opener<'_> {
             return Ok(format);
         }
         let mut first = [0; PROBE_BYTES];
-        file.read_at(0, &ReadBufs::from_slice(&mut first)).map_err(|source| self.host(source))?;
+        let read = file.read_at(0, &ReadBufs::from_slice(&mut first));
+        read.map_err(|source| self.rule(Rule::Probing(source)))?;
         Ok(probe(&first))
     }
 
@@ -174,7 +176,15 @@ impl Opener<'_> {
                 let file = file.map_err(|source| self.failed(BlockError::Nbd(Box::new(source))))?;
                 Ok((Box::new(file), PathBuf::from(spec.to_string())))
             }
-            FileSpec::Blkdebug { .. } => Err(ImgError::NotSupported("blkdebug:")),
+            FileSpec::Blkdebug { rules, own, below } => {
+                let mut options = own.options.clone();
+                if let Some(path) = rules {
+                    let read = read_rules(path).map_err(|source| self.rule(Rule::RulesFile(source)))?;
+                    options.rules.splice(0..0, read);
+                }
+                let (below, label) = self.file(below)?;
+                Ok((Box::new(Blkdebug::new(below, options)), label))
+            }
         }
     }
 }
@@ -255,6 +265,9 @@ impl FileBackend for Slice {
     fn extent(&self, at: u64, bytes: u64) -> io::Result<(u64, bool)> {
         let inside = self.size.saturating_sub(at).min(bytes);
         if inside == 0 { Ok((bytes, false)) } else { self.below.extent(self.offset + at, inside) }
+    }
+    fn event(&self, event: Event) {
+        self.below.event(event);
     }
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.size)

@@ -3,6 +3,7 @@
 use image::qcow2::refcount;
 
 use super::Tables;
+use crate::blkdebug::Event;
 use crate::error::BlockError;
 
 /// Frees kept back before a commit is forced.
@@ -31,6 +32,7 @@ impl Tables {
             self.write_refcounts()?;
         }
         let (file, path) = (&self.file, &self.path);
+        file.event(Event::REFBLOCK_LOAD);
         self.refcount_cache.insert(key, |slice| {
             let read = file.read_at(key, &crate::sys::ReadBufs::from_slice(slice));
             read.map_err(|e| BlockError::io(path, crate::error::Action::Read, e))
@@ -98,6 +100,7 @@ impl Tables {
     pub(super) fn alloc_run(&mut self, want: u64) -> Result<(u64, u64), BlockError> {
         let per_slice = (self.geometry.slice_bytes() << 3) >> self.geometry.refcount_order;
         let mut cluster = self.free_hint.max(1);
+        self.file.event(Event::CLUSTER_ALLOC);
         loop {
             if cluster >> (HOST_OFFSET_BITS - self.geometry.cluster_bits) != 0 {
                 return Err(BlockError::RefcountTableFull { path: self.path.clone() });
@@ -148,8 +151,10 @@ impl Tables {
         if self.table_clusters.contains(&cluster) {
             return Err(BlockError::FreeTable { path: self.path.clone(), offset });
         }
+        self.file.event(Event::REFBLOCK_ALLOC);
         let mut block = vec![0; self.geometry.cluster_bytes() as usize];
         let _ = refcount::set(&mut block, self.geometry.refcount_order, 0, 1);
+        self.file.event(Event::REFBLOCK_ALLOC_WRITE);
         self.write_file(offset, &block)?;
         self.refcount_cache.forget(offset, self.geometry.cluster_bytes());
         if let Some(entry) = self.reftable.get_mut(index as usize) {
@@ -172,7 +177,9 @@ impl Tables {
         if table_clusters * bytes > image::qcow2::REFTABLE_MAX_BYTES.max(bytes) {
             return Err(BlockError::RefcountTableFull { path: self.path.clone() });
         }
+        self.file.event(Event::REFTABLE_GROW);
         let mut table = self.reftable.clone();
+        self.file.event(Event::REFBLOCK_ALLOC_WRITE_BLOCKS);
         for block in 0..blocks {
             let used = (blocks + table_clusters)
                 .saturating_sub(block * geometry.refblock_entries())
@@ -187,6 +194,7 @@ impl Tables {
         table.resize((table_clusters * bytes / 8) as usize, 0);
         let raw: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         let table_offset = (start + blocks) << bits;
+        self.file.event(Event::REFBLOCK_ALLOC_WRITE_TABLE);
         self.write_file(table_offset, &raw)?;
 
         let (old_offset, old_clusters) = (self.header.reftable_offset, u64::from(self.header.reftable_clusters));

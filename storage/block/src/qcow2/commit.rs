@@ -16,6 +16,7 @@
 use image::qcow2::REFTABLE_POINTER_OFFSET;
 
 use super::Tables;
+use crate::blkdebug::Event;
 use crate::error::{Action, BlockError};
 
 impl Tables {
@@ -53,6 +54,7 @@ impl Tables {
     pub(super) fn write_refcounts(&mut self) -> Result<(), BlockError> {
         for key in self.refcount_cache.dirty_keys() {
             let slice = self.refcount_cache.get(key).unwrap_or_default();
+            self.file.event(Event::REFBLOCK_UPDATE_PART);
             let write = self.file.write_at(key, &crate::sys::WriteBufs::from_slice(slice));
             write.map_err(|e| BlockError::io(&self.path, Action::Write, e))?;
             self.refcount_cache.mark_clean(key);
@@ -63,10 +65,12 @@ impl Tables {
     fn write_reftable(&mut self) -> Result<(), BlockError> {
         while let Some(index) = self.reftable_dirty.first().copied() {
             let entry = self.reftable.get(index).copied().unwrap_or(0);
+            self.file.event(Event::REFBLOCK_ALLOC_HOOKUP);
             self.write_file(self.header.reftable_offset + index as u64 * 8, &entry.to_be_bytes())?;
             self.reftable_dirty.remove(&index);
         }
         if self.reftable_moved {
+            self.file.event(Event::REFBLOCK_ALLOC_SWITCH_TABLE);
             // Twelve bytes of one sector: they change together.
             let mut pointer = [0; 12];
             pointer[..8].copy_from_slice(&self.header.reftable_offset.to_be_bytes());
@@ -80,12 +84,14 @@ impl Tables {
     fn write_mappings(&mut self) -> Result<(), BlockError> {
         for key in self.l2_cache.dirty_keys() {
             let slice = self.l2_cache.get(key).unwrap_or_default();
+            self.file.event(Event::L2_UPDATE);
             let write = self.file.write_at(key, &crate::sys::WriteBufs::from_slice(slice));
             write.map_err(|e| BlockError::io(&self.path, Action::Write, e))?;
             self.l2_cache.mark_clean(key);
         }
         while let Some(index) = self.l1_dirty.first().copied() {
             let entry = self.l1.get(index).copied().unwrap_or(0);
+            self.file.event(Event::L1_UPDATE);
             self.write_file(self.header.l1_offset + index as u64 * 8, &entry.to_be_bytes())?;
             self.l1_dirty.remove(&index);
         }
@@ -123,6 +129,7 @@ impl Tables {
     /// late punch cannot hit its next owner.
     fn release(&mut self, frees: &mut Vec<u64>) -> Result<(), BlockError> {
         self.releases += 1;
+        self.file.event(Event::CLUSTER_FREE);
         let mut hole = 0..0;
         while let Some(cluster) = frees.last().copied() {
             let last = self.drop_reference(cluster)?;

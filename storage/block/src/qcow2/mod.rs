@@ -57,6 +57,7 @@ pub use self::maintenance_error::MaintenanceError;
 pub(crate) use self::repair::check_file;
 pub use self::repair::{Repair, Repaired, repair_backend, repair_image};
 pub use self::snapshots::SnapshotTime;
+use crate::blkdebug::Event;
 use crate::create::Preallocation;
 use crate::error::{Action, BlockError, ErrorKind};
 use crate::io::FileBackend;
@@ -213,6 +214,7 @@ impl Tables {
             self.rebuild_refcounts()?;
         }
         let entries = u64::from(self.header.reftable_clusters) * self.geometry.cluster_bytes() / 8;
+        self.file.event(Event::REFTABLE_LOAD);
         self.reftable = self.load_table("refcount table", self.header.reftable_offset, entries)?;
         self.note_table_clusters()?;
         let kept = self.look_for_bitmaps();
@@ -379,8 +381,10 @@ impl Qcow2Node {
             return Ok(());
         }
         tables.check_writable()?;
+        self.file.event(Event::FLUSH_TO_OS);
         let written = tables.commit_tables();
         tables.noticing(written)?;
+        self.file.event(Event::FLUSH_TO_DISK);
         let frees = std::mem::take(&mut tables.pending_frees);
         let synced =
             if tables.options.no_sync { Ok(()) } else { MutexGuard::unlocked(&mut tables, || self.file.sync_data()) };
@@ -426,6 +430,7 @@ impl Node for Qcow2Node {
         let found = tables.run(offset, bytes);
         let (L2Entry::Data { host, .. }, bytes) = tables.noticing(found)? else { return Ok(None) };
         let landing = Landing::Flight(self.enter(&tables));
+        self.file.event(Event::READ_AIO);
         Ok(Some(Mapped { file: &*self.file, host: host + self.geometry.in_cluster(offset), bytes, landing }))
     }
 

@@ -4,6 +4,7 @@
 use image::qcow2::{Compressor, Freed, L2Entry, decompress};
 
 use super::{Qcow2Node, Tables};
+use crate::blkdebug::Event;
 use crate::error::{Action, BlockError};
 use crate::sys::WriteBufs;
 
@@ -63,6 +64,7 @@ impl Qcow2Node {
         let range = offset..offset + cluster_bytes;
         tables.filling.push(range.clone());
         let written = parking_lot::MutexGuard::unlocked(&mut tables, || {
+            self.file.event(Event::WRITE_COMPRESSED);
             let write = self.file.write_at(host, &WriteBufs::from_slice(packed));
             write.map_err(|e| self.failed(Action::Write, e))
         });
@@ -79,6 +81,7 @@ impl Qcow2Node {
 impl Tables {
     /// Room for a stream, at most a cluster long: behind the one before, or in a new cluster.
     fn take_packed(&mut self, bytes: u64) -> Result<u64, BlockError> {
+        self.file.event(Event::CLUSTER_ALLOC_BYTES);
         let geometry = self.geometry;
         let (bits, cluster_bytes) = (geometry.cluster_bits, geometry.cluster_bytes());
         let within = geometry.in_cluster(self.packed_end);
@@ -111,6 +114,7 @@ impl Tables {
 
     fn refer_to_packed(&mut self, offset: u64, raw: u64) -> Result<(), BlockError> {
         let free = self.freed_by(offset)?;
+        self.file.event(Event::L2_UPDATE_COMPRESSED);
         self.set_entries(offset, std::iter::once([raw, 0]))?;
         if let Some(Freed { offset, bytes }) = free {
             self.free_later(offset, bytes);

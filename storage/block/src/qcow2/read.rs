@@ -3,6 +3,7 @@
 use image::qcow2::{L2Entry, decompress};
 
 use super::{Qcow2Node, Tables};
+use crate::blkdebug::Event;
 use crate::error::{Action, BlockError};
 use crate::node::{Below, read_chain};
 use crate::sys::ReadBufs;
@@ -58,10 +59,16 @@ impl Qcow2Node {
         let within = self.geometry.in_cluster(offset);
         match entry {
             L2Entry::Data { host, .. } => {
+                self.file.event(Event::READ_AIO);
                 self.file.read_at(host + within, bufs).map_err(|e| self.failed(Action::Read, e))?;
             }
             L2Entry::Zero { .. } => bufs.fill_zero(),
-            L2Entry::Unallocated => read_chain(below, offset, bufs)?,
+            L2Entry::Unallocated => {
+                if !below.is_empty() {
+                    self.file.event(Event::READ_BACKING_AIO);
+                }
+                read_chain(below, offset, bufs)?;
+            }
             L2Entry::Compressed { host, bytes } => {
                 self.read_packed(offset, PackedAt { host, bytes, releases }, bufs)?;
             }
@@ -88,6 +95,7 @@ impl Qcow2Node {
         // The descriptor has room for less than two clusters, so this is bounded.
         let mut packed = vec![0; at.bytes as usize];
         let mut plain = vec![0; self.geometry.cluster_bytes() as usize];
+        self.file.event(Event::READ_COMPRESSED);
         self.file.read_at(at.host, &ReadBufs::from_slice(&mut packed)).map_err(|e| self.failed(Action::Read, e))?;
         decompress(self.compression, &packed, &mut plain).map_err(|source| BlockError::Compressed {
             path: self.path.clone(),

@@ -11,6 +11,7 @@ use image::qcow2::{Geometry, REFTABLE_MAX_BYTES, refcount};
 
 use super::maintenance_error::MaintenanceError;
 use super::rewrite::Place;
+use crate::blkdebug::Event;
 use crate::error::BlockError;
 
 /// Changed blocks in memory, in bytes; beyond, they wait in the file.
@@ -149,6 +150,7 @@ impl<'f> Recount<'f> {
 
     /// Hands out consecutive clusters that are free on disk too; returns the offset of the first.
     pub(super) fn alloc(&mut self, count: u64) -> Result<u64, BlockError> {
+        self.place.file.event(Event::CLUSTER_ALLOC);
         let (bits, entries) = (self.geometry.refblock_bits(), self.geometry.refblock_entries());
         let order = self.geometry.refcount_order;
         let (mut cluster, mut run, mut first_free) = (self.hint, 0u64, None);

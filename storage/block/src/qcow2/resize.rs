@@ -6,6 +6,7 @@ use super::Qcow2Node;
 use super::maintenance::Qcow2Image;
 use super::maintenance_error::MaintenanceError;
 use super::rewrite::{Rewrite, word};
+use crate::blkdebug::Event;
 use crate::create::Preallocation;
 use crate::error::{Action, BlockError};
 use crate::node::{Below, read_chain};
@@ -84,6 +85,8 @@ impl Qcow2Node {
                 };
                 rewrite.map_new(&mut l1, &area)?;
             }
+            let larger = l1.len() > rewrite.old_l1.len();
+            rewrite.place.file.event(if larger { Event::L1_GROW_WRITE_TABLE } else { Event::L1_SHRINK_WRITE_TABLE });
             rewrite.set_active(l1, false)?;
             rewrite.resize_bitmaps(false)
         })

@@ -4,6 +4,7 @@ use image::qcow2::{COPIED, EntryError, ExtendedEntry, Freed, L1Entry, L2Entry};
 
 use super::Tables;
 use super::rewrite::word;
+use crate::blkdebug::Event;
 use crate::error::BlockError;
 
 impl Tables {
@@ -81,6 +82,7 @@ impl Tables {
             self.commit()?;
         }
         let (file, path) = (&self.file, &self.path);
+        file.event(Event::L2_LOAD);
         self.l2_cache.insert(key, |slice| {
             let read = file.read_at(key, &crate::sys::ReadBufs::from_slice(slice));
             read.map_err(|e| BlockError::io(path, crate::error::Action::Read, e))
@@ -112,10 +114,12 @@ impl Tables {
         let mut contents = vec![0; bytes as usize];
         if let Some(old) = old {
             // Never dirty in the cache: only owned tables are changed.
+            self.file.event(Event::L2_ALLOC_COW_READ);
             self.read_file(old, &mut contents)?;
         }
         let (cluster, _) = self.alloc_run(1)?;
         let table = cluster << self.geometry.cluster_bits;
+        self.file.event(Event::L2_ALLOC_WRITE);
         if let Err(error) = self.write_file(table, &contents) {
             self.give_back(cluster, 1)?;
             return Err(error);

@@ -10,6 +10,7 @@ use super::maintenance_error::MaintenanceError;
 use super::resize::store_entry;
 use super::rewrite::{Place, Rewrite};
 use super::snapshots::{SnapshotTime, find, new_snapshot, read_table, replace_table};
+use crate::blkdebug::Event;
 use crate::error::{Action, BlockError};
 
 impl Qcow2Image {
@@ -67,7 +68,10 @@ impl Qcow2Image {
                 let part = out.get_mut(done..done + bytes as usize).unwrap_or_default();
                 let within = geometry.in_cluster(at);
                 match entry {
-                    L2Entry::Data { host, .. } => tables.read_file(host + within, part)?,
+                    L2Entry::Data { host, .. } => {
+                        tables.file.event(Event::VMSTATE_LOAD);
+                        tables.read_file(host + within, part)?;
+                    }
                     L2Entry::Zero { .. } | L2Entry::Unallocated => part.fill(0),
                     L2Entry::Compressed { .. } => {
                         let reason = "it is compressed";
@@ -88,6 +92,7 @@ impl Rewrite<'_> {
     /// Writes a state to new clusters, with L2 tables for them behind the entries of `l1`. Returns its length.
     fn store_state(&mut self, l1: &mut Vec<u64>, state: &mut dyn Read) -> Result<u64, BlockError> {
         let geometry = self.geometry;
+        self.place.file.event(Event::VMSTATE_SAVE);
         let entry_bytes = geometry.l2_entry_bytes() as usize;
         let mut total = 0u64;
         let mut cluster = vec![0; geometry.cluster_bytes() as usize];

@@ -9,6 +9,7 @@ use image::qcow2::{
 use parking_lot::MutexGuard;
 
 use super::{Flight, Qcow2Node, Tables};
+use crate::blkdebug::Event;
 use crate::error::{Action, BlockError};
 use crate::node::{Below, Filled, Landing, Mapped};
 use crate::sys::{ReadBufs, WriteBufs};
@@ -85,6 +86,7 @@ impl Qcow2Node {
             Target::InPlace(host) => {
                 let _flight = self.enter(&tables);
                 drop(tables);
+                self.file.event(Event::WRITE_AIO);
                 self.file.write_at(host, bufs).map_err(|e| self.failed(Action::Write, e))?;
             }
             Target::Fill(fill) => self.fill(tables, below, offset, bufs, fill)?,
@@ -140,6 +142,7 @@ impl Qcow2Node {
                 )
             }
         };
+        self.file.event(Event::WRITE_AIO);
         Ok(Some(Mapped { file: &*self.file, host, bytes: bytes as u64, landing }))
     }
 
@@ -153,6 +156,7 @@ impl Qcow2Node {
     ) -> Result<(), BlockError> {
         let within = self.geometry.in_cluster(offset);
         if fill.data_alone {
+            self.file.event(Event::WRITE_AIO);
             return self.file.write_at(fill.host + within, bufs).map_err(|e| self.failed(Action::Write, e));
         }
         let end = within + bufs.len() as u64;
@@ -162,6 +166,8 @@ impl Qcow2Node {
         self.read_around(below, offset + bufs.len() as u64, &mut tail)?;
         let (head, tail) = (WriteBufs::from_slice(&head), WriteBufs::from_slice(&tail));
         let whole = WriteBufs::concat(&[&head, bufs, &tail]);
+        self.file.event(Event::WRITE_AIO);
+        self.file.event(Event::COW_WRITE);
         self.file.write_at(fill.host + fill.around.start, &whole).map_err(|e| self.failed(Action::Write, e))
     }
 
@@ -169,7 +175,10 @@ impl Qcow2Node {
     fn read_around(&self, below: Below<'_>, offset: u64, out: &mut [u8]) -> Result<(), BlockError> {
         let inside = self.size_bytes().saturating_sub(offset).min(out.len() as u64) as usize;
         match out.get_mut(..inside) {
-            Some(out) if !out.is_empty() => self.read_all(below, offset, &ReadBufs::from_slice(out)),
+            Some(out) if !out.is_empty() => {
+                self.file.event(Event::COW_READ);
+                self.read_all(below, offset, &ReadBufs::from_slice(out))
+            }
             _ => Ok(()),
         }
     }

@@ -4,6 +4,7 @@
 //! is QEMU's (`docs/system/qemu-block-drivers.rst`, `qapi/block-core.json`), and so are the words of the errors that
 //! callers of qemu-img match.
 
+mod blkdebug;
 mod nbd;
 mod tree;
 
@@ -15,6 +16,8 @@ use std::path::{Path, PathBuf};
 use image::Format;
 use thiserror::Error;
 
+use crate::blkdebug::RuleError;
+pub use blkdebug::BlkdebugSpec;
 pub use nbd::{NBD_PORT, NbdAddress, NbdSpec};
 use tree::Tree;
 pub use tree::split_commas;
@@ -62,8 +65,10 @@ pub enum FileSpec {
     },
     /// A file whose requests fail by the rules of a file: QEMU's blkdebug.
     Blkdebug {
-        /// The file of rules; `None`: no rules.
+        /// The file of rules; `None`: there is none.
         rules: Option<PathBuf>,
+        /// What stands in the name itself.
+        own: BlkdebugSpec,
         /// What is under it.
         below: Box<FileSpec>,
     },
@@ -127,6 +132,12 @@ pub enum SpecError {
     Parameter(String),
     #[error("No valid URL specified")]
     Url,
+    #[error("blkdebug requires both config file and image path")]
+    BlkdebugName,
+    #[error(transparent)]
+    Rule(#[from] RuleError),
+    #[error("Cannot meet constraints with {option} {value}")]
+    Constraint { option: &'static str, value: u64 },
     #[error("NBD server address missing")]
     NbdAddress,
     #[error("error parsing address '{0}'")]
@@ -251,6 +262,9 @@ impl fmt::Display for ImageSpec {
             (FileSpec::Slice { .. } | FileSpec::Image(_), _) | (_, BackingSpec::Image(_)) => {
                 write!(f, "json:{}", tree::print(&self.to_tree()))
             }
+            (FileSpec::Blkdebug { own, .. }, _) if !own.is_empty() => {
+                write!(f, "json:{}", tree::print(&self.to_tree()))
+            }
             (file, _) => write!(f, "{file}"),
         }
     }
@@ -261,10 +275,12 @@ impl fmt::Display for FileSpec {
         match self {
             FileSpec::Path(path) => write!(f, "{}", path.display()),
             FileSpec::Nbd(nbd) => write!(f, "{nbd}"),
-            FileSpec::Blkdebug { rules, below } => {
+            FileSpec::Blkdebug { rules, below, own } if own.is_empty() => {
                 write!(f, "blkdebug:{}:{below}", rules.as_deref().unwrap_or(Path::new("")).display())
             }
-            FileSpec::Slice { .. } | FileSpec::Image(_) => write!(f, "json:{}", tree::print(&self.to_tree())),
+            FileSpec::Slice { .. } | FileSpec::Image(_) | FileSpec::Blkdebug { .. } => {
+                write!(f, "json:{}", tree::print(&self.to_tree()))
+            }
         }
     }
 }
@@ -316,7 +332,8 @@ impl FileSpec {
                 put_slice(&mut map, *offset, *size);
                 map.insert("file".into(), below.to_tree());
             }
-            FileSpec::Blkdebug { rules, below } => {
+            FileSpec::Blkdebug { rules, below, own } => {
+                own.given.iter().for_each(|(option, value)| drop(put(option, value.clone())));
                 put("driver", "blkdebug".into());
                 if let Some(rules) = rules {
                     put("config", rules.display().to_string());
@@ -454,7 +471,7 @@ fn blkdebug(rest: &OsStr, depth: usize) -> Result<FileSpec, SpecError> {
         return Err(SpecError::TooDeep);
     }
     let bytes = rest.as_bytes();
-    let at = bytes.iter().position(|b| *b == b':').ok_or(SpecError::NoFileName)?;
+    let at = bytes.iter().position(|b| *b == b':').ok_or(SpecError::BlkdebugName)?;
     let rules = bytes.get(..at).filter(|rules| !rules.is_empty());
     let image = OsString::from_vec(bytes.get(at + 1..).unwrap_or_default().to_vec());
     if image.is_empty() {
@@ -464,7 +481,8 @@ fn blkdebug(rest: &OsStr, depth: usize) -> Result<FileSpec, SpecError> {
         None => FileSpec::Path(PathBuf::from(&image)),
         Some((protocol, rest)) => file_by_protocol(&protocol, &image, rest, depth + 1)?,
     };
-    Ok(FileSpec::Blkdebug { rules: rules.map(|r| PathBuf::from(OsStr::from_bytes(r))), below: Box::new(below) })
+    let rules = rules.map(|rules| PathBuf::from(OsStr::from_bytes(rules)));
+    Ok(FileSpec::Blkdebug { rules, own: BlkdebugSpec::default(), below: Box::new(below) })
 }
 
 fn file_from_tree(tree: Tree, depth: usize) -> Result<FileSpec, SpecError> {
@@ -502,8 +520,9 @@ fn file_from_map(driver: Option<String>, mut map: tree::Map, depth: usize) -> Re
         Some("blkdebug") => {
             let rules = tree::take_leaf(&mut map, "config")?.map(PathBuf::from);
             let below = map.remove("image").ok_or(SpecError::NoChild("image"))?;
+            let own = BlkdebugSpec::take(&mut map)?;
             only_file_options("blkdebug", map)?;
-            Ok(FileSpec::Blkdebug { rules, below: Box::new(file_from_tree(below, depth + 1)?) })
+            Ok(FileSpec::Blkdebug { rules, own, below: Box::new(file_from_tree(below, depth + 1)?) })
         }
         Some(other) if is_protocol(other) => Err(SpecError::NotHere(other.to_owned())),
         // A raw layer below another one shifts and cuts; any other format is an image of its own.

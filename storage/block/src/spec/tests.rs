@@ -92,6 +92,7 @@ fn every_spelling_gives_the_same_image() {
             ImageSpec::over(
                 FileSpec::Blkdebug {
                     rules: Some("rules.conf".into()),
+                    own: BlkdebugSpec::default(),
                     below: Box::new(FileSpec::Path("a.img".into())),
                 },
                 None,

@@ -49,20 +49,28 @@ fn insert_object(
             Value::Bool(on) => Tree::Leaf(if on { "on" } else { "off" }.to_owned()),
             Value::Number(number) => Tree::Leaf(number.to_string()),
             Value::String(text) => Tree::Leaf(text),
-            Value::Array(_) => return Err(SpecError::Parameter(key)),
-            Value::Object(object) => {
-                let inner_depth = depth + 1 + key.matches('.').count();
-                if inner_depth > DEPTH_MAX {
-                    return Err(SpecError::TooDeep);
-                }
+            // The members of a list are named by their numbers.
+            Value::Array(members) => {
                 let mut inner = Map::new();
-                insert_object(&mut inner, object, inner_depth)?;
+                let numbered = members.into_iter().enumerate().map(|(index, value)| (index.to_string(), value));
+                insert_object(&mut inner, numbered.collect(), deeper(depth, &key)?)?;
+                Tree::Map(inner)
+            }
+            Value::Object(object) => {
+                let mut inner = Map::new();
+                insert_object(&mut inner, object, deeper(depth, &key)?)?;
                 Tree::Map(inner)
             }
         };
         insert(map, &key, tree, depth)?;
     }
     Ok(())
+}
+
+/// How deep a group in a group is.
+fn deeper(depth: usize, key: &str) -> Result<usize, SpecError> {
+    let inner = depth + 1 + key.matches('.').count();
+    if inner > DEPTH_MAX { Err(SpecError::TooDeep) } else { Ok(inner) }
 }
 
 /// Reads `key=value,key=value`; a first word without `=` is the value of `implied`, a later one is a switch.

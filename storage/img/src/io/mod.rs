@@ -81,8 +81,12 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     match parsed.words.as_slice() {
         [] => {}
         [file] => {
-            let named = Named::of(parsed, file, "format")?;
-            session.open(named, access).map_err(|error| cannot_open(&file.to_string_lossy(), error))?;
+            let name = file.to_string_lossy();
+            let named = Named::of(parsed, file, "format").map_err(|error| match error {
+                ImgError::Spec { .. } => cannot_open(&name, error),
+                other => other,
+            })?;
+            session.open(named, access).map_err(|error| cannot_open(&name, error))?;
         }
         [_, extra, ..] => {
             return Err(ImgError::Extra { command: "io", found: extra.to_string_lossy().into_owned() });
@@ -120,6 +124,8 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
 fn cannot_open(name: &str, error: ImgError) -> ImgError {
     let reason = match &error {
         ImgError::Open { source, .. } => why(source),
+        ImgError::OpenRule { reason, .. } => reason.to_string(),
+        ImgError::Spec { source, .. } => source.to_string(),
         other => other.to_string(),
     };
     ImgError::Plain(Rule::IoOpen { name: name.to_owned(), reason })

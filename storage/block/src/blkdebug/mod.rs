@@ -1,0 +1,253 @@
+//! A file whose requests fail by rules: QEMU's blkdebug, for tests of what stands above it.
+//!
+//! The engine says what it is about to do ([`crate::FileBackend::event`]). A rule of that event makes requests fail
+//! from then on, until a rule of another event takes its place, or takes the file to another state in which other
+//! rules count.
+
+mod event;
+mod rules;
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+
+pub use self::event::Event;
+use self::rules::{Action, FILE_MAX_BYTES, Inject, IoType, parse_file};
+pub use self::rules::{Rule, RuleError};
+pub(crate) use self::rules::{Section, rules_of};
+use crate::io::FileBackend;
+use crate::sys::{ReadBufs, WriteBufs};
+
+/// The rules of a file, and how its requests are cut.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlkdebugOptions {
+    /// The rules; of two that say something of one request, the first counts.
+    pub rules: Vec<Rule>,
+    /// Most bytes of one read or write; a longer one becomes several.
+    pub max_transfer: Option<u64>,
+}
+
+/// A file with rules on top of another one.
+pub struct Blkdebug {
+    below: Box<dyn FileBackend>,
+    max_transfer: u64,
+    rules: Mutex<Rules>,
+    /// Something was written since the last flush: without that a flush asks nothing of a file, as in QEMU.
+    unflushed: AtomicBool,
+}
+
+struct Rules {
+    all: Vec<Rule>,
+    /// Indices in `all` of what fails requests now, the one looked at first at the front.
+    active: Vec<usize>,
+    state: u64,
+}
+
+/// Why a file of rules cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RulesFileError {
+    /// The host refused.
+    #[error("Could not read blkdebug config file")]
+    Read(#[source] io::Error),
+    /// What it says is wrong.
+    #[error(transparent)]
+    Rule(#[from] RuleError),
+}
+
+/// Reads a file of rules.
+pub fn read_rules(path: &Path) -> Result<Vec<Rule>, RulesFileError> {
+    use std::io::Read;
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(RulesFileError::Read)?;
+    file.take(FILE_MAX_BYTES as u64 + 1).read_to_string(&mut text).map_err(RulesFileError::Read)?;
+    Ok(parse_file(&text)?)
+}
+
+impl Blkdebug {
+    /// Puts rules on top of a file. Those of the event `none` count at once.
+    pub fn new(below: Box<dyn FileBackend>, options: BlkdebugOptions) -> Blkdebug {
+        let rules = Rules { all: options.rules, active: Vec::new(), state: 1 };
+        let max_transfer = options.max_transfer.filter(|bytes| *bytes > 0).unwrap_or(u64::MAX);
+        let file = Blkdebug { below, max_transfer, rules: Mutex::new(rules), unflushed: AtomicBool::new(false) };
+        file.event(Event::NONE);
+        file
+    }
+
+    fn check(&self, io_type: IoType, offset: u64, bytes: u64) -> io::Result<()> {
+        match self.rules.lock().fault(io_type, offset, bytes) {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    /// Offset and length of the pieces of a request.
+    fn pieces(&self, bytes: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let piece = usize::try_from(self.max_transfer).unwrap_or(usize::MAX);
+        (0..bytes).step_by(piece).map(move |at| (at, piece.min(bytes - at)))
+    }
+}
+
+impl Rules {
+    /// `process_event` of QEMU: rules are looked at from the last to the first, and of those that match, the one
+    /// looked at last goes to the front.
+    fn event(&mut self, event: Event) {
+        let mut replaced = false;
+        let mut next_state = self.state;
+        for (index, rule) in self.all.iter().enumerate().rev() {
+            if rule.event != event || (rule.state != 0 && rule.state != self.state) {
+                continue;
+            }
+            match rule.action {
+                Action::SetState(state) => next_state = state,
+                Action::Inject(_) => {
+                    if !std::mem::replace(&mut replaced, true) {
+                        self.active.clear();
+                    }
+                    self.active.insert(0, index);
+                }
+            }
+        }
+        self.state = next_state;
+    }
+
+    /// The error of a request; 0 when it goes through.
+    fn fault(&mut self, io_type: IoType, offset: u64, bytes: u64) -> i32 {
+        let hit = |inject: &Inject| {
+            let here = inject
+                .sector
+                .is_none_or(|sector| sector.checked_mul(512).is_some_and(|at| at >= offset && at - offset < bytes));
+            here && inject.io_type.map_or(io_type != IoType::BlockStatus, |wanted| wanted == io_type)
+        };
+        let found = self.active.iter().enumerate().find_map(|(place, index)| match self.all.get(*index)?.action {
+            Action::Inject(inject) if hit(&inject) => Some((place, *index, inject)),
+            _ => None,
+        });
+        let Some((place, index, inject)) = found else { return 0 };
+        if inject.once && inject.errno != 0 {
+            self.active.remove(place);
+            self.all.remove(index);
+            self.active.iter_mut().filter(|active| **active > index).for_each(|active| *active -= 1);
+        }
+        inject.errno
+    }
+}
+
+impl FileBackend for Blkdebug {
+    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        for (at, bytes) in self.pieces(bufs.len()) {
+            let offset = offset.saturating_add(at as u64);
+            self.check(IoType::Read, offset, bytes as u64)?;
+            self.below.read_at(offset, &bufs.range(at, bytes))?;
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
+        self.unflushed.store(true, Ordering::Relaxed);
+        self.event(Event::PWRITEV);
+        for (at, bytes) in self.pieces(bufs.len()) {
+            let offset = offset.saturating_add(at as u64);
+            self.check(IoType::Write, offset, bytes as u64)?;
+            self.below.write_at(offset, &bufs.range(at, bytes))?;
+        }
+        self.event(Event::PWRITEV_DONE);
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        if self.unflushed.swap(false, Ordering::Relaxed) {
+            let flushed = self.check(IoType::Flush, 0, 0).and_then(|()| self.below.sync_data());
+            return flushed.inspect_err(|_| self.unflushed.store(true, Ordering::Relaxed));
+        }
+        Ok(())
+    }
+
+    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.unflushed.store(true, Ordering::Relaxed);
+        self.check(IoType::Discard, offset, bytes)?;
+        self.below.punch_hole(offset, bytes)
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
+        self.unflushed.store(true, Ordering::Relaxed);
+        self.event(Event::PWRITEV_ZERO);
+        self.check(IoType::WriteZeroes, offset, bytes)?;
+        self.below.write_zeroes(offset, bytes, may_unmap)?;
+        self.event(Event::PWRITEV_DONE);
+        Ok(())
+    }
+
+    fn extent(&self, offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
+        self.check(IoType::BlockStatus, offset, bytes)?;
+        self.below.extent(offset, bytes)
+    }
+
+    fn event(&self, event: Event) {
+        self.rules.lock().event(event);
+        self.below.event(event);
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        self.below.len_bytes()
+    }
+
+    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
+        self.below.set_len_bytes(bytes)
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        self.below.allocated_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs a script of events and requests; a request says what comes of it.
+    fn check_rules(rules: &str, script: &str) {
+        let mut rules = Rules { all: parse_file(rules).unwrap(), active: Vec::new(), state: 1 };
+        for step in script.split(';').map(str::trim) {
+            let words: Vec<&str> = step.split(' ').collect();
+            if let [event] = words[..] {
+                rules.event(Event::named(event).unwrap());
+                continue;
+            }
+            let io_type = match words[0] {
+                "read" => IoType::Read,
+                "write" => IoType::Write,
+                "flush" => IoType::Flush,
+                _ => IoType::BlockStatus,
+            };
+            let number = |word: &str| word.parse::<u64>().unwrap();
+            let got = rules.fault(io_type, number(words[1]), number(words[2]));
+            assert_eq!(got as u64, number(words[3]), "{step}");
+        }
+    }
+
+    #[test]
+    fn a_rule_counts_from_its_event_on() {
+        let rule = |event: &str, more: &str| format!("[inject-error]\nevent = \"{event}\"\n{more}\n");
+        check_rules(&rule("cow_read", ""), "read 0 512 0; l2_load; read 0 512 0; cow_read; read 0 512 5; write 0 1 5");
+        // Questions about block status fail only when they are asked for, flushes have no place.
+        check_rules(&rule("none", "errno = \"28\""), "none; flush 0 0 28; status 0 512 0");
+        check_rules(&rule("none", "sector = \"2\""), "none; flush 0 0 0; read 0 1024 0; read 1024 1 5; read 500 600 5");
+        check_rules(&rule("none", "iotype = \"block-status\""), "none; status 0 512 5; read 0 512 0");
+        check_rules(&rule("none", "once = \"on\""), "none; read 0 512 5; read 0 512 0; none; read 0 512 0");
+        // Another event's rule takes its place; one without rules does not.
+        let two = rule("cow_read", "errno = \"1\"") + &rule("l2_load", "errno = \"2\"");
+        check_rules(&two, "cow_read; read 0 1 1; l2_load; read 0 1 2; l1_update; read 0 1 2; cow_read; read 0 1 1");
+        // Of two rules of an event the first counts, and the second when that is gone.
+        let two = rule("cow_read", "errno = \"1\"\nonce = \"on\"") + &rule("cow_read", "errno = \"2\"");
+        check_rules(&two, "cow_read; read 0 1 1; read 0 1 2; read 0 1 2");
+    }
+
+    #[test]
+    fn states_make_rules_wait() {
+        let rules = "[set-state]\nevent = \"l2_load\"\nstate = \"1\"\nnew_state = \"2\"\n\
+                     [inject-error]\nevent = \"l2_load\"\nstate = \"2\"\n";
+        check_rules(rules, "l2_load; read 0 1 0; l2_load; read 0 1 5");
+    }
+}
