@@ -568,6 +568,13 @@ fn commit_is_called_by_cinder_and_proxmox() {
         io -c 'write -P 7 2M 200k' -c 'write -z 512k 64k' -c 'write -P 8 11M 64k' third.qcow2
         peer create -q -f qcow2 -b raw.img -F raw over.qcow2
         io -c 'write -P 9 0 1M' -c 'write -z 1M 64k' over.qcow2
+        # a layer that is shorter than those above and below it
+        peer create -q -f raw long.img 1M
+        io -f raw -c 'write -P 7 0 1M' long.img
+        peer create -q -f qcow2 -b long.img -F raw short.qcow2 512k
+        peer create -q -f qcow2 -b short.qcow2 -F qcow2 longer.qcow2 1M
+        ok commit -q -b long.img longer.qcow2
+        same long.img
         run commit -d third.qcow2
         same third.qcow2
         same top.qcow2
