@@ -39,9 +39,8 @@ pub const TEST: &[Need] = &[
     need("qemu-img", "qemu-utils", "checking our images against QEMU's tools"),
     need("debugfs", "e2fsprogs", "reading a guest's file system from outside"),
     need("virsh", "libvirt-clients", "driving vireod with an unmodified client"),
+    need("strace", "strace", "ending programs before each of their system calls"),
 ];
-/// To count system calls in long tests.
-pub const LONG: &[Need] = &[need("strace", "strace", "ending the daemon before each of its system calls")];
 /// To know the largest resident size of a program.
 pub const TIME: &[Need] = &[need("time", "time", "measuring the memory of a program")];
 /// To measure against QEMU.

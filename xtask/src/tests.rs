@@ -12,7 +12,7 @@ use crate::{guest, tidy};
 pub fn run(consent: Consent, long: bool) -> Result<()> {
     packages::ensure(&[packages::BUILD, packages::TEST, packages::GUEST], consent)?;
     if long {
-        packages::ensure(&[packages::LONG, packages::QEMU], consent)?;
+        packages::ensure(&[packages::QEMU], consent)?;
     }
     say("tidy");
     tidy::run()?;
