@@ -186,7 +186,11 @@ impl Model {
                 let (name, held) = self.snapshot();
                 // Sizes come with a snapshot only in version 3, and bitmaps would have to follow.
                 if held.len() == self.data.len() {
-                    self.image(&format!("snapshot -a {name} image"));
+                    // QEMU's does not do it to an image with bitmaps.
+                    match self.bitmaps.is_empty() {
+                        true => self.image(&format!("snapshot -a {name} image")),
+                        false => self.succeed(OURS, &["snapshot", "-a", &name, "image"]),
+                    }
                     self.data = held;
                 }
             }
