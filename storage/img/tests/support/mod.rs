@@ -24,6 +24,16 @@ use serde_json::Value;
 pub const UNSTABLE: [&str; 7] =
     ["actual-size", "date-sec", "date-nsec", "image-end-offset", "fragmented-clusters", "offset", "cid"];
 
+/// Images with data, holes and zeroes of every kind, for those who copy and compare.
+pub const FILLED: &str = "
+    peer create -q -f qcow2 base.qcow2 8M
+    io -c 'write -P 1 0 1M' -c 'write -P 2 3M 100k' -c 'write -z 5M 256k' base.qcow2
+    peer create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2 10M
+    io -c 'write -P 3 512k 64k' -c 'write -z 0 64k' -c 'write -P 4 9M 3k' top.qcow2
+    peer create -q raw.img 4M
+    io -f raw -c 'write -P 5 1M 1M' -c 'write -P 0 2M 1M' -c 'write -P 6 3500k 512' raw.img
+";
+
 /// Both directories and the link that makes this tool `qemu-img`.
 pub struct Twins {
     /// Holds everything below.
