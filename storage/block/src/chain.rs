@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use image::qcow2::{AUTOCLEAR_BITMAPS, COMPAT_LAZY_REFCOUNTS, CompressionType};
+use image::qcow2::{AUTOCLEAR_BITMAPS, COMPAT_LAZY_REFCOUNTS, CompressionType, Header};
 use image::{Format, PROBE_BYTES};
 
 use crate::disk::ChainBackend;
@@ -58,8 +58,19 @@ pub struct ImageInfo {
     pub corrupt: bool,
     /// What only qcow2 has.
     pub qcow2: Option<Qcow2Info>,
+    /// The file that holds the guest data of a qcow2 image, if another does.
+    pub data_file: Option<DataFileInfo>,
     /// What only vmdk has.
     pub vmdk: Option<VmdkInfo>,
+}
+
+/// What a qcow2 image says of its external data file, which nobody has opened for that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFileInfo {
+    /// Its name as stored: any text. `None`: the image does not say it.
+    pub name: Option<String>,
+    /// It stays a raw image of the disk.
+    pub raw: bool,
 }
 
 /// Fields of a qcow2 header that a person may ask for.
@@ -155,6 +166,7 @@ fn describe(
         dirty: false,
         corrupt: false,
         qcow2: None,
+        data_file: None,
         vmdk: None,
     };
     if let Some(foreign) = foreign {
@@ -181,6 +193,8 @@ fn describe(
             extended_l2: header.geometry.l2_entry_bytes() == 16,
             has_bitmaps: header.autoclear & AUTOCLEAR_BITMAPS != 0,
         });
+        let (name, raw) = (header.data_file_name(), header.is_data_file_raw());
+        info.data_file = header.geometry.data_file.then_some(DataFileInfo { name, raw });
         info.backing_name = header.backing_name;
         info.backing_format = header.backing_format;
     }
@@ -231,6 +245,7 @@ fn resolve(
 ) -> Result<Vec<ChainFile>, BlockError> {
     let mut chain: Vec<ChainFile> = Vec::new();
     let mut seen = HashSet::new();
+    let top_declared = format.is_some();
     let mut next = Some((path.to_owned(), format));
     while let Some((path, format)) = next.take() {
         let read_only = read_only || !chain.is_empty();
@@ -258,7 +273,13 @@ fn resolve(
         let mut extents = Vec::new();
         match format {
             Format::Raw => {}
-            Format::Qcow2 => next = backing_of(&path, &file, probe_backing)?,
+            Format::Qcow2 => {
+                let header = read_header(&host_file(&file, &path)?, &path)?;
+                // Only a person at a command line can mean a file that an image names.
+                let consent = declared && top_declared && probe_backing;
+                extents.extend(data_file_of(&path, &header, read_only, locks, consent)?);
+                next = backing_of(&path, header, probe_backing)?;
+            }
             // Nobody but a person at a command line wants these: a machine's disk is raw or qcow2.
             _ if !probe_backing => {
                 return Err(BlockError::BackingFormat { path, format: format.name().to_owned() });
@@ -299,8 +320,7 @@ fn settle_format(path: &Path, file: &File, format: Option<Format>) -> Result<For
 }
 
 /// Path and format of the backing file, from the image's header.
-fn backing_of(path: &Path, file: &File, probe: bool) -> Result<Option<(PathBuf, Option<Format>)>, BlockError> {
-    let header = read_header(&host_file(file, path)?, path)?;
+fn backing_of(path: &Path, header: Header, probe: bool) -> Result<Option<(PathBuf, Option<Format>)>, BlockError> {
     let Some(name) = header.backing_name else { return Ok(None) };
     let format = match header.backing_format {
         Some(format) => match format.parse::<Format>() {
@@ -314,6 +334,43 @@ fn backing_of(path: &Path, file: &File, probe: bool) -> Result<Option<(PathBuf, 
         return Err(BlockError::BackingProtocol { path: path.to_owned(), name });
     }
     Ok(Some((beside(path, &name), format)))
+}
+
+/// Opens the external data file that a header names, with the consent of whoever named the image. The name may be a
+/// path and no more: a protocol or `json:` in it would reach anything (CVE-2024-4467).
+fn data_file_of(
+    path: &Path,
+    header: &Header,
+    read_only: bool,
+    locks: bool,
+    consent: bool,
+) -> Result<Option<(File, PathBuf)>, BlockError> {
+    if !header.geometry.data_file {
+        return Ok(None);
+    }
+    let owned = path.to_owned();
+    let Some(name) = header.data_file_name().filter(|name| !name.is_empty()) else {
+        return Err(BlockError::DataFileNotGiven { path: owned });
+    };
+    if !consent {
+        return Err(BlockError::DataFileConsent { path: owned, name });
+    }
+    if has_protocol(&name) {
+        return Err(BlockError::DataFileProtocol { path: owned, name });
+    }
+    // Not beside the image: QEMU takes the name as it is, both when it creates the file and when it opens it.
+    let data_path = PathBuf::from(&name);
+    let open = || {
+        let data = open_image(&data_path, read_only)?;
+        if locks {
+            lock_image(&data_path, &data, read_only)?;
+        }
+        Ok(data)
+    };
+    match open() {
+        Ok(data) => Ok(Some((data, data_path))),
+        Err(source) => Err(BlockError::DataFile { path: owned, name, source: Box::new(source) }),
+    }
 }
 
 /// Where a file is that an image names: absolute, or relative to the image's directory.

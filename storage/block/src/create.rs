@@ -5,6 +5,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use image::qcow2::CompressionType;
+pub use image::qcow2::layout::DataFile;
 use image::qcow2::layout::{Features, NewImage, Plan};
 
 use crate::chain::lock_image;
@@ -58,6 +59,8 @@ pub struct Qcow2Create {
     pub extended_l2: bool,
     /// What takes its space at once.
     pub preallocation: Preallocation,
+    /// The file that guest data goes to, see [`format_data_file`].
+    pub data_file: Option<DataFile>,
 }
 
 impl Default for Qcow2Create {
@@ -72,6 +75,7 @@ impl Default for Qcow2Create {
             lazy_refcounts: false,
             extended_l2: false,
             preallocation: Preallocation::Off,
+            data_file: None,
         }
     }
 }
@@ -115,6 +119,7 @@ pub fn format_qcow2(
         lazy_refcounts: opts.lazy_refcounts,
         extended_l2: opts.extended_l2,
         preallocate: opts.preallocation != Preallocation::Off,
+        data_file: opts.data_file.clone(),
     };
     let plan = Plan::new(&new, &features).map_err(refused)?;
     let failed = |e| BlockError::io(path, Action::Create, e);
@@ -125,6 +130,18 @@ pub fn format_qcow2(
         file.set_len_bytes(plan.file_bytes()).map_err(failed)?;
     }
     preallocate(file, path, plan.data_range(), opts.preallocation)
+}
+
+/// Makes `file` the external data file of a new qcow2 image; what it held is lost. The image comes after it, so that no
+/// image refers to a file with other data.
+pub fn format_data_file(
+    file: &dyn FileBackend,
+    path: &Path,
+    size_bytes: u64,
+    opts: &Qcow2Create,
+) -> Result<(), BlockError> {
+    file.set_len_bytes(0).map_err(|e| BlockError::io(path, Action::Create, e))?;
+    format_raw(file, path, size_bytes, opts.preallocation)
 }
 
 /// Makes `file` a raw image of zeroes; `path` names it in errors. The size is rounded up to 512 bytes.

@@ -17,7 +17,7 @@ use crate::foreign::{ForeignImage, open_foreign};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
 use crate::node::{Below, Extent, ExtentKind, Mapped, Node, read_chain};
-use crate::qcow2::{Qcow2Image, Qcow2Node, Qcow2Options};
+use crate::qcow2::{DataFile, Qcow2Image, Qcow2Node, Qcow2Options};
 use crate::raw::RawNode;
 use crate::sys::{ReadBufs, WriteBufs};
 
@@ -80,8 +80,8 @@ pub struct ChainBackend {
     pub path_label: PathBuf,
     /// Its format.
     pub format: Format,
-    /// The other files that the image is made of, in the order it names them, with their names in errors: only
-    /// some vmdk images have any.
+    /// The other files that the image is made of, in the order it names them, with their names in errors: those of
+    /// some vmdk images, and the external data file of a qcow2 image.
     pub extents: Vec<(Box<dyn FileBackend>, PathBuf)>,
 }
 
@@ -471,6 +471,12 @@ impl Disk {
 }
 
 impl ChainBackend {
+    /// The external data file of a qcow2 image: the one file beside it.
+    pub(crate) fn data_file(extents: Vec<(Box<dyn FileBackend>, PathBuf)>) -> DataFile {
+        let first = extents.into_iter().next();
+        first.map_or(DataFile::Inside, |(file, path)| DataFile::Given(file.into(), path))
+    }
+
     /// An open file of a chain, with its locks.
     pub fn from_file(chain_file: ChainFile) -> Result<ChainBackend, BlockError> {
         let ChainFile { file, path_label, format, extents } = chain_file;
@@ -504,7 +510,7 @@ fn open_node(
                 no_sync,
                 l2_cache_bytes: opts.l2_cache_bytes,
             };
-            Arc::new(Qcow2Node::open(file, path, &options)?)
+            Arc::new(Qcow2Node::open(file, ChainBackend::data_file(extents), path, &options)?)
         }
         Format::Vdi | Format::Vmdk | Format::Vhdx | Format::Vpc => {
             let extents = extents.into_iter().map(|(file, path)| (file.into(), path)).collect();

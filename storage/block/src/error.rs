@@ -123,6 +123,16 @@ pub enum BlockError {
     ExtentConsent { path: PathBuf, name: String },
     #[error("{path}: its file {name} cannot be opened", path = path.display())]
     ExtentFile { path: PathBuf, name: String, source: Box<BlockError> },
+    #[error("{path}: keeps its data in another file, which was not given; name it with the option data-file", path = path.display())]
+    DataFileNotGiven { path: PathBuf },
+    #[error("{path}: its data file {name} cannot be opened", path = path.display())]
+    DataFile { path: PathBuf, name: String, source: Box<BlockError> },
+    #[error("{path}: has no external data file, but {data} was given as one", path = path.display(), data = data.display())]
+    UnexpectedDataFile { path: PathBuf, data: PathBuf },
+    #[error("{path}: keeps its data in the file '{name}', which is opened only on request; declare the image as qcow2 (-f qcow2), or name the file with the option data-file", path = path.display())]
+    DataFileConsent { path: PathBuf, name: String },
+    #[error("{path}: the name of its data file, '{name}', is not a path; name it with the option data-file", path = path.display())]
+    DataFileProtocol { path: PathBuf, name: String },
     #[error("stopped on request")]
     Stopped,
     #[error("{path}: a job is running on the disk; wait for its end, or cancel it", path = path.display())]
@@ -200,7 +210,7 @@ impl BlockError {
             },
             E::Maintenance { source, .. } if source.is_damage() => ErrorKind::Corrupt,
             E::Format { source, .. } if !source.is_unsupported() => ErrorKind::Corrupt,
-            E::ExtentFile { source, .. } => source.kind(),
+            E::ExtentFile { source, .. } | E::DataFile { source, .. } => source.kind(),
             E::CheckFailed { source: CheckError::Snapshots(_), .. }
             | E::Rebuild { source: CheckError::Snapshots(_), .. } => ErrorKind::Corrupt,
             E::CheckFailed { source: CheckError::TooLarge, .. } | E::Rebuild { source: CheckError::TooLarge, .. } => {
@@ -226,6 +236,10 @@ impl BlockError {
             | E::Format { .. }
             | E::NotForeign { .. }
             | E::ExtentConsent { .. }
+            | E::DataFileNotGiven { .. }
+            | E::UnexpectedDataFile { .. }
+            | E::DataFileConsent { .. }
+            | E::DataFileProtocol { .. }
             | E::EmptyChain
             | E::FormatDisagrees { .. }
             | E::BackingNotGiven { .. }

@@ -44,12 +44,15 @@ mod zeroes;
 
 pub use blkdebug::Event;
 pub use chain::{
-    CHAIN_MAX, ChainFile, Checked, ImageInfo, Qcow2Info, beside, check_foreign, check_image, inspect, inspect_backend,
-    open_alone, resolve_chain, resolve_chain_probing,
+    CHAIN_MAX, ChainFile, Checked, DataFileInfo, ImageInfo, Qcow2Info, beside, check_foreign, check_image, inspect,
+    inspect_backend, open_alone, resolve_chain, resolve_chain_probing,
 };
 pub use compare::compare;
 pub use copy::{CopyOptions, copy, run_on_threads};
-pub use create::{Preallocation, Qcow2Create, create_qcow2, create_raw, format_qcow2, format_raw, open_for_new};
+pub use create::{
+    DataFile, Preallocation, Qcow2Create, create_qcow2, create_raw, format_data_file, format_qcow2, format_raw,
+    open_for_new,
+};
 pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};
 pub use foreign::{ForeignImage, ForeignInfo, ForeignReport};

@@ -46,7 +46,7 @@ fn qemu_sees_the_new_features_and_the_same_data() {
         ("compat=0.10", Amend { version: Some(3), ..Amend::default() }, "\"compat\": \"1.1\""),
         (
             "compat=0.10,cluster_size=4k",
-            Amend { version: Some(3), refcount_order: Some(6), lazy_refcounts: Some(true) },
+            Amend { version: Some(3), refcount_order: Some(6), lazy_refcounts: Some(true), ..Amend::default() },
             "\"refcount-bits\": 64",
         ),
         ("compat=1.1", Amend { version: Some(2), ..Amend::default() }, "\"compat\": \"0.10\""),
@@ -119,7 +119,7 @@ fn any_cut_leaves_the_data() {
     for (options, amend) in [
         (
             "compat=0.10,cluster_size=4k",
-            Amend { version: Some(3), refcount_order: Some(5), lazy_refcounts: Some(true) },
+            Amend { version: Some(3), refcount_order: Some(5), lazy_refcounts: Some(true), ..Amend::default() },
         ),
         ("cluster_size=4k", Amend { version: Some(2), ..Amend::default() }),
         ("cluster_size=64k", Amend { version: Some(2), ..Amend::default() }),

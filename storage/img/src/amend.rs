@@ -101,8 +101,15 @@ fn wanted(list: &OptList, image: &Qcow2Image) -> Result<Amend, ImgError> {
     if given.is_some_and(|name| Some(name) != header.backing_name.as_deref()) {
         return rule(Rule::Requires("Cannot amend the backing file\nYou can use 'qemu-img rebase' instead."));
     }
-    if list.has("data_file") || list.has("data_file_raw") {
+    if list.has("data_file") && !header.geometry.data_file {
         return rule(Rule::Requires("data-file can only be set for images that use an external data file"));
+    }
+    let raw_data = list.switch("data_file_raw");
+    if raw_data == Some(true) && !header.is_data_file_raw() {
+        return rule(Rule::Requires("data-file-raw cannot be set on existing images"));
+    }
+    if version == Some(2) && header.geometry.data_file {
+        return rule(Rule::Requires("Cannot downgrade an image with a data file"));
     }
     if let Some(name) = list.names().find(|name| name.starts_with("encrypt.")) {
         return rule(Rule::Option(name.to_owned()));
@@ -123,5 +130,11 @@ fn wanted(list: &OptList, image: &Qcow2Image) -> Result<Amend, ImgError> {
             "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)",
         ));
     }
-    Ok(Amend { version, lazy_refcounts: lazy, refcount_order: bits.map(u64::trailing_zeros) })
+    Ok(Amend {
+        version,
+        lazy_refcounts: lazy,
+        refcount_order: bits.map(u64::trailing_zeros),
+        data_file: list.text("data_file").map(str::to_owned),
+        data_file_not_raw: raw_data == Some(false),
+    })
 }

@@ -274,6 +274,9 @@ fn check_compressible(request: &Request, format: &str) -> Result<(), ImgError> {
     if request.list.text("preallocation").is_some_and(|mode| mode != "off") {
         return Err(ImgError::Plain(Rule::Requires("Compression and preallocation not supported at the same time")));
     }
+    if request.list.has("data_file") {
+        return Err(ImgError::Plain(Rule::Requires("Compression and an external data file exclude each other")));
+    }
     if request.list.has("encrypt.format") {
         return Err(ImgError::Plain(Rule::Requires("Compression and encryption not supported at the same time")));
     }

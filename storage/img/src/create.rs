@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use block::spec::{FileSpec, ImageSpec, has_protocol};
 use block::{
-    AdapterType, BlockError, CacheMode, CompressionType, FileBackend, Format, HostFile, Preallocation, Qcow2Create,
-    Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, beside, create_vdi, create_vhdx, create_vmdk,
-    create_vpc, format_qcow2, format_raw, inspect, open_for_new,
+    AdapterType, BlockError, CacheMode, CompressionType, DataFile, FileBackend, Format, HostFile, Preallocation,
+    Qcow2Create, Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, beside, create_vdi, create_vhdx,
+    create_vmdk, create_vpc, format_data_file, format_qcow2, format_raw, inspect, open_for_new,
 };
 
 use crate::Command;
@@ -207,6 +207,7 @@ impl Request {
             }
             "qcow2" => {
                 let options = self.qcow2_options(size).map_err(MakeError::Rule)?;
+                let _data = self.put_data_file(durable, size, &options)?;
                 self.put(durable, |file| format_qcow2(file, path, size, &options))
             }
             "vdi" => {
@@ -306,14 +307,15 @@ impl Request {
         if !options.can_map(size) {
             return Err(Rule::TooLarge(self.format.to_owned()));
         }
-        for (name, given) in [
-            ("data_file", self.list.has("data_file")),
-            ("encrypt.format", options.luks || self.list.switch("encryption") == Some(true)),
-        ] {
-            if given {
-                return Err(Rule::Option(name.to_owned()));
-            }
+        if options.luks || self.list.switch("encryption") == Some(true) {
+            return Err(Rule::Option("encrypt.format".to_owned()));
         }
+        let data_file = self.list.text("data_file").filter(|name| !name.is_empty());
+        if let Some(name) = data_file.filter(|name| has_protocol(name)) {
+            return Err(Rule::CreateThere(name.to_owned()));
+        }
+        let raw = self.list.switch("data_file_raw") == Some(true);
+        let data_file = data_file.map(|name| DataFile { name: name.to_owned(), raw });
         let backing = self
             .list
             .text("backing_file")
@@ -327,7 +329,21 @@ impl Request {
             lazy_refcounts: options.lazy_refcounts,
             extended_l2: options.extended_l2,
             preallocation: options.preallocation,
+            data_file,
         })
+    }
+
+    /// Creates the external data file where its name says, as QEMU does: a relative one counts from where the tool runs.
+    /// It stays open, so that the image cannot take its place.
+    fn put_data_file(&self, durable: bool, size: u64, options: &Qcow2Create) -> Result<Option<HostFile>, MakeError> {
+        let Some(data) = &options.data_file else { return Ok(None) };
+        let path = PathBuf::from(&data.name);
+        let file = HostFile::new(open_for_new(&path).map_err(MakeError::Block)?).map_err(MakeError::Host)?;
+        format_data_file(&file, &path, size, options).map_err(MakeError::Block)?;
+        if durable {
+            file.sync_data().map_err(MakeError::Host)?;
+        }
+        Ok(Some(file))
     }
 
     fn put(&self, durable: bool, format: impl FnOnce(&HostFile) -> Result<(), BlockError>) -> Result<(), MakeError> {

@@ -223,6 +223,12 @@ pub enum Rule {
     BackingPreallocation,
     #[error("Unsupported preallocation mode: {0}")]
     Preallocation(String),
+    #[error(
+        "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+    )]
+    DataFileVersion,
+    #[error("Backing file and data-file-raw cannot be used at the same time")]
+    DataFileRawBacking,
     #[error("data-file-raw requires data-file")]
     DataFileRaw,
     #[error("Could not resize image: Image size cannot be negative")]
@@ -415,6 +421,8 @@ pub fn why(error: &BlockError) -> String {
             };
             format!("{lock}\nIs another process using the image [{}]?", path.display())
         }
+        BlockError::DataFile { source, .. } => why(source),
+        BlockError::DataFileNotGiven { .. } => "'data-file' is required for this image".to_owned(),
         BlockError::Mismatch { source, .. } => format!("Image is not in {} format", source.declared),
         BlockError::BackingMissing { backing, .. } => {
             format!("Could not open backing file: Could not open '{}': No such file or directory", backing.display())

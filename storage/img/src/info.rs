@@ -119,6 +119,10 @@ fn specific(info: &ImageInfo, bitmaps: &[BitmapInfo]) -> Option<(&'static str, F
         facts.push(("bitmaps", Facts::List(bitmaps.iter().map(bitmap_facts).collect())));
     }
     facts.push(("refcount-bits", Facts::from(u64::from(q.refcount_bits))));
+    if let Some(data) = &info.data_file {
+        facts.extend(data.name.as_deref().map(|name| ("data-file", Facts::from(name))));
+        facts.push(("data-file-raw", Facts::from(data.raw)));
+    }
     if new {
         facts.push(("corrupt", Facts::from(info.corrupt)));
         facts.push(("extended-l2", Facts::from(q.extended_l2)));

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use block::blkdebug::{Blkdebug, read_rules};
 use block::nbd::NbdFile;
-use block::spec::{BackingSpec, FileSpec, ImageSpec};
+use block::spec::{BackingSpec, FileSpec, ImageSpec, has_protocol};
 use block::{
     BlockError, CHAIN_MAX, CacheMode, ChainBackend, Disk, Event, FileBackend, Format, HostFile, OpenOptions,
     PROBE_BYTES, ReadBufs, WriteBufs, beside, inspect_backend, open_alone, probe, use_direct_io,
@@ -16,7 +16,7 @@ use crate::open::{Access, Named};
 
 /// Opens the disk that a name with layers stands for.
 pub fn disk(named: &Named, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
-    let mut opener = Opener { label: &named.label, access, layers: Vec::new() };
+    let mut opener = Opener { label: &named.label, access, declared: true, layers: Vec::new() };
     opener.add(&named.spec)?;
     let format = opener.layers.first().map_or(Format::Raw, |top| top.format);
     let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..options };
@@ -30,7 +30,7 @@ pub fn format_of(named: &Named) -> Result<Format, ImgError> {
         return Ok(format);
     }
     let access = Access { write: false, share: true, cache: CacheMode::Writeback };
-    let opener = Opener { label: &named.label, access, layers: Vec::new() };
+    let opener = Opener { label: &named.label, access, declared: true, layers: Vec::new() };
     let (file, _) = opener.file(&named.spec.file)?;
     opener.format(&named.spec, &*file)
 }
@@ -38,7 +38,7 @@ pub fn format_of(named: &Named) -> Result<Format, ImgError> {
 /// The top layer alone, for reading.
 pub fn top(named: &Named) -> Result<ChainBackend, ImgError> {
     let access = Access { write: false, share: false, cache: CacheMode::Writeback };
-    let opener = Opener { label: &named.label, access, layers: Vec::new() };
+    let opener = Opener { label: &named.label, access, declared: true, layers: Vec::new() };
     let (file, label) = opener.file(&named.spec.file)?;
     let format = opener.format(&named.spec, &*file)?;
     Ok(layer(file, label, format))
@@ -62,9 +62,14 @@ pub fn shift(file: &FileSpec) -> u64 {
     }
 }
 
+/// What holds bytes, with the path that its messages name.
+type OpenFile = (Box<dyn FileBackend>, PathBuf);
+
 struct Opener<'a> {
     label: &'a str,
     access: Access,
+    /// Every image down to here has a declared format.
+    declared: bool,
     layers: Vec<ChainBackend>,
 }
 
@@ -85,7 +90,11 @@ impl Opener<'_> {
         }
         let (file, label) = self.file(&spec.file)?;
         let format = self.format(spec, &*file)?;
-        let image = layer(file, label, format);
+        self.declared &= spec.driver.is_some();
+        let mut image = layer(file, label, format);
+        if format == Format::Qcow2 {
+            image.extents.extend(self.data_file(spec, &image)?);
+        }
         let backing = match (&spec.backing, format) {
             (BackingSpec::FromHeader, Format::Qcow2) => self.named_in_header(&image)?,
             (BackingSpec::FromHeader, _) => None,
@@ -121,6 +130,27 @@ impl Opener<'_> {
         ImgError::OpenHost { name: self.label.to_owned(), source }
     }
 
+    /// The external data file: the one that was named, or with the consent that lies in a declared format, the one
+    /// that the header names.
+    fn data_file(&self, spec: &ImageSpec, image: &ChainBackend) -> Result<Option<OpenFile>, ImgError> {
+        if let Some(file) = &spec.data_file {
+            return self.file(file).map(Some);
+        }
+        let header = inspect_backend(image).map_err(|source| self.failed(source))?;
+        let Some(data) = header.data_file else { return Ok(None) };
+        let path = image.path_label.clone();
+        let Some(name) = data.name.filter(|name| !name.is_empty() && innermost(&spec.file).is_some()) else {
+            return Err(self.failed(BlockError::DataFileNotGiven { path }));
+        };
+        if !self.declared {
+            return Err(self.failed(BlockError::DataFileConsent { path, name }));
+        }
+        if has_protocol(&name) {
+            return Err(self.failed(BlockError::DataFileProtocol { path, name }));
+        }
+        self.file(&FileSpec::Path(PathBuf::from(name))).map(Some)
+    }
+
     /// The backing file that a qcow2 header names.
     fn named_in_header(&self, image: &ChainBackend) -> Result<Option<ImageSpec>, ImgError> {
         let header = inspect_backend(image).map_err(|source| self.failed(source))?;
@@ -138,7 +168,7 @@ impl Opener<'_> {
     }
 
     /// Opens what holds the bytes, with the path that its messages name.
-    fn file(&self, file: &FileSpec) -> Result<(Box<dyn FileBackend>, PathBuf), ImgError> {
+    fn file(&self, file: &FileSpec) -> Result<OpenFile, ImgError> {
         let Access { write, share, cache } = self.access;
         match file {
             FileSpec::Path(path) => {

@@ -51,7 +51,8 @@ impl Named {
 
     /// Whether the name is a path and nothing else, so that the files say the rest.
     pub fn is_plain(&self) -> bool {
-        self.spec.plain_path().is_some() && self.spec.backing == BackingSpec::FromHeader
+        let spec = &self.spec;
+        spec.plain_path().is_some() && spec.backing == BackingSpec::FromHeader && spec.data_file.is_none()
     }
 
     /// Whether the name is that of an NBD export and nothing else.
@@ -208,12 +209,20 @@ fn disk_with_all(named: &Named, access: Access, options: OpenOptions) -> Result<
     }
     if named.is_plain() {
         let chain = chain(named, access)?;
-        let names = chain.iter().map(|layer| layer.path_label.display().to_string()).collect();
+        let names = chain.iter().map(|layer| data_path(layer).display().to_string()).collect();
         return Ok((over_with(named, chain, access, options)?, names));
     }
     let disk = layers::disk(named, access, options)?;
     let names = vec![disk.path().display().to_string()];
     Ok((disk, names))
+}
+
+/// The file that holds the data of an image: with an external data file, that.
+fn data_path(layer: &ChainFile) -> &Path {
+    match (layer.format, layer.extents.as_slice()) {
+        (Format::Qcow2, [(_, path), ..]) => path,
+        _ => &layer.path_label,
+    }
 }
 
 /// Makes a disk show one of its internal snapshots: `snapshot.name=...`, `snapshot.id=...`, or either.

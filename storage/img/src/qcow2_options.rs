@@ -99,8 +99,15 @@ impl Qcow2Options {
         if self.zstd && old {
             return Err(Rule::CompressionVersion);
         }
-        if list.switch("data_file_raw") == Some(true) && !list.has("data_file") {
+        let raw_data = list.switch("data_file_raw") == Some(true);
+        if raw_data && !list.has("data_file") {
             return Err(Rule::DataFileRaw);
+        }
+        if list.has("data_file") && old {
+            return Err(Rule::DataFileVersion);
+        }
+        if raw_data && list.has("backing_file") {
+            return Err(Rule::DataFileRawBacking);
         }
         if list.has("backing_fmt") && !list.has("backing_file") {
             return Err(Rule::BackingFormatAlone);

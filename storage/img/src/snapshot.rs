@@ -56,7 +56,11 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         return Err(ImgError::Plain(without_snapshots(action, name)));
     }
     let image = open_image(&named, top, false)?;
+    // Data in an external file has one place, and cannot be kept for a snapshot.
+    let with_data_file = image.header().geometry.data_file;
     match action {
+        "create" if with_data_file => Err(refused("create", name, "Operation not supported")),
+        "apply" if with_data_file => Err(refused("apply", name, "Failed to load snapshot: Operation not supported")),
         "create" => change("create", name, image.create_snapshot(name, &now()).map(drop)),
         "apply" if find(&named, &image, name, true)? => change("apply", name, image.apply_snapshot(name)),
         "apply" => Err(refused("apply", name, "Failed to load snapshot: No such file or directory")),

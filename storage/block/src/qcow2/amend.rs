@@ -2,8 +2,8 @@
 
 use image::qcow2::check::count_references;
 use image::qcow2::{
-    AUTOCLEAR_BITMAPS, COMPAT_LAZY_REFCOUNTS, EXT_FEATURE_NAMES, Freed, HeaderError, INCOMPAT_CORRUPT, INCOMPAT_DIRTY,
-    L1Entry, L2Entry, feature_names, header_steps,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, EXT_DATA_FILE, EXT_FEATURE_NAMES, Freed, HeaderError,
+    INCOMPAT_CORRUPT, INCOMPAT_DIRTY, L1Entry, L2Entry, feature_names, header_steps,
 };
 
 use super::Tables;
@@ -19,7 +19,7 @@ use crate::sys::ReadBufs;
 const FEATURE_NAMES_CLUSTER_BITS_MIN: u32 = 13;
 
 /// What is changed; `None` leaves it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Amend {
     /// 2 (`compat=0.10`) or 3 (`compat=1.1`).
     pub version: Option<u32>,
@@ -27,6 +27,10 @@ pub struct Amend {
     pub lazy_refcounts: Option<bool>,
     /// log2 of the width of a refcount, 0 to 6; version 2 has 4.
     pub refcount_order: Option<u32>,
+    /// The name under which the external data file is stored; an empty one is not stored.
+    pub data_file: Option<String>,
+    /// Frees the external data file from staying a raw image of the disk.
+    pub data_file_not_raw: bool,
 }
 
 impl Qcow2Image {
@@ -46,6 +50,23 @@ impl Qcow2Image {
         }
         if version == 2 && amend.lazy_refcounts == Some(true) {
             return Err(header_error(HeaderError::NeedsVersion3 { feature: "lazy refcounts" }));
+        }
+        if amend.data_file.is_some() && !header.geometry.data_file {
+            let reason = "it has no external data file";
+            return Err(self.refuse(MaintenanceError::Unsupported { what: "the data file", reason }));
+        }
+        if let Some(name) = &amend.data_file {
+            self.node.rewrite(|rewrite| {
+                let stored = Some(name.clone().into_bytes()).filter(|name| !name.is_empty());
+                rewrite.header.set_extension(EXT_DATA_FILE, stored);
+                Ok(())
+            })?;
+        }
+        if amend.data_file_not_raw && header.is_data_file_raw() {
+            self.node.rewrite(|rewrite| {
+                rewrite.header.autoclear &= !AUTOCLEAR_RAW_DATA;
+                Ok(())
+            })?;
         }
         if version == 3 && header.geometry.version == 2 {
             self.node.rewrite(upgrade)?;
@@ -87,6 +108,9 @@ fn downgrade(rewrite: &mut Rewrite<'_>) -> Result<(), BlockError> {
     };
     if rewrite.header.incompatible & !(INCOMPAT_DIRTY | INCOMPAT_CORRUPT) != 0 {
         return refuse(rewrite, "it uses a feature that version 2 does not have (zstd or extended L2 entries)");
+    }
+    if rewrite.geometry.data_file {
+        return Err(rewrite.place.refuse(MaintenanceError::NotWithDataFile { what: "version 2" }));
     }
     if rewrite.header.autoclear & AUTOCLEAR_BITMAPS != 0 {
         return refuse(rewrite, "it has bitmaps, which version 2 does not have; remove them first");

@@ -9,7 +9,7 @@ use parking_lot::MutexGuard;
 
 use super::maintenance_error::MaintenanceError;
 use super::rewrite::Rewrite;
-use super::{Health, Qcow2Node, Qcow2Options, Tables};
+use super::{DataFile, Health, Qcow2Node, Qcow2Options, Tables};
 use crate::chain::ChainFile;
 use crate::disk::ChainBackend;
 use crate::error::{Action, BlockError};
@@ -35,7 +35,7 @@ impl Qcow2Image {
 
     /// As [`Qcow2Image::open`], over a backend other than a host file.
     pub fn open_backend(layer: ChainBackend, read_only: bool) -> Result<Qcow2Image, BlockError> {
-        let ChainBackend { file, path_label: path, format, .. } = layer;
+        let ChainBackend { file, path_label: path, format, extents } = layer;
         if format != Format::Qcow2 {
             return Err(BlockError::FormatDisagrees { path, opened: format, option: Format::Qcow2 });
         }
@@ -46,7 +46,12 @@ impl Qcow2Image {
             no_sync: false,
             l2_cache_bytes: L2_CACHE_BYTES,
         };
-        let node = Qcow2Node::open(file.into(), path, &options)?;
+        let data = match ChainBackend::data_file(extents) {
+            // Tables, snapshots and bitmaps are in the image's own file.
+            DataFile::Inside => DataFile::Unneeded,
+            given => given,
+        };
+        let node = Qcow2Node::open(file.into(), data, path, &options)?;
         Ok(Qcow2Image { node: Arc::new(node) })
     }
 
@@ -169,7 +174,11 @@ impl Tables {
 
     /// Reads everything anew from the file.
     fn reload(&mut self) -> Result<(), BlockError> {
-        let mut fresh = Tables::open(self.file.clone(), self.path.clone(), &self.options)?;
+        let data = match self.geometry.data_file {
+            true => DataFile::Given(self.data.file.clone(), self.data.path.clone()),
+            false => DataFile::Inside,
+        };
+        let mut fresh = Tables::open(self.file.clone(), data, self.path.clone(), &self.options)?;
         fresh.flights = self.flights.clone();
         fresh.generation = self.generation;
         fresh.releases = self.releases + 1;

@@ -30,6 +30,8 @@ pub enum MaintenanceError {
     Header(#[source] HeaderError),
     #[error("{what} cannot be changed on this image: {reason}")]
     Unsupported { what: &'static str, reason: &'static str },
+    #[error("an image with an external data file cannot have {what}")]
+    NotWithDataFile { what: &'static str },
     #[error("no bitmap has the name '{name}'")]
     BitmapNotFound { name: String },
     #[error("a bitmap named '{name}' exists already")]

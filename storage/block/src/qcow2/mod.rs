@@ -17,6 +17,7 @@ mod alloc;
 mod amend;
 mod bitmaps;
 mod commit;
+mod data_file;
 mod flights;
 mod maintenance;
 mod maintenance_error;
@@ -41,8 +42,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use image::qcow2::{
-    AUTOCLEAR_OFFSET, CompressionType, Compressor, Geometry, Header, INCOMPAT_CORRUPT, INCOMPAT_OFFSET, L2Entry,
-    OFFSET_MASK, header_area_bytes,
+    AUTOCLEAR_OFFSET, AUTOCLEAR_RAW_DATA, CompressionType, Compressor, Geometry, Header, INCOMPAT_CORRUPT,
+    INCOMPAT_OFFSET, L2Entry, OFFSET_MASK, header_area_bytes,
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -50,6 +51,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 pub use self::amend::Amend;
 use self::bitmaps::Recording;
 pub use self::bitmaps::{BitmapBits, BitmapInfo};
+use self::data_file::Data;
+pub(crate) use self::data_file::DataFile;
 pub(crate) use self::flights::Flight;
 use self::flights::Flights;
 pub use self::maintenance::Qcow2Image;
@@ -91,6 +94,8 @@ enum Health {
 /// A qcow2 image as a layer of a disk.
 pub(crate) struct Qcow2Node {
     file: Arc<dyn FileBackend>,
+    /// Where guest data is; compressed clusters are always in `file`.
+    data: Data,
     path: PathBuf,
     /// Its size is the one at opening; see `disk_bytes`.
     geometry: Geometry,
@@ -110,6 +115,7 @@ pub(crate) struct Qcow2Node {
 /// The metadata of an image, in memory.
 pub(crate) struct Tables {
     file: Arc<dyn FileBackend>,
+    data: Data,
     path: PathBuf,
     header: Header,
     geometry: Geometry,
@@ -154,8 +160,14 @@ pub(crate) struct Tables {
 }
 
 impl Tables {
-    fn open(file: Arc<dyn FileBackend>, path: PathBuf, options: &Qcow2Options) -> Result<Tables, BlockError> {
+    fn open(
+        file: Arc<dyn FileBackend>,
+        data: DataFile,
+        path: PathBuf,
+        options: &Qcow2Options,
+    ) -> Result<Tables, BlockError> {
         let header = read_header(&*file, &path)?;
+        let data = Data::of(&header, (&file, &path), data)?;
         let geometry = header.geometry;
         if !options.read_only && header.is_corrupt() {
             return Err(BlockError::MarkedCorrupt { path });
@@ -166,6 +178,7 @@ impl Tables {
             refcount_cache: SliceCache::new(geometry.slice_bytes(), REFCOUNT_CACHE_BYTES),
             options: Qcow2Options { ..*options },
             file,
+            data,
             path,
             geometry,
             health: Health::Good,
@@ -217,7 +230,8 @@ impl Tables {
         self.file.event(Event::REFTABLE_LOAD);
         self.reftable = self.load_table("refcount table", self.header.reftable_offset, entries)?;
         self.note_table_clusters()?;
-        let kept = self.look_for_bitmaps();
+        let raw_data = if self.geometry.data_file { AUTOCLEAR_RAW_DATA } else { 0 };
+        let kept = self.look_for_bitmaps() | raw_data;
         if self.header.autoclear & !kept != 0 {
             // "if the bit is unset after the image was modified by an unaware program": data behind bits that are
             // not known here would go stale with the first write.
@@ -271,9 +285,8 @@ impl Tables {
         if self.options.no_sync {
             return Ok(());
         }
-        self.file.sync_data().map_err(|e| {
+        sync_both(&self.data, &*self.file, &self.path, self.geometry.data_file).inspect_err(|_| {
             self.health = Health::FlushFailed;
-            self.io(Action::Sync, e)
         })
     }
 
@@ -318,12 +331,14 @@ impl Tables {
 impl Qcow2Node {
     pub(crate) fn open(
         file: Arc<dyn FileBackend>,
+        data: DataFile,
         path: PathBuf,
         options: &Qcow2Options,
     ) -> Result<Qcow2Node, BlockError> {
-        let tables = Tables::open(file.clone(), path.clone(), options)?;
+        let tables = Tables::open(file.clone(), data, path.clone(), options)?;
         Ok(Qcow2Node {
             file,
+            data: tables.data.clone(),
             path,
             geometry: tables.geometry,
             disk_bytes: AtomicU64::new(tables.geometry.size_bytes),
@@ -386,12 +401,12 @@ impl Qcow2Node {
         tables.noticing(written)?;
         self.file.event(Event::FLUSH_TO_DISK);
         let frees = std::mem::take(&mut tables.pending_frees);
-        let synced =
-            if tables.options.no_sync { Ok(()) } else { MutexGuard::unlocked(&mut tables, || self.file.sync_data()) };
+        let sync = || sync_both(&self.data, &*self.file, &self.path, self.geometry.data_file);
+        let synced = if tables.options.no_sync { Ok(()) } else { MutexGuard::unlocked(&mut tables, sync) };
         if let Err(error) = synced {
             tables.pending_frees.extend(frees);
             tables.health = Health::FlushFailed;
-            return Err(self.failed(Action::Sync, error));
+            return Err(error);
         }
         let retired = tables.retire(frees);
         tables.noticing(retired)
@@ -431,7 +446,7 @@ impl Node for Qcow2Node {
         let (L2Entry::Data { host, .. }, bytes) = tables.noticing(found)? else { return Ok(None) };
         let landing = Landing::Flight(self.enter(&tables));
         self.file.event(Event::READ_AIO);
-        Ok(Some(Mapped { file: &*self.file, host: host + self.geometry.in_cluster(offset), bytes, landing }))
+        Ok(Some(Mapped { file: &*self.data.file, host: host + self.geometry.in_cluster(offset), bytes, landing }))
     }
 
     fn map_write(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
@@ -451,10 +466,12 @@ impl Node for Qcow2Node {
     }
 
     fn pack(&self, cluster: &[u8], packed: &mut Vec<u8>) -> Result<bool, BlockError> {
+        self.refuse_packed()?;
         Ok(self.pack_cluster(cluster, packed))
     }
 
     fn write_packed(&self, offset: u64, packed: &[u8]) -> Result<(), BlockError> {
+        self.refuse_packed()?;
         self.store_or_unpack(offset, packed)
     }
 
@@ -467,7 +484,9 @@ impl Node for Qcow2Node {
     }
 
     fn allocated_bytes(&self) -> Result<u64, BlockError> {
-        self.file.allocated_bytes().map_err(|e| self.failed(Action::Stat, e))
+        let own = self.file.allocated_bytes().map_err(|e| self.failed(Action::Stat, e))?;
+        let beside = if self.geometry.data_file { self.data.file.allocated_bytes() } else { Ok(0) };
+        Ok(own.saturating_add(beside.map_err(|e| self.data.failed(Action::Stat, e))?))
     }
 
     fn path(&self) -> &Path {
@@ -501,6 +520,14 @@ impl Drop for Qcow2Node {
         // An error leaves bitmaps that nobody trusts.
         let _ = self.close_bitmaps();
     }
+}
+
+/// Everything written to either file is on stable storage when this returns: guest data first.
+fn sync_both(data: &Data, file: &dyn FileBackend, path: &Path, is_apart: bool) -> Result<(), BlockError> {
+    if is_apart {
+        data.file.sync_data().map_err(|e| data.failed(Action::Sync, e))?;
+    }
+    file.sync_data().map_err(|e| BlockError::io(path, Action::Sync, e))
 }
 
 /// Reads and checks the header cluster.

@@ -12,6 +12,14 @@ use crate::sys::WriteBufs;
 const COMPRESSORS_MAX: usize = 16;
 
 impl Qcow2Node {
+    /// A cluster of an external data file has one place, which others must not reach into.
+    pub(super) fn refuse_packed(&self) -> Result<(), BlockError> {
+        match self.geometry.data_file {
+            true => Err(BlockError::NoCompression { path: self.path.clone() }),
+            false => Ok(()),
+        }
+    }
+
     /// Compresses one cluster; false when it does not shrink.
     pub(super) fn pack_cluster(&self, cluster: &[u8], packed: &mut Vec<u8>) -> bool {
         let kept = self.compressors.lock().pop();

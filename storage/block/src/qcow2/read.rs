@@ -60,7 +60,8 @@ impl Qcow2Node {
         match entry {
             L2Entry::Data { host, .. } => {
                 self.file.event(Event::READ_AIO);
-                self.file.read_at(host + within, bufs).map_err(|e| self.failed(Action::Read, e))?;
+                let read = self.data.file.read_at(host + within, bufs);
+                read.map_err(|e| self.data.failed(Action::Read, e))?;
             }
             L2Entry::Zero { .. } => bufs.fill_zero(),
             L2Entry::Unallocated => {

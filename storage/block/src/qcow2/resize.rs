@@ -46,6 +46,7 @@ impl Qcow2Node {
         shrink: bool,
         preallocation: Preallocation,
     ) -> Result<(), BlockError> {
+        let before_bytes = self.size_bytes();
         let below_bytes = below.first().map_or(0, |node| node.size_bytes());
         self.rewrite(|rewrite| {
             let from_bytes = rewrite.geometry.size_bytes;
@@ -74,9 +75,18 @@ impl Qcow2Node {
             // What lies behind the old end, like the state of a machine from a snapshot, must not become guest data.
             rewrite.unmap_from(&mut l1, from_bytes.min(to_bytes).next_multiple_of(cluster_bytes))?;
             l1.resize(entries.max(1) as usize, 0);
-            // Also when shrinking: QEMU lets what is left in the last cluster come back when the disk grows again.
-            rewrite.zero_tail(&mut l1, below, from_bytes.min(to_bytes))?;
-            if to_bytes > from_bytes {
+            let grows = to_bytes > from_bytes;
+            if grows && rewrite.geometry.data_file {
+                rewrite.grow_data(from_bytes, to_bytes, preallocation)?;
+            }
+            if grows || !rewrite.geometry.data_file {
+                // Also when shrinking: QEMU lets what is left in the last cluster come back when the disk grows again.
+                rewrite.zero_tail(&mut l1, below, from_bytes.min(to_bytes))?;
+            }
+            if grows {
+                // A raw data file has all of the disk, so all of it is mapped.
+                let raw = rewrite.header.is_data_file_raw() && preallocation == Preallocation::Off;
+                let preallocation = if raw { Preallocation::Metadata } else { preallocation };
                 let area = NewArea {
                     start: from_bytes.next_multiple_of(cluster_bytes),
                     end: to_bytes.next_multiple_of(cluster_bytes),
@@ -89,7 +99,11 @@ impl Qcow2Node {
             rewrite.place.file.event(if larger { Event::L1_GROW_WRITE_TABLE } else { Event::L1_SHRINK_WRITE_TABLE });
             rewrite.set_active(l1, false)?;
             rewrite.resize_bitmaps(false)
-        })
+        })?;
+        if self.geometry.data_file && to_bytes < before_bytes {
+            Rewrite::shrink_data(&self.data, self.size_bytes())?;
+        }
+        Ok(())
     }
 }
 
@@ -164,7 +178,10 @@ impl Rewrite<'_> {
             }
             tail.fill(0);
             let old = L2Entry::decode(word(target), &geometry).map_err(|e| rewrite.damaged(index, e))?;
-            let host = rewrite.place(&contents)?;
+            let host = match geometry.data_file {
+                true => rewrite.put_data(first, contents.get(..kept).unwrap_or_default())?,
+                false => rewrite.place(&contents)?,
+            };
             store_entry(target, host | COPIED, Subclusters::ALL_DATA);
             match old.freed(&geometry) {
                 Some(Freed { offset, bytes }) => rewrite.counts.drop(offset, bytes).map(|()| true),
@@ -199,7 +216,10 @@ impl Rewrite<'_> {
             match piece {
                 L2Entry::Zero { .. } => part.fill(0),
                 L2Entry::Unallocated => read_chain(below, guest_offset + at as u64, &ReadBufs::from_slice(part))?,
-                L2Entry::Data { host, .. } => self.place.read(host + at as u64, part)?,
+                L2Entry::Data { host, .. } => {
+                    let read = self.data.file.read_at(host + at as u64, &ReadBufs::from_slice(part));
+                    read.map_err(|e| self.data.failed(Action::Read, e))?;
+                }
                 L2Entry::Compressed { host, bytes } => {
                     let mut packed = vec![0; bytes as usize];
                     self.place.read(host, &mut packed)?;
@@ -233,6 +253,7 @@ impl Rewrite<'_> {
             let end = (at - at % reach).saturating_add(reach).min(mapped_end);
             let clusters = (end - at) / cluster_bytes;
             let host = match at < room_end {
+                true if geometry.data_file => Some(at),
                 true => Some(self.room_for(clusters, area.preallocation)?),
                 false => None,
             };

@@ -11,6 +11,7 @@ use std::path::Path;
 use image::qcow2::{COPIED, Freed, Geometry, Header, L1Entry, L2Entry, header_steps};
 
 use super::Tables;
+use super::data_file::Data;
 use super::maintenance_error::MaintenanceError;
 use super::recount::Recount;
 use crate::error::{Action, BlockError};
@@ -43,6 +44,7 @@ impl Place<'_> {
 /// A change under way. Dropping it before [`Rewrite::finish`] changes nothing.
 pub(super) struct Rewrite<'f> {
     pub(super) place: Place<'f>,
+    pub(super) data: Data,
     pub(super) geometry: Geometry,
     /// The header area on disk.
     old_area: Vec<u8>,
@@ -64,6 +66,7 @@ impl<'f> Rewrite<'f> {
         place.read(0, &mut old_area)?;
         Ok(Rewrite {
             place,
+            data: tables.data.clone(),
             geometry: tables.geometry,
             old_area,
             header: tables.header.clone(),
@@ -213,6 +216,7 @@ impl<'f> Rewrite<'f> {
                 L2Entry::Unallocated | L2Entry::Zero { host: None, .. } | L2Entry::Compressed { .. } => None,
             };
             let owned = match host {
+                Some(_) if self.geometry.data_file => true,
                 Some(host) => self.counts.get(host >> bits)? == 1,
                 None => false,
             };
@@ -233,6 +237,9 @@ impl<'f> Rewrite<'f> {
         let mut area = self.header.serialise().map_err(refused)?;
         area.resize(self.geometry.cluster_bytes() as usize, 0);
         Header::parse(&area).map_err(refused)?;
+        if self.geometry.data_file && !self.no_sync {
+            self.data.file.sync_data().map_err(|e| self.data.failed(Action::Sync, e))?;
+        }
         if !self.counts.is_unchanged() {
             let old = (self.header.reftable_offset, self.header.reftable_clusters);
             (self.header.reftable_offset, self.header.reftable_clusters) = self.counts.write(old)?;

@@ -32,6 +32,7 @@ impl Qcow2Image {
     /// Takes a snapshot of the disk as it is. Names need not be unique. Returns its identifier.
     pub fn create_snapshot(&self, name: &str, time: &SnapshotTime) -> Result<String, BlockError> {
         self.node.rewrite(|rewrite| {
+            rewrite.refuse_snapshots()?;
             let mut table = read_table(rewrite.place, &rewrite.header)?;
             let l1 = rewrite.old_l1.clone();
             rewrite.add_references(&l1)?;
@@ -50,6 +51,7 @@ impl Qcow2Image {
     /// written since is lost, unless another snapshot holds it.
     pub fn apply_snapshot(&self, name: &str) -> Result<(), BlockError> {
         self.node.rewrite(|rewrite| {
+            rewrite.refuse_snapshots()?;
             let table = read_table(rewrite.place, &rewrite.header)?;
             let snapshot = find(rewrite.place, &table.snapshots, name)?;
             let l1 = rewrite.read_l1(snapshot.l1.offset, snapshot.l1.entries)?;

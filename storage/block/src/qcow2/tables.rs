@@ -31,13 +31,15 @@ impl Tables {
     /// What the image says about the cluster that holds a guest offset, where entries have no bitmap.
     pub(super) fn entry(&mut self, offset: u64) -> Result<L2Entry, BlockError> {
         let [raw, _] = self.raw_entry(offset)?;
-        L2Entry::decode(raw, &self.geometry).map_err(|e| self.damaged(offset, e))
+        L2Entry::decode_at(raw, offset, &self.geometry).map_err(|e| self.damaged(offset, e))
     }
 
     /// As [`Tables::entry`], where entries have a bitmap.
     pub(super) fn extended_entry(&mut self, offset: u64) -> Result<ExtendedEntry, BlockError> {
         let [raw, bitmap] = self.raw_entry(offset)?;
-        ExtendedEntry::decode(raw, bitmap, &self.geometry).map_err(|e| self.damaged(offset, e))
+        let entry = L2Entry::decode_at(raw, offset, &self.geometry)
+            .and_then(|_| ExtendedEntry::decode(raw, bitmap, &self.geometry));
+        entry.map_err(|e| self.damaged(offset, e))
     }
 
     /// What the image says about a guest offset, and for how many bytes from there; at most to the end of the cluster.

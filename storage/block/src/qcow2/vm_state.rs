@@ -23,6 +23,7 @@ impl Qcow2Image {
         state: &mut dyn Read,
     ) -> Result<String, BlockError> {
         self.node.rewrite(|rewrite| {
+            rewrite.refuse_snapshots()?;
             let mut table = read_table(rewrite.place, &rewrite.header)?;
             let active = rewrite.old_l1.clone();
             rewrite.add_references(&active)?;

@@ -87,7 +87,8 @@ impl Qcow2Node {
                 let _flight = self.enter(&tables);
                 drop(tables);
                 self.file.event(Event::WRITE_AIO);
-                self.file.write_at(host, bufs).map_err(|e| self.failed(Action::Write, e))?;
+                let written = self.data.file.write_at(host, bufs);
+                written.map_err(|e| self.data.failed(Action::Write, e))?;
             }
             Target::Fill(fill) => self.fill(tables, below, offset, bufs, fill)?,
         }
@@ -143,7 +144,7 @@ impl Qcow2Node {
             }
         };
         self.file.event(Event::WRITE_AIO);
-        Ok(Some(Mapped { file: &*self.file, host, bytes: bytes as u64, landing }))
+        Ok(Some(Mapped { file: &*self.data.file, host, bytes: bytes as u64, landing }))
     }
 
     /// Writes `bufs` and, around them, what the guest sees now.
@@ -157,18 +158,23 @@ impl Qcow2Node {
         let within = self.geometry.in_cluster(offset);
         if fill.data_alone {
             self.file.event(Event::WRITE_AIO);
-            return self.file.write_at(fill.host + within, bufs).map_err(|e| self.failed(Action::Write, e));
+            let written = self.data.file.write_at(fill.host + within, bufs);
+            return written.map_err(|e| self.data.failed(Action::Write, e));
         }
         let end = within + bufs.len() as u64;
         let mut head = vec![0; (within - fill.around.start) as usize];
-        let mut tail = vec![0; (fill.around.end - end) as usize];
+        // An external data file ends where the disk ends.
+        let disk_end = self.size_bytes().saturating_sub(fill.first);
+        let stop = if self.geometry.data_file { fill.around.end.min(disk_end) } else { fill.around.end };
+        let mut tail = vec![0; stop.saturating_sub(end) as usize];
         self.read_around(below, fill.first + fill.around.start, &mut head)?;
         self.read_around(below, offset + bufs.len() as u64, &mut tail)?;
         let (head, tail) = (WriteBufs::from_slice(&head), WriteBufs::from_slice(&tail));
         let whole = WriteBufs::concat(&[&head, bufs, &tail]);
         self.file.event(Event::WRITE_AIO);
         self.file.event(Event::COW_WRITE);
-        self.file.write_at(fill.host + fill.around.start, &whole).map_err(|e| self.failed(Action::Write, e))
+        let written = self.data.file.write_at(fill.host + fill.around.start, &whole);
+        written.map_err(|e| self.data.failed(Action::Write, e))
     }
 
     /// What the guest sees; past the end of the disk, zeroes.
@@ -268,6 +274,9 @@ impl Tables {
     /// A damaged or malicious entry may claim that a table is guest data: a write there would let the guest
     /// rewrite the tables.
     fn refuse_tables(&self, guest_offset: u64, host: u64, bytes: u64) -> Result<(), BlockError> {
+        if self.geometry.data_file {
+            return Ok(());
+        }
         let bits = self.geometry.cluster_bits;
         let mut clusters = host >> bits..(host + bytes).div_ceil(1 << bits);
         match clusters.find(|cluster| self.table_clusters.contains(cluster)) {
@@ -297,12 +306,13 @@ impl Tables {
             }
         }
         let never_used = self.file_clusters;
-        let (cluster, count) = self.alloc_run(frees.len() as u64)?;
+        let (cluster, count) = self.alloc_data(first, frees.len() as u64)?;
         frees.truncate(count as usize);
         let bytes = (count * cluster_bytes - within).min(end - offset);
         let data_alone = match self.zero_around(offset, bytes) {
-            Ok(zero) => bytes == count * cluster_bytes || (zero && cluster >= never_used),
-            Err(error) => return self.give_back(cluster, count).and(Err(error)),
+            // Nobody knows what an external data file holds where nothing was written.
+            Ok(zero) => bytes == count * cluster_bytes || (zero && cluster >= never_used && !geometry.data_file),
+            Err(error) => return self.give_back_data(cluster, count).and(Err(error)),
         };
         let host = cluster << geometry.cluster_bits;
         let around = 0..count * cluster_bytes;
@@ -334,7 +344,7 @@ impl Tables {
             }
             SubclusterWrite::Allocate { fill, after, free } => {
                 self.own_l2(offset)?;
-                let (cluster, _) = self.alloc_run(1)?;
+                let (cluster, _) = self.alloc_data(first, 1)?;
                 (cluster << geometry.cluster_bits, fill, after, Some(vec![free]))
             }
         };
@@ -370,7 +380,7 @@ impl Tables {
     /// The clusters could not be filled: they go back, unless an entry reserves them.
     pub(super) fn abandon(&mut self, fill: &Fill) -> Result<(), BlockError> {
         match fill.frees {
-            Some(_) => self.give_back(fill.host >> self.geometry.cluster_bits, fill.count),
+            Some(_) => self.give_back_data(fill.host >> self.geometry.cluster_bits, fill.count),
             None => Ok(()),
         }
     }

@@ -28,6 +28,7 @@ impl Qcow2Node {
         bytes: u64,
         may_unmap: bool,
     ) -> Result<(), BlockError> {
+        self.pass_down(offset, bytes, may_unmap)?;
         let end = offset + bytes;
         let mut at = offset;
         let mut recorded = None;
@@ -45,7 +46,7 @@ impl Qcow2Node {
                 }
             };
         }
-        Ok(())
+        self.pass_zeroes(offset, bytes, may_unmap).map(|_| ())
     }
 
     /// Discards the whole clusters of a range inside the disk.
@@ -54,6 +55,10 @@ impl Qcow2Node {
         let end = offset + bytes;
         let mut at = offset.next_multiple_of(cluster_bytes);
         let to_disk_end = end >= self.size_bytes();
+        let (first, stop) = (at, if to_disk_end { end } else { end - self.geometry.in_cluster(end) });
+        if first < stop {
+            self.pass_down(first, stop - first, true)?;
+        }
         let mut recorded = None;
         while at < end && (end - at >= cluster_bytes || to_disk_end) {
             let mut tables = self.lock_settled(at, end - at);
@@ -61,7 +66,7 @@ impl Qcow2Node {
             let result = tables.relieve().and_then(|()| tables.discard_pass(at, end));
             at = tables.noticing(result)?;
         }
-        Ok(())
+        if first < stop { self.pass_zeroes(first, stop - first, true).map(|_| ()) } else { Ok(()) }
     }
 }
 

@@ -283,7 +283,10 @@ impl FileBackend for MemFile {
     }
 
     fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
-        self.0.lock().unwrap().pages.len = bytes;
+        let pages = &mut self.0.lock().unwrap().pages;
+        // What is cut off does not come back.
+        pages.zero(bytes, pages.len.saturating_sub(bytes));
+        pages.len = bytes;
         Ok(())
     }
 

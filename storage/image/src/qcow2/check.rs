@@ -286,7 +286,8 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
                 }
                 Ok(L1Entry { table: Some(offset), .. }) => {
                     if self.count(offset, self.geometry.cluster_bytes(), "an L2 table") {
-                        self.l2(offset, active)?;
+                        let reach = self.geometry.l2_reach_bytes();
+                        self.l2(offset, (at - l1.offset) / 8 * reach, active)?;
                     } else {
                         self.report.fix(drop);
                     }
@@ -296,26 +297,29 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
         Ok(())
     }
 
-    fn l2(&mut self, offset: u64, active: bool) -> Result<(), CheckError<E>> {
+    /// Walks the L2 table at an offset of the file, which maps the disk from a guest offset on.
+    fn l2(&mut self, offset: u64, guest: u64, active: bool) -> Result<(), CheckError<E>> {
         let geometry = self.geometry;
         let table = self.bytes(offset, geometry.cluster_bytes())?;
         let entry_bytes = geometry.l2_entry_bytes() as usize;
         let mut next_contiguous = None;
-        for (at, entry) in (offset..).step_by(entry_bytes).zip(table.chunks_exact(entry_bytes)) {
+        let guests = (guest..).step_by(geometry.cluster_bytes() as usize);
+        let places = (offset..).step_by(entry_bytes).zip(guests);
+        for ((at, guest), entry) in places.zip(table.chunks_exact(entry_bytes)) {
             let (raw, bitmap) = (crate::be64(entry, 0).unwrap_or(0), crate::be64(entry, 8).unwrap_or(0));
             if raw == 0 && bitmap == 0 {
                 continue;
             }
-            let freed = match freed(raw, bitmap, &geometry) {
-                Ok(freed) => freed,
+            let cluster = match cluster_of(raw, bitmap, guest, &geometry) {
+                Ok(cluster) => cluster,
                 Err(error) => {
                     self.report.corrupt(error.to_string());
                     self.report.fix(zero_fix(at, &geometry, &error));
                     continue;
                 }
             };
-            let Some(Freed { offset, bytes }) = freed else { continue };
-            if !self.count(offset, bytes, "a data cluster") {
+            let Some(Freed { offset, bytes }) = cluster else { continue };
+            if !geometry.data_file && !self.count(offset, bytes, "a data cluster") {
                 let nowhere = EntryError::UnalignedData { raw, cluster_bytes: geometry.cluster_bytes() };
                 self.report.fix(zero_fix(at, &geometry, &nowhere));
                 continue;
@@ -517,17 +521,20 @@ fn words(table: &[u8]) -> impl Iterator<Item = u64> + '_ {
     table.chunks_exact(8).filter_map(|raw| crate::be64(raw, 0))
 }
 
-/// What an L2 entry refers to.
-fn freed(raw: u64, bitmap: u64, geometry: &Geometry) -> Result<Option<Freed>, EntryError> {
+/// What the L2 entry of a guest cluster refers to, in the image or in its external data file.
+fn cluster_of(raw: u64, bitmap: u64, guest: u64, geometry: &Geometry) -> Result<Option<Freed>, EntryError> {
+    L2Entry::decode_at(raw, guest, geometry)?;
+    let counted = Geometry { data_file: false, ..*geometry };
     Ok(match geometry.extended_l2 {
-        true => ExtendedEntry::decode(raw, bitmap, geometry)?.freed(geometry),
-        false => L2Entry::decode(raw, geometry)?.freed(geometry),
+        true => ExtendedEntry::decode(raw, bitmap, geometry)?.freed(&counted),
+        false => L2Entry::decode(raw, geometry)?.freed(&counted),
     })
 }
 
-/// The cluster that an entry may own, and whether it says so.
+/// The cluster that an entry may own, and whether it says so. Those of an external data file are not counted.
 pub fn owned_cluster(raw: u64, geometry: &Geometry) -> Option<(u64, bool)> {
     match L2Entry::decode(raw, geometry) {
+        _ if geometry.data_file => None,
         Ok(L2Entry::Data { host, copied } | L2Entry::Zero { host: Some(host), copied }) => Some((host, copied)),
         _ => None,
     }

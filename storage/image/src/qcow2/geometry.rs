@@ -20,6 +20,8 @@ pub struct Geometry {
     pub size_bytes: u64,
     /// L2 entries have 128 bits: a descriptor, and a bitmap of 32 subclusters.
     pub extended_l2: bool,
+    /// Guest data lies in another file, each cluster where the guest sees it, without refcounts.
+    pub data_file: bool,
 }
 
 impl Geometry {
@@ -97,7 +99,14 @@ impl Geometry {
 #[test]
 fn table_reach_as_the_specification_computes_it() {
     // The spec's example: 64 KiB clusters, 8192 entries an L2 table, 512 MiB a table.
-    let g = Geometry { cluster_bits: 16, refcount_order: 4, version: 3, size_bytes: (1 << 30) + 1, extended_l2: false };
+    let g = Geometry {
+        cluster_bits: 16,
+        refcount_order: 4,
+        version: 3,
+        size_bytes: (1 << 30) + 1,
+        extended_l2: false,
+        data_file: false,
+    };
     assert_eq!((g.l2_reach_bytes(), g.l1_entries(), g.refblock_entries()), (512 << 20, 3, 32768));
     assert_eq!((g.l1_index(512 << 20), g.l2_index((512 << 20) + 65536)), (1, 1));
     for (order, max) in [(0, 1), (1, 3), (4, 65535), (6, u64::MAX)] {

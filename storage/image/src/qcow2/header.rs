@@ -21,7 +21,8 @@ pub const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear feature bit 1: the external data file is a raw image of the disk.
 pub const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
-const INCOMPAT_KNOWN: u64 = INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_COMPRESSION | INCOMPAT_EXTENDED_L2;
+const INCOMPAT_KNOWN: u64 =
+    INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_DATA_FILE | INCOMPAT_COMPRESSION | INCOMPAT_EXTENDED_L2;
 
 /// File offset of the incompatible feature bits (u64).
 pub const INCOMPAT_OFFSET: u64 = 72;
@@ -35,6 +36,8 @@ const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Type of the extension that names feature bits.
 pub const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+/// Type of the extension that names the external data file.
+pub const EXT_DATA_FILE: u32 = 0x4441_5441;
 /// Type of the extension that says where bitmaps are.
 pub const EXT_BITMAPS: u32 = 0x2385_2875;
 /// Smallest cluster with extended L2 entries is 16 KiB, so that a subcluster has a sector.
@@ -178,6 +181,7 @@ impl Header {
                 version,
                 size_bytes: u64_at(24)?,
                 extended_l2: false,
+                data_file: false,
             },
             backing_name: None,
             backing_format: None,
@@ -216,6 +220,7 @@ impl Header {
         }
         self.geometry.refcount_order = order;
         self.geometry.extended_l2 = self.incompatible & INCOMPAT_EXTENDED_L2 != 0;
+        self.geometry.data_file = self.incompatible & INCOMPAT_DATA_FILE != 0;
         let length = be32(area, 100).ok_or_else(cut)?;
         if (length as usize) < V3_BYTES || u64::from(length) > cluster_bytes || length % 8 != 0 {
             return Err(HeaderError::HeaderLength { got: length, cluster_bytes });
@@ -279,10 +284,7 @@ impl Header {
             return Ok(());
         }
         let bit = unknown.trailing_zeros();
-        let name = match 1u64 << bit {
-            INCOMPAT_DATA_FILE => "external data file".to_owned(),
-            _ => self.feature_name(bit).unwrap_or_else(|| "unknown feature".to_owned()),
-        };
+        let name = self.feature_name(bit).unwrap_or_else(|| "unknown feature".to_owned());
         Err(HeaderError::Feature { bit, name })
     }
 
@@ -353,6 +355,18 @@ impl Header {
             (None, Some(data)) => self.extensions.push(Extension { kind, data }),
             (None, None) => {}
         }
+    }
+
+    /// The name of the external data file as stored. `None`: guest data lies in the image, or the name is kept
+    /// elsewhere. It may be anything; whoever opens it needs consent.
+    pub fn data_file_name(&self) -> Option<String> {
+        let name = self.extension(EXT_DATA_FILE).filter(|_| self.geometry.data_file)?;
+        Some(String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// Whether the external data file must stay a raw image of the disk.
+    pub fn is_data_file_raw(&self) -> bool {
+        self.geometry.data_file && self.autoclear & AUTOCLEAR_RAW_DATA != 0
     }
 
     /// Whether a writer found damage.
@@ -451,7 +465,14 @@ fn push_extension(out: &mut Vec<u8>, kind: u32, data: &[u8]) {
 #[cfg(test)]
 fn sample() -> Header {
     Header {
-        geometry: Geometry { cluster_bits: 16, refcount_order: 4, version: 3, size_bytes: 1 << 30, extended_l2: false },
+        geometry: Geometry {
+            cluster_bits: 16,
+            refcount_order: 4,
+            version: 3,
+            size_bytes: 1 << 30,
+            extended_l2: false,
+            data_file: false,
+        },
         backing_name: Some("base.raw".to_owned()),
         backing_format: Some("raw".to_owned()),
         l1_offset: 0x3_0000,
@@ -506,7 +527,6 @@ fn every_limit_is_refused_by_name() {
         (56, &[0, 0, 0, 0], HeaderError::ReftableSize { clusters: 0 }),
         (56, &[0, 0, 0, 129], HeaderError::ReftableSize { clusters: 129 }),
         (60, &[0, 1, 0, 1], HeaderError::TooManySnapshots(65537)),
-        (72, &[0, 0, 0, 0, 0, 0, 0, 4], HeaderError::Feature { bit: 2, name: "external data file".to_owned() }),
         (72, &[0, 0, 0, 0, 0, 0, 1, 0], HeaderError::Feature { bit: 8, name: "unknown feature".to_owned() }),
         (96, &[0, 0, 0, 7], HeaderError::RefcountOrder(7)),
         (100, &[0, 0, 0, 103], HeaderError::HeaderLength { got: 103, cluster_bytes: 65536 }),

@@ -103,7 +103,14 @@ mod tests {
 
     fn header(cluster_bits: u32, name: Option<&str>, extensions: Vec<Extension>) -> Header {
         Header {
-            geometry: Geometry { cluster_bits, refcount_order: 4, version: 3, size_bytes: 1 << 20, extended_l2: false },
+            geometry: Geometry {
+                cluster_bits,
+                refcount_order: 4,
+                version: 3,
+                size_bytes: 1 << 20,
+                extended_l2: false,
+                data_file: false,
+            },
             backing_name: name.map(str::to_owned),
             backing_format: name.map(|_| "qcow2".to_owned()),
             l1_offset: 0x3_0000,

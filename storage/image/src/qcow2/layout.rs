@@ -1,10 +1,12 @@
 //! A new image: header, refcount table and blocks, L1 table, and with preallocation the L2 tables and the room for
 //! all guest data.
 
-use super::header::{INCOMPAT_COMPRESSION, INCOMPAT_EXTENDED_L2, feature_names};
+use super::header::{
+    AUTOCLEAR_RAW_DATA, EXT_DATA_FILE, INCOMPAT_COMPRESSION, INCOMPAT_DATA_FILE, INCOMPAT_EXTENDED_L2, feature_names,
+};
 use super::{
-    COMPAT_LAZY_REFCOUNTS, COPIED, CompressionType, Geometry, Header, HeaderError, L1_MAX_BYTES, REFTABLE_MAX_BYTES,
-    refcount,
+    COMPAT_LAZY_REFCOUNTS, COPIED, CompressionType, Extension, Geometry, Header, HeaderError, L1_MAX_BYTES,
+    REFTABLE_MAX_BYTES, refcount,
 };
 
 /// Smallest clusters whose header gets the table of feature names; QEMU leaves it out of smaller ones too.
@@ -33,7 +35,7 @@ impl Default for NewImage {
 }
 
 /// What else a new image shall have; all of it needs version 3, except preallocation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Features {
     /// How clusters will be compressed.
     pub compression: CompressionType,
@@ -43,12 +45,29 @@ pub struct Features {
     pub extended_l2: bool,
     /// Whether every guest cluster gets its host cluster now.
     pub preallocate: bool,
+    /// Guest data goes to another file.
+    pub data_file: Option<DataFile>,
+}
+
+/// An external data file, as the header says it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFile {
+    /// Its name as it shall be stored.
+    pub name: String,
+    /// Whether it must stay a raw image of the disk, so that every cluster is mapped from the start.
+    pub raw: bool,
 }
 
 impl Default for Features {
     /// What QEMU chooses: zlib, and nothing else.
     fn default() -> Features {
-        Features { compression: CompressionType::Zlib, lazy_refcounts: false, extended_l2: false, preallocate: false }
+        Features {
+            compression: CompressionType::Zlib,
+            lazy_refcounts: false,
+            extended_l2: false,
+            preallocate: false,
+            data_file: None,
+        }
     }
 }
 
@@ -62,6 +81,9 @@ pub struct Plan {
     block_count: u64,
     l1_clusters: u64,
     l2_count: u64,
+    /// Guest clusters that L2 tables map.
+    mapped: u64,
+    /// Clusters of this file that hold them.
     data_clusters: u64,
 }
 
@@ -77,10 +99,12 @@ impl Plan {
         // An empty disk still gets a table, so that the header never holds offset 0.
         let l1_entries = l1_entries.max(1);
         let l1_clusters = (l1_entries * 8).div_ceil(cluster_bytes);
-        let (l2_count, data_clusters) = match features.preallocate {
+        let raw = features.data_file.as_ref().is_some_and(|file| file.raw);
+        let (l2_count, mapped) = match features.preallocate || raw {
             true => (geometry.l1_entries(), geometry.size_bytes.div_ceil(cluster_bytes)),
             false => (0, 0),
         };
+        let data_clusters = if geometry.data_file { 0 } else { mapped };
         let (table_clusters, block_count) = refcount_clusters(&geometry, 1 + l1_clusters + l2_count + data_clusters);
         if table_clusters * cluster_bytes > REFTABLE_MAX_BYTES.max(cluster_bytes) {
             return Err(HeaderError::ReftableSize { clusters: u32::try_from(table_clusters).unwrap_or(u32::MAX) });
@@ -90,6 +114,8 @@ impl Plan {
         if let Some(kind) = extra.first_mut() {
             *kind = u8::from(zstd);
         }
+        let data_file = features.data_file.iter();
+        let data_file = data_file.map(|file| Extension { kind: EXT_DATA_FILE, data: file.name.clone().into_bytes() });
         let bit = |on: bool, bits: u64| if on { bits } else { 0 };
         let named = new.version == 3 && new.cluster_bits >= FEATURE_NAMES_CLUSTER_BITS_MIN;
         let header = Header {
@@ -102,15 +128,17 @@ impl Plan {
             reftable_clusters: table_clusters as u32,
             snapshot_count: 0,
             snapshots_offset: 0,
-            incompatible: bit(zstd, INCOMPAT_COMPRESSION) | bit(features.extended_l2, INCOMPAT_EXTENDED_L2),
+            incompatible: bit(zstd, INCOMPAT_COMPRESSION)
+                | bit(features.extended_l2, INCOMPAT_EXTENDED_L2)
+                | bit(geometry.data_file, INCOMPAT_DATA_FILE),
             compatible: bit(features.lazy_refcounts, COMPAT_LAZY_REFCOUNTS),
-            autoclear: 0,
+            autoclear: bit(raw, AUTOCLEAR_RAW_DATA),
             compression: features.compression,
-            extensions: named.then(feature_names).into_iter().collect(),
+            extensions: data_file.chain(named.then(feature_names)).collect(),
             extra,
         };
         let header_bytes = header.serialise()?;
-        Ok(Plan { header, header_bytes, table_clusters, block_count, l1_clusters, l2_count, data_clusters })
+        Ok(Plan { header, header_bytes, table_clusters, block_count, l1_clusters, l2_count, mapped, data_clusters })
     }
 
     /// The header of the new image.
@@ -166,8 +194,8 @@ impl Plan {
     fn l2_table(&self, index: u64) -> Vec<u8> {
         let geometry = &self.header.geometry;
         let first = index << geometry.l2_bits();
-        let count = (self.data_clusters - first).min(1 << geometry.l2_bits());
-        let data = self.data_range().start;
+        let count = (self.mapped - first).min(1 << geometry.l2_bits());
+        let data = if geometry.data_file { 0 } else { self.data_range().start };
         let mut table = Vec::with_capacity((count * geometry.l2_entry_bytes()) as usize);
         for cluster in first..first + count {
             table.extend(((data + (cluster << geometry.cluster_bits)) | COPIED).to_be_bytes());
@@ -191,6 +219,7 @@ fn new_geometry(new: &NewImage, features: &Features) -> Result<Geometry, HeaderE
         (features.compression == CompressionType::Zstd, "compression with zstd"),
         (features.lazy_refcounts, "lazy refcounts"),
         (features.extended_l2, "extended L2 entries"),
+        (features.data_file.is_some(), "an external data file"),
     ];
     if let Some((_, feature)) = needs_version_3.iter().find(|(on, _)| *on && new.version < 3) {
         return Err(HeaderError::NeedsVersion3 { feature });
@@ -207,6 +236,7 @@ fn new_geometry(new: &NewImage, features: &Features) -> Result<Geometry, HeaderE
         version: new.version,
         size_bytes: new.size_bytes,
         extended_l2: features.extended_l2,
+        data_file: features.data_file.is_some(),
     })
 }
 
@@ -288,9 +318,10 @@ fn what_only_version_3_has_is_refused_in_version_2() {
     let v2 = NewImage { version: 2, ..NewImage::default() };
     let base = Features::default();
     for features in [
-        Features { compression: CompressionType::Zstd, ..base },
-        Features { lazy_refcounts: true, ..base },
-        Features { extended_l2: true, ..base },
+        Features { compression: CompressionType::Zstd, ..base.clone() },
+        Features { lazy_refcounts: true, ..base.clone() },
+        Features { extended_l2: true, ..base.clone() },
+        Features { data_file: Some(DataFile { name: "x".to_owned(), raw: false }), ..base.clone() },
     ] {
         assert!(matches!(Plan::new(&v2, &features), Err(HeaderError::NeedsVersion3 { .. })), "{features:?}");
     }

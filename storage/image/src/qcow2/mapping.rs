@@ -23,6 +23,20 @@ pub enum EntryError {
         /// The cluster size.
         cluster_bytes: u64,
     },
+    /// An L2 entry that says that guest data of an external data file lies elsewhere in it than the guest sees it.
+    #[error("L2 entry {raw:#018x} does not map the external data file as it is: {guest_offset:#x} belongs there")]
+    DataFilePlace {
+        /// The entry.
+        raw: u64,
+        /// Guest offset of the cluster.
+        guest_offset: u64,
+    },
+    /// A compressed cluster in an image with an external data file.
+    #[error("L2 entry {raw:#018x} is a compressed cluster, which an image with an external data file cannot have")]
+    DataFileCompressed {
+        /// The entry.
+        raw: u64,
+    },
     /// A subcluster that is said to hold data and to read as zeroes, or data in no cluster.
     #[error("extended L2 entry {raw:#018x} has the subcluster bitmap {bitmap:#018x}, which contradicts it or itself")]
     Subclusters {
@@ -110,9 +124,26 @@ impl L2Entry {
         Ok(match (zero_flag && raw & ZERO != 0, host) {
             (true, 0) => L2Entry::Zero { host: None, copied: false },
             (true, _) => L2Entry::Zero { host: Some(host), copied },
-            (false, 0) => L2Entry::Unallocated,
+            // The first cluster of an external data file is at 0 like any other.
+            (false, 0) if !(geometry.data_file && copied) => L2Entry::Unallocated,
             (false, _) => L2Entry::Data { host, copied },
         })
+    }
+
+    /// As [`L2Entry::decode`], for the cluster at a guest offset: in an external data file it can be in one place only.
+    pub fn decode_at(raw: u64, guest_offset: u64, geometry: &Geometry) -> Result<L2Entry, EntryError> {
+        let entry = L2Entry::decode(raw, geometry)?;
+        if !geometry.data_file {
+            return Ok(entry);
+        }
+        let guest_offset = guest_offset - geometry.in_cluster(guest_offset);
+        match entry {
+            L2Entry::Compressed { .. } => Err(EntryError::DataFileCompressed { raw }),
+            L2Entry::Data { host, .. } | L2Entry::Zero { host: Some(host), .. } if host != guest_offset => {
+                Err(EntryError::DataFilePlace { raw, guest_offset })
+            }
+            entry => Ok(entry),
+        }
     }
 
     /// The entry of a compressed stream of `bytes` at a host offset. `None` where the descriptor has no room for them.
@@ -128,10 +159,11 @@ impl L2Entry {
         host | COPIED
     }
 
-    /// What loses its reference when this entry is replaced.
+    /// What loses its reference when this entry is replaced. Clusters of an external data file have none.
     pub fn freed(&self, geometry: &Geometry) -> Option<Freed> {
         match *self {
             L2Entry::Unallocated | L2Entry::Zero { host: None, .. } => None,
+            _ if geometry.data_file => None,
             L2Entry::Zero { host: Some(host), .. } | L2Entry::Data { host, .. } => {
                 Some(Freed { offset: host, bytes: geometry.cluster_bytes() })
             }
@@ -225,8 +257,14 @@ pub fn plan_discard(entry: L2Entry, geometry: &Geometry, has_backing: bool) -> Z
 }
 
 #[cfg(test)]
-const V3: Geometry =
-    Geometry { cluster_bits: 16, refcount_order: 4, version: 3, size_bytes: 1 << 30, extended_l2: false };
+const V3: Geometry = Geometry {
+    cluster_bits: 16,
+    refcount_order: 4,
+    version: 3,
+    size_bytes: 1 << 30,
+    extended_l2: false,
+    data_file: false,
+};
 #[cfg(test)]
 const V2: Geometry = Geometry { version: 2, ..V3 };
 

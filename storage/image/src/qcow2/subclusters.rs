@@ -88,6 +88,7 @@ impl ExtendedEntry {
     /// What loses its reference when this entry is replaced.
     pub fn freed(&self, geometry: &Geometry) -> Option<Freed> {
         match *self {
+            _ if geometry.data_file => None,
             ExtendedEntry::Compressed { host, bytes } => Some(Freed { offset: host, bytes }),
             ExtendedEntry::Standard { host, .. } => {
                 host.map(|offset| Freed { offset, bytes: geometry.cluster_bytes() })
@@ -179,8 +180,14 @@ pub fn plan_subcluster_write(
 }
 
 #[cfg(test)]
-const GEOMETRY: Geometry =
-    Geometry { cluster_bits: 16, refcount_order: 4, version: 3, size_bytes: 1 << 30, extended_l2: true };
+const GEOMETRY: Geometry = Geometry {
+    cluster_bits: 16,
+    refcount_order: 4,
+    version: 3,
+    size_bytes: 1 << 30,
+    extended_l2: true,
+    data_file: false,
+};
 
 #[test]
 fn bitmaps_mean_what_the_specification_says() {
