@@ -587,3 +587,39 @@ fn a_cut_under_a_commit_of_the_top_loses_nothing() {
     let log = images.files[2].0.lock().unwrap().log.clone();
     every_cut(&low, &log, &mut |torn, what, _| images.judge(&top, [&mid, torn], what));
 }
+
+#[test]
+fn a_client_fetches_a_moment_and_what_changed_before_it() {
+    use block::nbd::{Listener, ServeOptions, Stop, serve};
+    let dir = tempfile::tempdir().unwrap();
+    let live = counting_disk(dir.path(), "cluster_size=64k");
+    live.get().qcow2().unwrap().add_bitmap("b", 65_536, true).unwrap();
+    live.get().write(70_000, &[1; 10]).unwrap();
+    let bits = live.get().qcow2().unwrap().bitmap_bits("b").unwrap();
+    let (socket, scratch) = (dir.path().join("socket"), empty_raw(&dir.path().join("scratch")));
+    let options = ServeOptions { bitmaps: vec![("b".to_owned(), bits)], ..ServeOptions::default() };
+    let address = format!("nbd+unix:///?socket={}", socket.display());
+    with_counting(&live, || {
+        let served = backup_pull(&live, scratch, &Arc::default(), |moment| {
+            let (listener, stop) = (Listener::unix(&socket).unwrap(), Stop::new().unwrap());
+            std::thread::scope(|scope| {
+                let server = scope.spawn(|| serve(&listener, moment, &options, &stop));
+                for name in ["first", "again"] {
+                    let target = dir.path().join(name);
+                    qemu_img(&["convert", "-f", "raw", "-O", "raw", &address, target.to_str().unwrap()]);
+                }
+                let path = socket.display();
+                let marks =
+                    format!("driver=nbd,server.type=unix,server.path={path},x-dirty-bitmap=qemu:dirty-bitmap:b");
+                let map = qemu_img(&["map", "--output=json", "--image-opts", &marks]);
+                assert!(map.contains("\"start\": 65536, \"length\": 65536"), "{map}");
+                stop.stop();
+                server.join().unwrap()
+            })
+        });
+        served.unwrap().unwrap();
+    });
+    let [first, again] = ["first", "again"].map(|name| std::fs::read(dir.path().join(name)).unwrap());
+    is_a_moment(&first, "over NBD");
+    assert!(first == again, "the moment moved");
+}

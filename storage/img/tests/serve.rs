@@ -140,7 +140,7 @@ fn what_is_not_built_is_said() {
         ("-c /dev/nbd0 a.raw", "the option -c needs the NBD device of the host's kernel, which is not supported"),
         ("-d /dev/nbd0", "the option -d needs the NBD device of the host's kernel"),
         ("-s a.qcow2", "the option -s is not supported; create an overlay"),
-        ("-B b a.qcow2", "the option -B is not supported"),
+        ("-B b a.qcow2", "the option -B without -r is not supported; add -r"),
         ("-A a.qcow2", "the option -A is not supported"),
         ("--tls-creds=tls0 a.raw", "the option --tls-creds is not supported; use a Unix socket or a tunnel"),
     ] {
@@ -308,4 +308,41 @@ fn libnbd_starts_a_server_with_its_own_socket() {
     assert!(std::fs::read(room.path("copy")).unwrap() == vec![5; 1 << 20]);
     let done = room.run(Path::new("nbdinfo"), "--size -- [ DIR/qemu-nbd -f qcow2 DIR/a.qcow2 ]");
     assert_eq!((done.0, done.1.as_str()), (Some(0), "4194304\n"), "{done:?}");
+}
+
+#[test]
+fn what_a_bitmap_marks_is_told_as_qemu_nbd_tells_it() {
+    let room = Room::new();
+    for line in ["bitmap --add -g 64k a.qcow2 b", "bitmap --add -g 4k a.qcow2 fine"] {
+        assert_eq!(room.peer_img(line).0, Some(0));
+    }
+    for command in ["write 100k 70k", "write -z 1M 5k", "discard 2M 128k", "write 4095k 1k"] {
+        let mut io = Command::new("qemu-io");
+        io.args(["-f", "qcow2", "-c", command, "a.qcow2"]).current_dir(room.dir.path());
+        assert!(io.output().unwrap().status.success());
+    }
+    let map = |name: &str| {
+        let driver = "driver=nbd,server.type=unix,server.path=DIR/s,x-dirty-bitmap=qemu:dirty-bitmap:";
+        room.peer_img(&format!("map --output=json --image-opts {driver}{name}"))
+    };
+    let ours = {
+        let server = room.start("-t -r -B b -B fine -f qcow2 -k DIR/s a.qcow2");
+        let told = ["b", "fine", "other"].map(map);
+        let data = room.peer_img("map --output=json nbd+unix:///?socket=DIR/s");
+        assert!(data.0 == Some(0) && data.1.contains("\"data\": true"), "{data:?}");
+        server.end();
+        told
+    };
+    let peer = "-t -r -B b -B fine -f qcow2 --fork --pid-file=DIR/pid -k DIR/s a.qcow2";
+    assert_eq!(room.run(Path::new("qemu-nbd"), peer).0, Some(0));
+    let text = std::fs::read_to_string(room.path("pid")).unwrap();
+    let server = Server { pid: Pid::from_raw(text.trim().parse().unwrap()).unwrap() };
+    let theirs = ["b", "fine", "other"].map(map);
+    server.end();
+    assert_eq!(ours, theirs);
+    assert!(ours[0].1.lines().count() > 3, "{}", ours[0].1);
+    let missing = "-r -B none -f qcow2 -k DIR/s a.qcow2";
+    assert_eq!(room.serve(missing), room.run(Path::new("qemu-nbd"), missing));
+    let (code, _, err) = room.serve("-B b -f qcow2 -k DIR/s a.qcow2");
+    assert!(code == Some(1) && err.contains("add -r"), "{err}");
 }

@@ -22,7 +22,7 @@ fn haggle(data: &[u8]) -> bool {
         description: "a disk".into(),
         size_bytes: 1 << 20,
         flags: wire::transmission_flag::HAS_FLAGS,
-        allocation: true,
+        contexts: vec!["base:allocation".to_owned(), "qemu:dirty-bitmap:b".to_owned()],
     };
     let Some((flags, mut rest)) = data.split_first_chunk::<4>() else { return false };
     let Ok(mut state) = Negotiation::start(u32::from_be_bytes(*flags)) else { return false };
@@ -94,7 +94,7 @@ fn answers(data: &[u8]) -> bool {
     if let Ok((context, runs)) = &status {
         assert!(runs.iter().all(|BlockRun { bytes, .. }| *bytes > 0));
         let mut out = Vec::new();
-        wire::encode_block_status(&mut out, 7, *context, runs);
+        wire::encode_block_status(&mut out, 7, *context, runs, true);
         assert_eq!(out.get(ReplyHeader::SHORT_BYTES + ReplyHeader::MORE_BYTES..), Some(data));
     }
     let head = reply(data);

@@ -1,7 +1,7 @@
 //! Disks over the network: client and server of the NBD protocol, on Unix sockets and TCP.
 //!
 //! [`NbdFile`] is an export of a server as a [`crate::FileBackend`]; [`serve`] is a server of one [`crate::Disk`].
-//! Both speak fixed newstyle negotiation, structured replies and block status (`base:allocation`), with threads that
+//! Both speak fixed newstyle negotiation, structured replies and block status (`base:allocation`, the server `qemu:dirty-bitmap:` too), with threads that
 //! block and no runtime. `wire` has the bytes, as pure functions. What a peer sends is never trusted: it costs
 //! bounded memory, and ends the connection when it breaks the protocol.
 //!

@@ -90,6 +90,18 @@ impl BitmapBits {
         ranges
     }
 
+    /// Whether the byte at an offset of the disk is marked, and for how many bytes from there, at most `bytes`, that is so.
+    pub fn run(&self, offset: u64, bytes: u64) -> (u64, bool) {
+        let first = offset >> self.granularity_bits;
+        let is_marked = self.get(first);
+        let end = offset.saturating_add(bytes);
+        let mut next = first + 1;
+        while next << self.granularity_bits < end && self.get(next) == is_marked {
+            next += 1;
+        }
+        ((next << self.granularity_bits).min(end) - offset, is_marked)
+    }
+
     fn resized(&self, disk_bytes: u64) -> Option<BitmapBits> {
         let mut new = BitmapBits::clear(disk_bytes, self.granularity_bits)?;
         self.ranges().into_iter().for_each(|(offset, bytes)| new.set(offset, bytes));

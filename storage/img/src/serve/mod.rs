@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use block::nbd::{CLIENTS_UNLIMITED, Listener, NbdError, ServeOptions, Stop, serve};
 use block::spec::{NBD_PORT, NbdAddress};
-use block::{BlockError, CacheMode, Discard, Disk, OpenOptions};
+use block::{BitmapBits, BlockError, CacheMode, Discard, Disk, MaintenanceError, OpenOptions};
 use thiserror::Error;
 
 use crate::Command;
@@ -100,6 +100,10 @@ pub enum ServeError {
     NotSupported { option: &'static str, instead: &'static str },
     #[error("Failed to blk_new_open '{name}': {reason}", reason = reason(source))]
     Open { name: String, source: Box<ImgError> },
+    #[error("Bitmap '{name}' is not found")]
+    NoBitmap { name: String },
+    #[error("Bitmap '{name}' cannot be used: {}", why(source))]
+    Bitmap { name: String, source: BlockError },
     #[error("{}", chain(.0))]
     Nbd(#[from] NbdError),
     #[error("Could not create '{path}': {}", host(source), path = path.display())]
@@ -151,6 +155,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     if options.offset > 0 && options.offset >= disk.size_bytes() {
         return Err(bad_offset(parsed.value("offset")?.unwrap_or_default()).into());
     }
+    let options = ServeOptions { bitmaps: bitmaps(parsed, &disk, options.read_only)?, ..options };
     let report = |error: &block::nbd::PeerError| crate::warn(&chain(error));
     let options = ServeOptions { report: parsed.has("verbose").then_some(&report), ..options };
     let stop = ready_to_stop()?;
@@ -220,7 +225,6 @@ fn refuse_unsupported(parsed: &Parsed) -> Result<(), ServeError> {
     for (name, option, instead) in [
         ("snapshot", "-s", "create an overlay with 'create -b FILE' and serve that"),
         ("allocation-depth", "-A", "'map' shows in which image data is"),
-        ("bitmap", "-B", "'bitmap' works on the image itself"),
         ("tls-creds", "--tls-creds", tls),
         ("tls-authz", "--tls-authz", tls),
         ("tls-hostname", "--tls-hostname", tls),
@@ -317,6 +321,24 @@ fn open_disk(parsed: &Parsed, file: &OsStr) -> Result<Disk, ImgError> {
         open::show_snapshot(&disk, snapshot)?;
     }
     Ok(disk)
+}
+
+/// The bitmaps whose marks clients can ask for.
+fn bitmaps(parsed: &Parsed, disk: &Disk, read_only: bool) -> Result<Vec<(String, BitmapBits)>, ImgError> {
+    let names = parsed.values("bitmap")?;
+    if !names.is_empty() && !read_only {
+        return Err(ServeError::NotSupported { option: "-B without -r", instead: "add -r" }.into());
+    }
+    let missing = |name: &str| ServeError::NoBitmap { name: name.to_owned() };
+    let found = names.into_iter().map(|name| {
+        let image = disk.qcow2().ok_or_else(|| missing(name))?;
+        let bits = image.bitmap_bits(name).map_err(|source| match source {
+            BlockError::Maintenance { source: MaintenanceError::BitmapNotFound { .. }, .. } => missing(name),
+            source => ServeError::Bitmap { name: name.to_owned(), source },
+        })?;
+        Ok((name.to_owned(), bits))
+    });
+    found.collect()
 }
 
 /// Where in the disk the export starts.

@@ -15,6 +15,8 @@
 //! - `copy FROM TO`, `poke NAME OFFSET HEX`, `grow NAME BYTES`: files are copied and changed in both.
 //! - `same NAME`: the images are equal in content and in what `info` says; the peer's check finds nothing wrong.
 
+#![allow(dead_code, reason = "each test binary uses its part")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

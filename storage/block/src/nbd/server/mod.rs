@@ -19,8 +19,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::error::{NbdError, PeerError};
 use super::socket::Stream;
-use super::wire::{Offer, transmission_flag as can};
+use super::wire::{BASE_ALLOCATION, DIRTY_BITMAP, Offer, transmission_flag as can};
 use crate::disk::Disk;
+use crate::qcow2::BitmapBits;
 
 pub use listener::Listener;
 
@@ -45,6 +46,9 @@ pub struct ServeOptions<'a> {
     pub max_clients: usize,
     /// Whether clients can ask where data is.
     pub allocation: bool,
+    /// What clients can ask which parts of the disk a bitmap marks, by the bitmaps' names; at most 31. The export is
+    /// read only, or they say what was marked when it began.
+    pub bitmaps: Vec<(String, BitmapBits)>,
     /// Each write is on stable storage before it is answered.
     pub write_through: bool,
     /// Go on when the last client has left.
@@ -67,6 +71,7 @@ impl Default for ServeOptions<'_> {
             offset: 0,
             max_clients: 1,
             allocation: true,
+            bitmaps: Vec::new(),
             write_through: false,
             persistent: true,
             handshake_limit: Some(Duration::from_secs(10)),
@@ -167,12 +172,15 @@ fn offer(disk: &Disk, options: &ServeOptions<'_>) -> Offer {
         // All write to one disk, and a flush of one is a flush of all.
         flags |= can::CAN_MULTI_CONN;
     }
+    let allocation = options.allocation.then(|| BASE_ALLOCATION.to_owned());
+    let bitmaps = options.bitmaps.iter().map(|(name, _)| format!("{DIRTY_BITMAP}{name}"));
+    let contexts = allocation.into_iter().chain(bitmaps).collect();
     Offer {
         name: options.name.clone(),
         description: options.description.clone(),
         size_bytes: disk.size_bytes().saturating_sub(options.offset),
         flags,
-        allocation: options.allocation,
+        contexts,
     }
 }
 

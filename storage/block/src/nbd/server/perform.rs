@@ -1,12 +1,13 @@
 //! What a request does to the disk.
 
 use super::super::wire::{
-    BlockRun, PAYLOAD_MAX_BYTES, Request, STATE_HOLE, STATE_ZERO, command, command_flag as flag,
+    BlockRun, PAYLOAD_MAX_BYTES, Request, STATE_DIRTY, STATE_HOLE, STATE_ZERO, command, command_flag as flag,
     transmission_flag as can,
 };
 use crate::disk::Disk;
 use crate::error::{BlockError, ErrorKind};
 use crate::node::ExtentKind;
+use crate::qcow2::BitmapBits;
 
 /// Reads from this length on leave holes out.
 const SPARSE_BYTES: u64 = 64 << 10;
@@ -26,7 +27,12 @@ pub struct Target<'a> {
     pub offset: u64,
     pub size_bytes: u64,
     pub flags: u16,
+    /// Numbers of the metadata contexts that were agreed on.
+    pub contexts: Vec<u32>,
+    /// Whether number 1 is `base:allocation`.
     pub allocation: bool,
+    /// What the numbers behind it are.
+    pub bitmaps: &'a [(String, BitmapBits)],
     pub structured: bool,
     /// Each write waits for stable storage.
     pub write_through: bool,
@@ -48,7 +54,8 @@ pub enum Answer {
     Done,
     /// The parts of a read, in order. Without structured replies there is one, of data.
     Data(Vec<Piece>),
-    Status(Vec<BlockRun>),
+    /// By the number of the context.
+    Status(Vec<(u32, Vec<BlockRun>)>),
     Error(u32, &'static str),
 }
 
@@ -107,7 +114,7 @@ impl Target<'_> {
         }
         match request.command {
             command::READ if request.length > PAYLOAD_MAX_BYTES => Err(TOO_LONG),
-            command::BLOCK_STATUS if !self.allocation => Err(NO_CONTEXT),
+            command::BLOCK_STATUS if self.contexts.is_empty() => Err(NO_CONTEXT),
             command::BLOCK_STATUS if request.length == 0 => Err(EMPTY),
             _ => Ok(()),
         }
@@ -191,25 +198,23 @@ impl Target<'_> {
     }
 
     fn status(&self, at: u64, bytes: u64, only_one: bool) -> Result<Answer, BlockError> {
-        let mut runs: Vec<BlockRun> = Vec::new();
-        let mut done = 0;
-        for _ in 0..STEPS_MAX {
-            if done == bytes {
-                break;
-            }
-            let (found, is_data) = self.run(at + done, bytes - done)?;
-            // As QEMU: what is not data takes no space that matters, and reads as zeroes.
-            let state = if is_data { 0 } else { STATE_HOLE | STATE_ZERO };
-            let most = if only_one { 1 } else { RUNS_MAX };
-            let has_room = runs.len() < most;
-            match runs.last_mut().filter(|last| last.state == state) {
-                Some(last) => last.bytes += found as u32,
-                None if !has_room => break,
-                None => runs.push(BlockRun { bytes: found as u32, state }),
-            }
-            done += found;
+        let mut contexts = Vec::with_capacity(self.contexts.len());
+        for id in &self.contexts {
+            let bitmap = (*id as usize).checked_sub(1 + usize::from(self.allocation));
+            let runs = match bitmap.and_then(|index| self.bitmaps.get(index)) {
+                Some((_, bits)) => runs_of(at, bytes, only_one, |at, bytes| {
+                    let (found, is_marked) = bits.run(at, bytes);
+                    Ok((found, if is_marked { STATE_DIRTY } else { 0 }))
+                })?,
+                None => runs_of(at, bytes, only_one, |at, bytes| {
+                    let (found, is_data) = self.run(at, bytes)?;
+                    // As QEMU: what is not data takes no space that matters, and reads as zeroes.
+                    Ok((found, if is_data { 0 } else { STATE_HOLE | STATE_ZERO }))
+                })?,
+            };
+            contexts.push((*id, runs));
         }
-        Ok(Answer::Status(runs))
+        Ok(Answer::Status(contexts))
     }
 
     /// Reads a range so that the host has it in memory.
@@ -223,4 +228,30 @@ impl Target<'_> {
         }
         Ok(())
     }
+}
+
+/// The states of a range, as `ask` tells them piece by piece: a part of it if there are many.
+fn runs_of(
+    at: u64,
+    bytes: u64,
+    only_one: bool,
+    ask: impl Fn(u64, u64) -> Result<(u64, u32), BlockError>,
+) -> Result<Vec<BlockRun>, BlockError> {
+    let mut runs: Vec<BlockRun> = Vec::new();
+    let mut done = 0;
+    for _ in 0..STEPS_MAX {
+        if done == bytes {
+            break;
+        }
+        let (found, state) = ask(at + done, bytes - done)?;
+        let most = if only_one { 1 } else { RUNS_MAX };
+        let has_room = runs.len() < most;
+        match runs.last_mut().filter(|last| last.state == state) {
+            Some(last) => last.bytes += found as u32,
+            None if !has_room => break,
+            None => runs.push(BlockRun { bytes: found as u32, state }),
+        }
+        done += found;
+    }
+    Ok(runs)
 }

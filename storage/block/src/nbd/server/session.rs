@@ -58,7 +58,9 @@ pub fn run(
             offset: options.offset,
             size_bytes: offer.size_bytes,
             flags: offer.flags,
-            allocation: agreed.allocation,
+            contexts: agreed.contexts.clone(),
+            bitmaps: &options.bitmaps,
+            allocation: options.allocation,
             structured: agreed.structured,
             write_through: options.write_through,
         },
@@ -124,7 +126,11 @@ impl Session<'_> {
                 encode_simple(head, 0, cookie);
                 return write_all_vectored(stream, &mut [IoSlice::new(head), IoSlice::new(room)]);
             }
-            Answer::Status(runs) => encode_block_status(head, cookie, Negotiation::ALLOCATION_ID, runs),
+            Answer::Status(contexts) => {
+                for (index, (id, runs)) in contexts.iter().enumerate() {
+                    encode_block_status(head, cookie, *id, runs, index + 1 == contexts.len());
+                }
+            }
             Answer::Done => encode_simple(head, 0, cookie),
             Answer::Error(errno, text) if self.structured => encode_error(head, cookie, *errno, text),
             Answer::Error(errno, _) => encode_simple(head, *errno, cookie),

@@ -43,6 +43,10 @@ pub const OPTION_MAX_BYTES: u32 = 64 << 10;
 pub const QUERIES_MAX: usize = 32;
 /// The metadata context that tells holes from data.
 pub const BASE_ALLOCATION: &str = "base:allocation";
+/// What the names of metadata contexts begin with that tell what a bitmap marks; the bitmap's name follows.
+pub const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
+/// `qemu:dirty-bitmap:`: the run is marked.
+pub const STATE_DIRTY: u32 = 1;
 /// `base:allocation`: the run takes no space.
 pub const STATE_HOLE: u32 = 1;
 /// `base:allocation`: the run reads as zeroes.

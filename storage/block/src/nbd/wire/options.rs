@@ -1,8 +1,8 @@
 //! Option haggling: what a client asks before it sends requests, and the answers. Spec, "Newstyle negotiation".
 
 use super::{
-    BASE_ALLOCATION, Fields, NAME_MAX_BYTES, OPTION_MAGIC, OPTION_REPLY_MAGIC, PAYLOAD_MAX_BYTES, QUERIES_MAX,
-    WireError, transmission_flag,
+    Fields, NAME_MAX_BYTES, OPTION_MAGIC, OPTION_REPLY_MAGIC, PAYLOAD_MAX_BYTES, QUERIES_MAX, WireError,
+    transmission_flag,
 };
 
 /// Numbers of options.
@@ -278,8 +278,8 @@ pub struct Offer {
     pub size_bytes: u64,
     /// Its transmission flags, apart from what depends on structured replies.
     pub flags: u16,
-    /// Whether block status is given.
-    pub allocation: bool,
+    /// Names of the metadata contexts there are: the first one goes under number 1.
+    pub contexts: Vec<String>,
 }
 
 /// What to do after an option was answered.
@@ -300,14 +300,11 @@ pub struct Negotiation {
     pub no_zeroes: bool,
     /// Structured replies were agreed on.
     pub structured: bool,
-    /// Block status was agreed on.
-    pub allocation: bool,
+    /// Numbers of the metadata contexts that block status is given for.
+    pub contexts: Vec<u32>,
 }
 
 impl Negotiation {
-    /// The number under which `base:allocation` goes.
-    pub const ALLOCATION_ID: u32 = 1;
-
     /// After the client's flags. A client that is not fixed newstyle may only name its export.
     pub fn start(client_flags: u32) -> Result<Negotiation, WireError> {
         let known = u32::from(super::handshake_flag::FIXED_NEWSTYLE | super::handshake_flag::NO_ZEROES);
@@ -376,17 +373,18 @@ impl Negotiation {
                 unknown(out);
             }
             OptionRequest::ListMeta { queries, .. } => {
-                let all = queries.is_empty() || queries.iter().any(|query| query == "base:");
-                if offer.allocation && (all || queries.iter().any(|query| query == BASE_ALLOCATION)) {
-                    Self::name_context(number, 0, out);
-                }
+                let asked = offer.contexts.iter().filter(|name| is_asked_for(name, &queries));
+                asked.for_each(|name| Self::name_context(number, 0, name, out));
                 answer(out, number, reply::ACK, &[]);
             }
             OptionRequest::SetMeta { queries, .. } => {
                 // Each call replaces what an earlier one chose.
-                self.allocation = offer.allocation && queries.iter().any(|query| query == BASE_ALLOCATION);
-                if self.allocation {
-                    Self::name_context(number, Self::ALLOCATION_ID, out);
+                self.contexts.clear();
+                for (id, name) in (1..).zip(&offer.contexts) {
+                    if queries.contains(name) {
+                        self.contexts.push(id);
+                        Self::name_context(number, id, name, out);
+                    }
                 }
                 answer(out, number, reply::ACK, &[]);
             }
@@ -395,9 +393,9 @@ impl Negotiation {
         Verdict::Continue
     }
 
-    fn name_context(number: u32, id: u32, out: &mut Vec<u8>) {
+    fn name_context(number: u32, id: u32, name: &str, out: &mut Vec<u8>) {
         let mut data = id.to_be_bytes().to_vec();
-        data.extend(BASE_ALLOCATION.as_bytes());
+        data.extend(name.as_bytes());
         answer(out, number, reply::META_CONTEXT, &data);
     }
 
@@ -435,6 +433,12 @@ impl Negotiation {
     }
 }
 
+/// Whether queries for a list mean a context: one that ends with a colon asks for all that begin so, none for all.
+fn is_asked_for(name: &str, queries: &[String]) -> bool {
+    let asks = |query: &String| query == name || query.ends_with(':') && name.starts_with(query);
+    queries.is_empty() || queries.iter().any(asks)
+}
+
 /// The client's flags in answer to the server's; `None`: the server is too old to haggle over options.
 pub fn client_options(server_flags: u16) -> Option<u32> {
     let ours = super::handshake_flag::FIXED_NEWSTYLE | super::handshake_flag::NO_ZEROES;
@@ -446,11 +450,12 @@ const _: () = assert!(NAME_MAX_BYTES < super::OPTION_MAX_BYTES as usize);
 
 #[cfg(test)]
 mod tests {
+    use super::super::BASE_ALLOCATION;
     use super::*;
 
     fn offer() -> Offer {
         let (name, description) = ("disk".to_owned(), "a disk".to_owned());
-        Offer { name, description, size_bytes: 0x10000, flags: 0x0005, allocation: true }
+        Offer { name, description, size_bytes: 0x10000, flags: 0x0005, contexts: vec![BASE_ALLOCATION.to_owned()] }
     }
 
     fn hex(text: &str) -> Vec<u8> {
@@ -556,7 +561,40 @@ mod tests {
         let data = encode_meta_request("disk", &[BASE_ALLOCATION]);
         let mut negotiation = Negotiation::start(3).unwrap();
         negotiation.answer(&offer(), option::SET_META_CONTEXT, &data, &mut out);
-        assert_eq!((out[12..16].to_vec(), negotiation.allocation), (hex("80000003"), false));
+        assert_eq!((out[12..16].to_vec(), negotiation.contexts), (hex("80000003"), vec![]));
+    }
+
+    #[test]
+    fn contexts_are_chosen_by_name_and_listed_by_what_they_begin_with() {
+        let contexts = [BASE_ALLOCATION, "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b"].map(str::to_owned).to_vec();
+        let offer = Offer { contexts, ..offer() };
+        for (option, queries, want) in [
+            (option::LIST_META_CONTEXT, vec![], vec![0, 0, 0]),
+            (option::LIST_META_CONTEXT, vec!["qemu:"], vec![0, 0]),
+            (option::LIST_META_CONTEXT, vec!["qemu:dirty-bitmap:", "base:"], vec![0, 0, 0]),
+            (option::LIST_META_CONTEXT, vec!["qemu:dirty-bitmap:a", "other:"], vec![0]),
+            (option::SET_META_CONTEXT, vec!["qemu:dirty-bitmap:b", BASE_ALLOCATION], vec![1, 3]),
+            (option::SET_META_CONTEXT, vec!["qemu:dirty-bitmap:"], vec![]),
+            (option::SET_META_CONTEXT, vec![], vec![]),
+        ] {
+            let mut negotiation = Negotiation { structured: true, contexts: vec![2], ..Negotiation::default() };
+            let mut out = Vec::new();
+            negotiation.answer(&offer, option, &encode_meta_request("disk", &queries), &mut out);
+            let mut ids = Vec::new();
+            let mut left = &out[..];
+            while let Some((head, rest)) = left.split_at_checked(OptionReply::BYTES) {
+                let head = OptionReply::decode(head.try_into().unwrap()).unwrap();
+                let (data, rest) = rest.split_at(head.length as usize);
+                if head.kind == reply::META_CONTEXT {
+                    ids.push(decode_meta_context(data).unwrap().0);
+                }
+                left = rest;
+            }
+            assert_eq!(ids, want, "{queries:?}");
+            if option == option::SET_META_CONTEXT {
+                assert_eq!(negotiation.contexts, want, "{queries:?}");
+            }
+        }
     }
 
     #[test]

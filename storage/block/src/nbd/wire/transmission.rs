@@ -192,10 +192,11 @@ pub struct BlockRun {
     pub state: u32,
 }
 
-/// Appends a last chunk with block status.
-pub fn encode_block_status(out: &mut Vec<u8>, cookie: u64, context: u32, runs: &[BlockRun]) {
+/// Appends a chunk with the block status of one context; `is_last` ends the answer.
+pub fn encode_block_status(out: &mut Vec<u8>, cookie: u64, context: u32, runs: &[BlockRun], is_last: bool) {
     let length = 4 + 8 * runs.len() as u32;
-    encode_chunk(out, &Chunk { flags: chunk::DONE, kind: chunk::BLOCK_STATUS, cookie, length });
+    let flags = if is_last { chunk::DONE } else { 0 };
+    encode_chunk(out, &Chunk { flags, kind: chunk::BLOCK_STATUS, cookie, length });
     out.extend(context.to_be_bytes());
     for BlockRun { bytes, state } in runs {
         out.extend(bytes.to_be_bytes());
