@@ -40,6 +40,7 @@ mod vdi;
 mod vhdx;
 mod vmdk;
 mod vpc;
+mod window;
 mod zeroes;
 
 pub use blkdebug::Event;
@@ -57,6 +58,7 @@ pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, Op
 pub use error::{Action, BlockError, ErrorKind};
 pub use foreign::{ForeignImage, ForeignInfo, ForeignReport};
 pub use host_file::{HostFile, use_direct_io};
+pub use image::ova;
 pub use image::qcow2::CompressionType;
 pub use image::qcow2::Snapshot;
 pub use image::vmdk::layout::{AdapterType, Subformat};
@@ -73,3 +75,4 @@ pub use vdi::{VdiOptions, create_vdi};
 pub use vhdx::{VhdxOptions, create_vhdx};
 pub use vmdk::{VmdkExtentInfo, VmdkInfo, VmdkOptions, create_vmdk, vmdk_descriptor, vmdk_extent_names};
 pub use vpc::{VpcOptions, create_vpc};
+pub use window::Window;

@@ -13,6 +13,7 @@ mod crc32c;
 pub mod deflate;
 mod foreign;
 mod format;
+pub mod ova;
 pub mod qcow2;
 pub mod vdi;
 pub mod vhdx;

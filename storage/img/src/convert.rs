@@ -12,6 +12,7 @@ use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
 use crate::optlist::{self, Value};
+use crate::ova;
 use crate::progress::Progress;
 use crate::salvage;
 use crate::stream;
@@ -125,9 +126,18 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     if let (true, [source]) = (parsed.has("bitmaps"), sources.as_slice()) {
         bitmap::copy(source, &target)?;
     }
-    target.flush().map_err(|source| ImgError::Incomplete { target: created.label.clone(), source })?;
+    finish(target, created)?;
     progress.end();
     Ok(0)
+}
+
+/// Closes a target that has all its data, and the archive around it.
+fn finish(target: Disk, created: Target) -> Result<(), ImgError> {
+    let Target { label: name, archive, .. } = created;
+    target.flush().map_err(|source| ImgError::Incomplete { target: name.clone(), source })?;
+    drop(target);
+    let finished = archive.map_or(Ok(()), ova::Writer::finish);
+    finished.map_err(|source| ImgError::Converting { name, format: "ova".to_owned(), source })
 }
 
 /// Options that need or exclude each other, in qemu-img's order.
@@ -196,6 +206,11 @@ pub fn default_workers() -> usize {
 fn open_sources(parsed: &Parsed, names: &[OsString], access: Access) -> Result<Vec<Disk>, ImgError> {
     let format = parsed.value("source-format")?;
     let open = |name: &OsString| {
+        if !parsed.has("source-image-opts")
+            && let Some(archive) = ova::at(name, format)?
+        {
+            archive.verify()?;
+        }
         let named = Named::new(name, parsed.has("source-image-opts"), format)?;
         open::disk(&named, access)
     };
@@ -209,6 +224,8 @@ struct Target {
     is_zero: bool,
     /// It shows a backing file.
     has_backing: bool,
+    /// The archive around it.
+    archive: Option<ova::Writer>,
 }
 
 fn open_target(
@@ -225,9 +242,12 @@ fn open_target(
         let named = Named::new(name, image_opts, format)?;
         let disk = open::disk(&named, Access::write(cache))?;
         let has_backing = parsed.has("backing");
-        return Ok((disk, Target { label, is_zero: false, has_backing }));
+        return Ok((disk, Target { label, is_zero: false, has_backing, archive: None }));
     }
     let format = format.unwrap_or("raw");
+    if format == "ova" {
+        return create_archive(parsed, name, total, cache);
+    }
     if let Some(found) = open_export(parsed, name, format, cache)? {
         return Ok(found);
     }
@@ -247,7 +267,21 @@ fn open_target(
     let is_file = request.path().is_file();
     let named = Named::new(name, false, Some(format))?;
     let disk = open::disk(&named, Access::write(cache))?;
-    Ok((disk, Target { label, is_zero: is_file && !has_backing, has_backing }))
+    Ok((disk, Target { label, is_zero: is_file && !has_backing, has_backing, archive: None }))
+}
+
+/// A new archive with a disk in it.
+fn create_archive(parsed: &Parsed, name: &OsString, total: u64, cache: CacheMode) -> Result<(Disk, Target), ImgError> {
+    let label = name.to_string_lossy().into_owned();
+    if ["target-options", "backing", "bitmaps"].into_iter().any(|option| parsed.has(option)) {
+        return Err(ImgError::Plain(Rule::FormatLacks("options, backing files or bitmaps")));
+    }
+    let spec = ImageSpec::parse(name).map_err(|source| ImgError::Spec { name: label.clone(), source })?;
+    let path = spec.plain_path().ok_or_else(|| ImgError::Plain(Rule::CreateThere(label.clone())))?;
+    let made = ova::Writer::create(path, total, cache);
+    let made = made.map_err(|source| ImgError::Converting { name: label.clone(), format: "ova".to_owned(), source });
+    let (disk, writer) = made?;
+    Ok((disk, Target { label, is_zero: true, has_backing: false, archive: Some(writer) }))
 }
 
 /// An export of an NBD server is there already: a raw image in it needs no making. `None`: it is something else.
@@ -264,7 +298,7 @@ fn open_export(
     }
     let disk = open::disk(&Named::new(name, false, Some(format))?, Access::write(cache))?;
     let label = name.to_string_lossy().into_owned();
-    Ok(Some((disk, Target { label, is_zero: false, has_backing: false })))
+    Ok(Some((disk, Target { label, is_zero: false, has_backing: false, archive: None })))
 }
 
 fn check_compressible(request: &Request, format: &str) -> Result<(), ImgError> {

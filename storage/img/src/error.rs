@@ -4,6 +4,7 @@ use std::io;
 use std::ops::RangeInclusive;
 
 use block::blkdebug::RulesFileError;
+use block::ova::OvaError;
 use block::spec::SpecError;
 use block::{Action, BlockError};
 
@@ -132,6 +133,8 @@ pub enum ImgError {
     CreateHost { name: String, source: io::Error },
     #[error("Failed to read block status: {}", why(source))]
     BlockStatus { source: BlockError },
+    #[error("Could not open '{name}': {}", chain(fault))]
+    Ova { name: String, fault: OvaFault },
     #[error("{source}\n{}: Invalid options for file format '{format}'", crate::program())]
     OptionsOf { format: String, source: Box<ImgError> },
     #[error("{doing}: {}", why(source))]
@@ -147,6 +150,24 @@ pub enum ImgError {
     /// Another exit code than that of the error.
     #[error("{source}")]
     WithCode { code: u8, source: Box<ImgError> },
+}
+
+/// What is wrong with an OVA file, or what it has that is not read.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the fields are named in the messages right above them")]
+pub enum OvaFault {
+    #[error(transparent)]
+    Archive(OvaError<io::Error>),
+    #[error("the archive has no disk")]
+    NoDisk,
+    #[error("the archive has several disks; name one of them:\n{names}")]
+    ManyDisks { names: String },
+    #[error("the disk '{member}' is packed ({how}); unpack the archive, and the file, first")]
+    Packed { member: String, how: String },
+    #[error("the manifest names '{member}', which is not in the archive")]
+    NotThere { member: String },
+    #[error("the contents of '{member}' do not match their digest in the manifest; the archive was changed or damaged")]
+    Digest { member: String },
 }
 
 /// Why an image was not created.
@@ -314,6 +335,8 @@ pub enum Rule {
          file ({have})"
     )]
     SliceEnd { offset: u64, size: u64, have: u64 },
+    #[error("Block node is read-only")]
+    ReadOnly,
     #[error("{}", chain(.0))]
     RulesFile(RulesFileError),
     #[error("Could not read image for determining its format: {}", host(.0))]

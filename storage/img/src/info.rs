@@ -17,6 +17,7 @@ use crate::io::amount;
 use crate::json::write_json;
 use crate::layers;
 use crate::open::{self, Access, Named};
+use crate::ova;
 use crate::size::human;
 use crate::snapshot::table;
 
@@ -37,6 +38,15 @@ const OPTIONS: &[Opt] = &[
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
     let json = parsed.json()?;
+    if let Some(archive) = ova::of(parsed)? {
+        let mut out = stdout().lock();
+        match (json, parsed.has("backing-chain")) {
+            (true, true) => write_json(&mut out, &json!([archive.to_json()?]))?,
+            (true, false) => write_json(&mut out, &archive.to_json()?)?,
+            (false, _) => out.write_all(archive.to_text()?.as_bytes())?,
+        }
+        return Ok(0);
+    }
     let named = Named::of(parsed, file, "format")?;
     if named.spec.plain_path().is_none() && !named.is_export() {
         return layered(&named, parsed, json);

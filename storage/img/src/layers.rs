@@ -7,8 +7,8 @@ use block::blkdebug::{Blkdebug, read_rules};
 use block::nbd::NbdFile;
 use block::spec::{BackingSpec, FileSpec, ImageSpec, has_protocol};
 use block::{
-    BlockError, CHAIN_MAX, CacheMode, ChainBackend, Disk, Event, FileBackend, Format, HostFile, OpenOptions,
-    PROBE_BYTES, ReadBufs, WriteBufs, beside, inspect_backend, open_alone, probe, use_direct_io,
+    BlockError, CHAIN_MAX, CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, PROBE_BYTES,
+    ReadBufs, Window, WriteBufs, beside, inspect_backend, open_alone, probe, use_direct_io,
 };
 
 use crate::error::{ImgError, Rule};
@@ -17,6 +17,9 @@ use crate::open::{Access, Named};
 /// Opens the disk that a name with layers stands for.
 pub fn disk(named: &Named, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
     let mut opener = Opener { label: &named.label, access, declared: true, layers: Vec::new() };
+    if access.write && named.spec.read_only == Some(true) {
+        return Err(opener.rule(Rule::ReadOnly));
+    }
     opener.add(&named.spec)?;
     let format = opener.layers.first().map_or(Format::Raw, |top| top.format);
     let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..options };
@@ -190,7 +193,7 @@ impl Opener<'_> {
                 if offset.checked_add(size).is_none_or(|end| end > have) {
                     return Err(self.rule(Rule::SliceEnd { offset: *offset, size, have }));
                 }
-                Ok((Box::new(Slice { below, offset: *offset, size }), label))
+                Ok((Box::new(Window::new(below, *offset, Some(size))), label))
             }
             FileSpec::Image(image) => {
                 let mut inner = Opener { layers: Vec::new(), ..*self };
@@ -251,62 +254,6 @@ impl FileBackend for Nothing {
     }
     fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(0)
-    }
-}
-
-/// A part of a file. It neither grows nor shrinks.
-struct Slice {
-    below: Box<dyn FileBackend>,
-    offset: u64,
-    size: u64,
-}
-
-impl Slice {
-    /// Where a range is in the file below; an error if it is not all inside.
-    fn place(&self, at: u64, bytes: u64) -> io::Result<u64> {
-        match at.checked_add(bytes) {
-            Some(end) if end <= self.size => Ok(self.offset + at),
-            _ => Err(io::ErrorKind::InvalidInput.into()),
-        }
-    }
-}
-
-impl FileBackend for Slice {
-    fn read_at(&self, at: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
-        let inside = usize::try_from(self.size.saturating_sub(at)).unwrap_or(usize::MAX).min(bufs.len());
-        bufs.range(inside, bufs.len() - inside).fill_zero();
-        if inside == 0 {
-            return Ok(());
-        }
-        self.below.read_at(self.offset + at, &bufs.range(0, inside))
-    }
-    fn write_at(&self, at: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
-        self.below.write_at(self.place(at, bufs.len() as u64)?, bufs)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.below.sync_data()
-    }
-    fn punch_hole(&self, at: u64, bytes: u64) -> io::Result<()> {
-        self.below.punch_hole(self.place(at, bytes)?, bytes)
-    }
-    fn write_zeroes(&self, at: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
-        self.below.write_zeroes(self.place(at, bytes)?, bytes, may_unmap)
-    }
-    fn extent(&self, at: u64, bytes: u64) -> io::Result<(u64, bool)> {
-        let inside = self.size.saturating_sub(at).min(bytes);
-        if inside == 0 { Ok((bytes, false)) } else { self.below.extent(self.offset + at, inside) }
-    }
-    fn event(&self, event: Event) {
-        self.below.event(event);
-    }
-    fn len_bytes(&self) -> io::Result<u64> {
-        Ok(self.size)
-    }
-    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
-        if bytes == self.size { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.below.allocated_bytes()
     }
 }
 

@@ -29,6 +29,7 @@ mod map;
 mod measure;
 mod open;
 mod optlist;
+mod ova;
 mod progress;
 mod qcow2_options;
 mod rebase;

@@ -12,6 +12,7 @@ use block::{
 use crate::error::{ImgError, Rule};
 use crate::getopt::Parsed;
 use crate::layers;
+use crate::ova;
 use crate::secret::Secrets;
 
 /// An image as a command line names it.
@@ -37,6 +38,10 @@ impl Named {
     /// Reads a name. `format` replaces what the name declares.
     pub fn new(file: &OsStr, image_opts: bool, format: Option<&str>) -> Result<Named, ImgError> {
         let label = file.to_string_lossy().into_owned();
+        let archive = if image_opts { None } else { ova::at(file, format)? };
+        if let Some(archive) = archive {
+            return Ok(Named { spec: archive.image()?, label });
+        }
         let refused = |source| ImgError::Spec { name: label.clone(), source };
         let mut spec = match (image_opts, file.to_str()) {
             (true, Some(text)) => ImageSpec::parse_options(text).map_err(refused)?,

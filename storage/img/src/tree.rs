@@ -10,6 +10,7 @@ use crate::error::ImgError;
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed};
 use crate::json::write_json;
 use crate::open::Named;
+use crate::ova;
 use crate::size::human;
 
 /// `tree`.
@@ -55,6 +56,14 @@ impl Ink {
 }
 
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
+    if let Some(archive) = ova::of(parsed)? {
+        let mut out = stdout().lock();
+        match parsed.json()? {
+            true => write_json(&mut out, &json!({"chain": [archive.to_json()?], "broken": null}))?,
+            false => out.write_all(archive.tree()?.as_bytes())?,
+        }
+        return Ok(0);
+    }
     let named = Named::of(parsed, parsed.one_file()?, "format")?;
     // Nothing here depends on whether the image changes meanwhile.
     let mut chain = Vec::new();

@@ -5,6 +5,7 @@
 //! `cargo +nightly fuzz run --fuzz-dir tests/fuzz/libfuzzer TARGET` runs one without bound, guided by coverage.
 #![forbid(unsafe_code)]
 
+mod archives;
 mod code;
 mod deflate;
 mod disks;
@@ -17,7 +18,7 @@ mod protocols;
 pub type Target = (&'static str, fn(&[u8]) -> bool);
 
 /// All targets.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     ("frames", protocols::frames),
     ("monitor", protocols::monitor_lines),
     ("domain_xml", protocols::domain_xml),
@@ -32,6 +33,7 @@ pub const TARGETS: [Target; 14] = [
     ("names", names::names),
     ("nbd", nbd::nbd),
     ("deflate", deflate::deflate),
+    ("ova", archives::ova),
 ];
 
 /// Runs a target by name: whether it took the bytes. Unknown names take nothing.

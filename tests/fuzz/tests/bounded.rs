@@ -160,6 +160,10 @@ fn deflate() {
     bounded("deflate", 3_000);
 }
 #[test]
+fn ova() {
+    bounded("ova", 20_000);
+}
+#[test]
 fn every_target_is_run() {
     let mut names: Vec<&str> = fuzz::TARGETS.iter().map(|(name, _)| *name).collect();
     names.sort_unstable();
@@ -172,6 +176,7 @@ fn every_target_is_run() {
         "monitor",
         "names",
         "nbd",
+        "ova",
         "qcow2",
         "qcow2_disk",
         "vdi",

@@ -14,6 +14,7 @@
 //! - `file NAME TEXT`: a file with this text in both.
 //! - `copy FROM TO`, `poke NAME OFFSET HEX`, `grow NAME BYTES`: files are copied and changed in both.
 //! - `same NAME`: the images are equal in content and in what `info` says; the peer's check finds nothing wrong.
+#![allow(dead_code, reason = "each test binary uses its part")]
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
