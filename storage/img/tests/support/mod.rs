@@ -16,8 +16,6 @@
 //! - `same NAME`: the images are equal in content and in what `info` says; the peer's check finds nothing wrong.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-#![allow(dead_code, reason = "each test binary uses its part")]
-
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
