@@ -77,6 +77,10 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
 /// A format of another vendor, whose check counts nothing.
 fn check_other(parsed: &Parsed, named: &Named, top: &ChainFile, repair: bool) -> Result<u8, ImgError> {
     let failed = |source| ImgError::Failed { doing: "Check failed".to_owned(), source };
+    // As in qemu-img, these are looked at and never mended.
+    if repair && matches!(top.format, Format::Vdi | Format::Vmdk) {
+        return Err(ImgError::NoChecks);
+    }
     let report = check_foreign(&top.path_label, top.format).map_err(failed)?.ok_or(ImgError::NoChecks)?;
     if repair && report.corruptions > 0 {
         return Err(ImgError::NotSupported("check -r of this format"));

@@ -712,6 +712,8 @@ fn images_of_other_vendors_are_read_and_written() {
         run check a.vhdx
         json check --output=json a.vdi
         fail 63 check a.vpc
+        fail 63 check -r all a.vdi
+        fail 63 check -r leaks a.vmdk
         run map --output=json a.vmdk
         run map --output=json a.vdi
         run convert -O qcow2 a.vmdk vmdk.qcow2
