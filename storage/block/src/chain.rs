@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use image::qcow2::{AUTOCLEAR_BITMAPS, COMPAT_LAZY_REFCOUNTS, CompressionType, Header};
+use image::qcow2::{AUTOCLEAR_BITMAPS, COMPAT_LAZY_REFCOUNTS, CompressionType, CryptMethod, Header};
 use image::{Format, PROBE_BYTES};
 
 use crate::disk::ChainBackend;
@@ -14,7 +14,8 @@ use crate::error::{Action, BlockError};
 use crate::foreign::{ForeignImage, ForeignReport};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
-use crate::qcow2::{check_file, read_header};
+use crate::luks::{EncryptionInfo, Volume, disk_bytes};
+use crate::qcow2::{check_file, luks_volume, read_header};
 use crate::spec::has_protocol;
 use crate::sys::{ReadBufs, lock_byte_held_elsewhere, lock_shared, pread, unlock};
 use crate::vmdk::VmdkInfo;
@@ -62,6 +63,8 @@ pub struct ImageInfo {
     pub data_file: Option<DataFileInfo>,
     /// What only vmdk has.
     pub vmdk: Option<VmdkInfo>,
+    /// How it is encrypted.
+    pub encryption: Option<EncryptionInfo>,
 }
 
 /// What a qcow2 image says of its external data file, which nobody has opened for that.
@@ -132,7 +135,7 @@ pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockEr
     let declared = format.is_some();
     let format = settle_format(path, &file, format)?;
     let foreign = match format {
-        Format::Raw | Format::Qcow2 => None,
+        Format::Raw | Format::Luks | Format::Qcow2 => None,
         _ => Some(foreign_image(path, &file, format, true, false, declared)?.0),
     };
     describe(&host_file(&file, path)?, path, format, foreign)
@@ -141,7 +144,7 @@ pub fn inspect(path: &Path, format: Option<Format>) -> Result<ImageInfo, BlockEr
 /// As [`inspect`], of an open backend that is no host file.
 pub fn inspect_backend(layer: &ChainBackend) -> Result<ImageInfo, BlockError> {
     let (path, format) = (&layer.path_label, layer.format);
-    if !matches!(format, Format::Raw | Format::Qcow2) {
+    if !matches!(format, Format::Raw | Format::Luks | Format::Qcow2) {
         return Err(BlockError::BackingFormat { path: path.clone(), format: format.name().to_owned() });
     }
     describe(&*layer.file, path, format, None)
@@ -168,6 +171,7 @@ fn describe(
         qcow2: None,
         data_file: None,
         vmdk: None,
+        encryption: None,
     };
     if let Some(foreign) = foreign {
         let said = foreign.inspect()?;
@@ -177,6 +181,11 @@ fn describe(
         info.backing_format = said.backing_name.as_ref().map(|_| format.name().to_owned());
         info.backing_name = said.backing_name;
         info.vmdk = said.vmdk;
+    }
+    if format == Format::Luks {
+        let header = Volume::read(file, path, 0, file_bytes)?.header;
+        info.virtual_size_bytes = disk_bytes(file_bytes, header.payload_offset());
+        info.encryption = Some(EncryptionInfo::Luks(Box::new(header)));
     }
     if format == Format::Qcow2 {
         let header = read_header(file, path)?;
@@ -195,6 +204,11 @@ fn describe(
         });
         let (name, raw) = (header.data_file_name(), header.is_data_file_raw());
         info.data_file = header.geometry.data_file.then_some(DataFileInfo { name, raw });
+        info.encryption = match header.crypt_method {
+            CryptMethod::None => None,
+            CryptMethod::LegacyAes => Some(EncryptionInfo::LegacyAes),
+            CryptMethod::Luks(_) => Some(EncryptionInfo::Luks(Box::new(luks_volume(file, path, &header)?.header))),
+        };
         info.backing_name = header.backing_name;
         info.backing_format = header.backing_format;
     }
@@ -203,7 +217,7 @@ fn describe(
 
 /// Looks for contradictions in the tables of a vdi, vmdk or vhdx; `None` for a format without checks. Takes no lock.
 pub fn check_foreign(path: &Path, format: Format) -> Result<Option<ForeignReport>, BlockError> {
-    if matches!(format, Format::Raw | Format::Qcow2) {
+    if matches!(format, Format::Raw | Format::Luks | Format::Qcow2) {
         return Ok(None);
     }
     foreign_image(path, &open_image(path, true)?, format, true, false, true)?.0.check()
@@ -272,7 +286,7 @@ fn resolve(
         }
         let mut extents = Vec::new();
         match format {
-            Format::Raw => {}
+            Format::Raw | Format::Luks => {}
             Format::Qcow2 => {
                 let header = read_header(&host_file(&file, &path)?, &path)?;
                 // Only a person at a command line can mean a file that an image names.

@@ -4,14 +4,15 @@ use std::fs::{File, OpenOptions as FileOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use image::qcow2::CompressionType;
 pub use image::qcow2::layout::DataFile;
 use image::qcow2::layout::{Features, NewImage, Plan};
+use image::qcow2::{CompressionType, CryptMethod, CryptoHeader};
 
 use crate::chain::lock_image;
 use crate::error::{Action, BlockError};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
+use crate::luks::{LuksCreate, NewVolume, new_volume};
 use crate::sys::WriteBufs;
 use crate::zeroes::{PIECE_BYTES, write_zero_data};
 
@@ -61,6 +62,8 @@ pub struct Qcow2Create {
     pub preallocation: Preallocation,
     /// The file that guest data goes to, see [`format_data_file`].
     pub data_file: Option<DataFile>,
+    /// How it is encrypted.
+    pub encryption: Option<LuksCreate>,
 }
 
 impl Default for Qcow2Create {
@@ -76,6 +79,7 @@ impl Default for Qcow2Create {
             extended_l2: false,
             preallocation: Preallocation::Off,
             data_file: None,
+            encryption: None,
         }
     }
 }
@@ -114,12 +118,17 @@ pub fn format_qcow2(
         refcount_order: opts.refcount_order,
         backing: opts.backing.clone(),
     };
+    if opts.encryption.is_some() && opts.data_file.is_some() {
+        return Err(BlockError::SealedDataFile { path: path.to_owned() });
+    }
+    let volume = opts.encryption.as_ref().map(|luks| new_volume(path, luks)).transpose()?;
     let features = Features {
         compression: opts.compression,
         lazy_refcounts: opts.lazy_refcounts,
         extended_l2: opts.extended_l2,
         preallocate: opts.preallocation != Preallocation::Off,
         data_file: opts.data_file.clone(),
+        crypto_header_bytes: volume.as_ref().map_or(0, NewVolume::bytes),
     };
     let plan = Plan::new(&new, &features).map_err(refused)?;
     let failed = |e| BlockError::io(path, Action::Create, e);
@@ -129,7 +138,18 @@ pub fn format_qcow2(
     if file.len_bytes().map_err(failed)? < plan.file_bytes() {
         file.set_len_bytes(plan.file_bytes()).map_err(failed)?;
     }
-    preallocate(file, path, plan.data_range(), opts.preallocation)
+    let Some(volume) = volume else {
+        return preallocate(file, path, plan.data_range(), opts.preallocation);
+    };
+    if let CryptMethod::Luks(CryptoHeader { offset, bytes }) = plan.header().crypt_method {
+        file.write_zeroes(offset, bytes, false).map_err(failed)?;
+        volume.write(file, path, offset)?;
+    }
+    match opts.version {
+        // Version 2 cannot say that room reads as zeroes.
+        2 => volume.write_zeroes(file, path, plan.data_range()),
+        _ => preallocate(file, path, plan.data_range(), opts.preallocation),
+    }
 }
 
 /// Makes `file` the external data file of a new qcow2 image; what it held is lost. The image comes after it, so that no

@@ -16,8 +16,9 @@ use crate::error::{Action, BlockError};
 use crate::foreign::{ForeignImage, open_foreign};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
+use crate::luks::{LayerKey, open_luks};
 use crate::node::{Below, Extent, ExtentKind, Mapped, Node, read_chain};
-use crate::qcow2::{DataFile, Qcow2Image, Qcow2Node, Qcow2Options};
+use crate::qcow2::{DataFile, Qcow2Image, Qcow2Node, Qcow2Options, Sealing};
 use crate::raw::RawNode;
 use crate::sys::{ReadBufs, WriteBufs};
 
@@ -56,6 +57,8 @@ pub struct OpenOptions {
     pub cache: CacheMode,
     /// Bound of the memory for L2 tables, for each qcow2 image of the chain. At least 16 KiB are used.
     pub l2_cache_bytes: u64,
+    /// What opens the encryption of each layer, the top image's first; layers behind the end have no key.
+    pub keys: Vec<LayerKey>,
 }
 
 impl Default for OpenOptions {
@@ -68,6 +71,7 @@ impl Default for OpenOptions {
             detect_zeroes: false,
             cache: CacheMode::Writeback,
             l2_cache_bytes: 1 << 20,
+            keys: Vec::new(),
         }
     }
 }
@@ -499,9 +503,11 @@ fn open_node(
 ) -> Result<Arc<dyn Node>, BlockError> {
     let ChainBackend { file, path_label: path, format, extents } = layer;
     let file: Arc<dyn FileBackend> = file.into();
+    let key = opts.keys.get(depth).unwrap_or(&LayerKey::None);
     let (read_only, no_sync) = (opts.read_only || depth > 0, opts.cache == CacheMode::Unsafe);
     let node: Arc<dyn Node> = match format {
         Format::Raw => Arc::new(RawNode::open(file, path, no_sync)?),
+        Format::Luks => Arc::new(open_luks(file, path, key, read_only, no_sync)?),
         Format::Qcow2 => {
             let options = Qcow2Options {
                 read_only,
@@ -509,8 +515,9 @@ fn open_node(
                 punch_freed: opts.discard == Discard::Unmap,
                 no_sync,
                 l2_cache_bytes: opts.l2_cache_bytes,
+                sealing: Sealing::Plain,
             };
-            Arc::new(Qcow2Node::open(file, ChainBackend::data_file(extents), path, &options)?)
+            Arc::new(Qcow2Node::open(file, ChainBackend::data_file(extents), path, options, key)?)
         }
         Format::Vdi | Format::Vmdk | Format::Vhdx | Format::Vpc => {
             let extents = extents.into_iter().map(|(file, path)| (file.into(), path)).collect();

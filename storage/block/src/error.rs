@@ -3,12 +3,14 @@
 use std::io;
 use std::path::PathBuf;
 
+use image::luks::LuksError;
 use image::qcow2::check::CheckError;
 use image::qcow2::{DecompressError, EntryError, HeaderError};
 use image::{Format, FormatMismatch};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::luks::KeySlotError;
 use crate::nbd::NbdError;
 use crate::qcow2::MaintenanceError;
 
@@ -133,6 +135,28 @@ pub enum BlockError {
     DataFileConsent { path: PathBuf, name: String },
     #[error("{path}: the name of its data file, '{name}', is not a path; name it with the option data-file", path = path.display())]
     DataFileProtocol { path: PathBuf, name: String },
+    #[error("{path}: the LUKS header is refused", path = path.display())]
+    Luks { path: PathBuf, source: LuksError },
+    #[error("{path}: the LUKS header and its key material need {need} bytes, but there is room for {room}; the image was truncated", path = path.display())]
+    LuksCutOff { path: PathBuf, need: u64, room: u64 },
+    #[error("{path}: is encrypted, and no passphrase was given; name a secret with the option {parameter}", path = path.display())]
+    KeyNeeded { path: PathBuf, parameter: &'static str },
+    #[error("{path}: the passphrase fits none of the key slots", path = path.display())]
+    WrongKey { path: PathBuf },
+    #[error("{path}: is encrypted, and was opened without its key: what it describes can be read, its data cannot", path = path.display())]
+    Closed { path: PathBuf },
+    #[error("{path}: has the AES-CBC encryption of old qcow2 images, which is not safe and can only be read by a tool; convert the image to one with LUKS", path = path.display())]
+    LegacyEncryption { path: PathBuf },
+    #[error("{path}: PBKDF iterations {iterations} larger than {max}; ask for less time", path = path.display())]
+    IterTime { path: PathBuf, iterations: u64, max: u32 },
+    #[error("{path}: the key slots are not changed", path = path.display())]
+    KeySlot { path: PathBuf, source: KeySlotError },
+    #[error("{path}: is encrypted and keeps its data in another file, which is not supported; qemu-img can convert it", path = path.display())]
+    SealedDataFile { path: PathBuf },
+    #[error("{path}: the image is not encrypted with LUKS", path = path.display())]
+    NotLuks { path: PathBuf },
+    #[error("{path}: an encrypted image has no compressed writes: they would put plain text into it", path = path.display())]
+    CompressedPlain { path: PathBuf },
     #[error("stopped on request")]
     Stopped,
     #[error("{path}: a job is running on the disk; wait for its end, or cancel it", path = path.display())]
@@ -201,25 +225,14 @@ impl BlockError {
             | E::RefcountTable { .. }
             | E::MarkedCorrupt { .. }
             | E::Unrepairable { .. } => ErrorKind::Corrupt,
-            E::Header { source, .. } => match source {
-                HeaderError::Version(_)
-                | HeaderError::Encrypted(_)
-                | HeaderError::Feature { .. }
-                | HeaderError::Compression(_) => ErrorKind::Unsupported,
-                _ => ErrorKind::Corrupt,
-            },
+            E::Header { source, .. } => kind_of_header(source),
             E::Maintenance { source, .. } if source.is_damage() => ErrorKind::Corrupt,
             E::Format { source, .. } if !source.is_unsupported() => ErrorKind::Corrupt,
+            E::Luks { source, .. } if !source.is_unsupported() => ErrorKind::Corrupt,
+            E::LuksCutOff { .. } => ErrorKind::Corrupt,
             E::ExtentFile { source, .. } | E::DataFile { source, .. } => source.kind(),
-            E::CheckFailed { source: CheckError::Snapshots(_), .. }
-            | E::Rebuild { source: CheckError::Snapshots(_), .. } => ErrorKind::Corrupt,
-            E::CheckFailed { source: CheckError::TooLarge, .. } | E::Rebuild { source: CheckError::TooLarge, .. } => {
-                ErrorKind::Unsupported
-            }
-            E::CheckFailed { source: CheckError::Read(_), .. }
-            | E::Rebuild { source: CheckError::Read(_), .. }
-            | E::Io { .. }
-            | E::FlushFailed { .. } => ErrorKind::Io,
+            E::CheckFailed { source, .. } | E::Rebuild { source, .. } => kind_of_check(source),
+            E::Io { .. } | E::FlushFailed { .. } => ErrorKind::Io,
             E::BackingMissing { .. } | E::Locked { .. } | E::Nbd(_) => ErrorKind::Io,
             E::Mismatch { .. }
             | E::RefcountTableFull { .. }
@@ -233,6 +246,16 @@ impl BlockError {
             | E::NoBitmaps { .. }
             | E::NoSuchLayer { .. }
             | E::TargetTooSmall { .. }
+            | E::Luks { .. }
+            | E::KeyNeeded { .. }
+            | E::WrongKey { .. }
+            | E::Closed { .. }
+            | E::LegacyEncryption { .. }
+            | E::IterTime { .. }
+            | E::KeySlot { .. }
+            | E::CompressedPlain { .. }
+            | E::NotLuks { .. }
+            | E::SealedDataFile { .. }
             | E::Format { .. }
             | E::NotForeign { .. }
             | E::ExtentConsent { .. }
@@ -252,5 +275,23 @@ impl BlockError {
             | E::Loop { .. }
             | E::TooDeep { .. } => ErrorKind::Unsupported,
         }
+    }
+}
+
+fn kind_of_header(error: &HeaderError) -> ErrorKind {
+    match error {
+        HeaderError::Version(_)
+        | HeaderError::Encrypted(_)
+        | HeaderError::Feature { .. }
+        | HeaderError::Compression(_) => ErrorKind::Unsupported,
+        _ => ErrorKind::Corrupt,
+    }
+}
+
+fn kind_of_check(error: &CheckError<io::Error>) -> ErrorKind {
+    match error {
+        CheckError::Snapshots(_) => ErrorKind::Corrupt,
+        CheckError::TooLarge => ErrorKind::Unsupported,
+        CheckError::Read(_) => ErrorKind::Io,
     }
 }

@@ -19,7 +19,7 @@ pub struct ForeignImage {
     pub file: Arc<dyn FileBackend>,
     /// Its name in errors.
     pub path: PathBuf,
-    /// What it is: not raw and not qcow2.
+    /// What it is: not raw, not LUKS and not qcow2.
     pub format: Format,
     /// The files of [`ForeignImage::extent_names`], in that order, with their names in errors.
     pub extents: Vec<(Arc<dyn FileBackend>, PathBuf)>,
@@ -148,7 +148,7 @@ pub(crate) fn open_foreign(image: ForeignImage, read_only: bool, no_sync: bool) 
         Format::Vmdk => Arc::new(open_vmdk(file, path, extents, read_only, no_sync)?),
         Format::Vhdx => Arc::new(open_vhdx(file, path, read_only, no_sync)?),
         Format::Vpc => open_vpc(file, path, read_only, no_sync)?,
-        Format::Raw | Format::Qcow2 => return Err(BlockError::NotForeign { path, format }),
+        Format::Raw | Format::Luks | Format::Qcow2 => return Err(BlockError::NotForeign { path, format }),
     })
 }
 

@@ -25,11 +25,13 @@ mod foreign;
 mod host_file;
 mod io;
 pub mod job;
+mod luks;
 mod mapped;
 pub mod nbd;
 mod node;
 mod page_buf;
 mod qcow2;
+mod random;
 mod raw;
 mod runs;
 mod slice_cache;
@@ -58,12 +60,19 @@ pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, Op
 pub use error::{Action, BlockError, ErrorKind};
 pub use foreign::{ForeignImage, ForeignInfo, ForeignReport};
 pub use host_file::{HostFile, use_direct_io};
+pub use image::luks::{
+    CipherAlgorithm, CipherMode, CipherSpec, Hash, Header as LuksHeader, IvGenerator, LuksError,
+    STRIPES as LUKS_STRIPES, decrypt_aes256_cbc,
+};
 pub use image::ova;
-pub use image::qcow2::CompressionType;
 pub use image::qcow2::Snapshot;
+pub use image::qcow2::{CompressionType, CryptMethod};
 pub use image::vmdk::layout::{AdapterType, Subformat};
 pub use image::{Format, PROBE_BYTES, probe};
 pub use io::FileBackend;
+pub use luks::{
+    EncryptionInfo, KeySlotChange, KeySlotError, LayerKey, LuksCreate, Passphrase, change_key_slots, create_luks,
+};
 pub use node::{Extent, ExtentKind};
 pub use page_buf::PageBuf;
 pub use qcow2::{

@@ -13,6 +13,8 @@ pub const PROBE_BYTES: usize = 512;
 pub enum Format {
     /// The bytes of the disk, nothing else.
     Raw,
+    /// LUKS version 1: the bytes of the disk, encrypted, behind a header.
+    Luks,
     /// qcow2, version 2 (`compat=0.10`) or 3 (`compat=1.1`).
     Qcow2,
     /// VirtualBox.
@@ -27,12 +29,14 @@ pub enum Format {
 
 impl Format {
     /// All of them.
-    pub const ALL: [Format; 6] = [Format::Raw, Format::Qcow2, Format::Vdi, Format::Vmdk, Format::Vhdx, Format::Vpc];
+    pub const ALL: [Format; 7] =
+        [Format::Raw, Format::Luks, Format::Qcow2, Format::Vdi, Format::Vmdk, Format::Vhdx, Format::Vpc];
 
     /// The name libvirt and qemu-img use.
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
+            Format::Luks => "luks",
             Format::Qcow2 => "qcow2",
             Format::Vdi => "vdi",
             Format::Vmdk => "vmdk",
@@ -50,7 +54,7 @@ impl fmt::Display for Format {
 
 /// A format name that this crate does not open.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("image format '{name}' is not supported; the supported ones are raw, qcow2, vdi, vmdk, vhdx and vpc")]
+#[error("image format '{name}' is not supported; the supported ones are raw, luks, qcow2, vdi, vmdk, vhdx and vpc")]
 pub struct UnknownFormat {
     /// The name that was given.
     pub name: String,
@@ -97,6 +101,7 @@ pub fn probe(first: &[u8]) -> Format {
     let has = |at: usize, magic: &[u8]| first.get(at..at + magic.len()) == Some(magic);
     match crate::be32(first, 4) {
         Some(2 | 3) if has(0, b"QFI\xfb") => Format::Qcow2,
+        _ if has(0, b"LUKS\xba\xbe\0\x01") => Format::Luks,
         _ if has(0, b"vhdxfile") => Format::Vhdx,
         _ if has(0, b"conectix") => Format::Vpc,
         _ if has(0, b"KDMV") || has(0, b"COWD") || has(0, b"# Disk DescriptorFile") => Format::Vmdk,
@@ -127,6 +132,8 @@ fn probing_needs_magic_and_a_version_that_exists() {
         (b"QFI\xfb\0\0\0\x01", Format::Raw),
         (b"QFI\xfb", Format::Raw),
         (b"", Format::Raw),
+        (b"LUKS\xba\xbe\0\x01", Format::Luks),
+        (b"LUKS\xba\xbe\0\x02", Format::Raw),
         (b"vhdxfile", Format::Vhdx),
         (b"conectix", Format::Vpc),
         (b"KDMV", Format::Vmdk),

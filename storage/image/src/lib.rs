@@ -4,8 +4,7 @@
 //! mean and what a write has to change, and does it. All input is hostile: every size is bounded before
 //! anything is allocated, arithmetic is checked, and no byte of an image reaches a panic.
 //!
-//! Not modelled yet, and refused by name when an image needs it: encryption of qcow2. The qcow2 specification meant
-//! below is "qcow2 image format", `docs/interop/qcow2.txt` of QEMU.
+//! The qcow2 specification meant below is "qcow2 image format", `docs/interop/qcow2.txt` of QEMU.
 #![forbid(unsafe_code)]
 
 mod bytes;
@@ -13,6 +12,7 @@ mod crc32c;
 pub mod deflate;
 mod foreign;
 mod format;
+pub mod luks;
 pub mod ova;
 pub mod qcow2;
 pub mod vdi;

@@ -1,8 +1,9 @@
 //! `amend`: changes options an image was created with.
 
-use block::{Amend, CacheMode, Format, Preallocation, Qcow2Image};
+use block::{Amend, BlockError, CacheMode, ChainFile, CryptMethod, Format, LayerKey, Preallocation, Qcow2Image};
 
 use crate::Command;
+use crate::encryption;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
@@ -50,6 +51,9 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         ImgError::Parameter { name, .. } if created_only(format, &name) => ImgError::Plain(Rule::CreationOnly(name)),
         other => other,
     })?;
+    if format == Format::Luks {
+        return amend_luks(parsed, &named, top, &list);
+    }
     // A disk that grows must go on showing zeroes where its backing file has bytes, so the whole chain is needed.
     let mut resized = None;
     let image = if list.has("size") {
@@ -59,18 +63,47 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         resized = list.number("size").map(|bytes| (disk, bytes));
         image
     } else {
-        Qcow2Image::open(top, false).map_err(|source| ImgError::Open { name: named.label.clone(), source })?
+        open::qcow2(&named, top, false)?
     };
     let wanted = wanted(&list, &image)?;
+    let slots = encryption::slot_change(&list, "encrypt.", &named.secrets).map_err(ImgError::Plain)?;
+    if slots.is_some() && !matches!(image.header().crypt_method, CryptMethod::Luks(_)) {
+        return Err(ImgError::Plain(Rule::Requires("Can't amend encryption options - encryption not present")));
+    }
     let progress = Progress::of(parsed, None);
     let failed =
         |source| ImgError::Failed { doing: format!("Error while amending options of '{}'", named.label), source };
+    if let Some(change) = slots {
+        image.change_key_slots(&named.key()?, &change, parsed.has("force")).map_err(slots_refused)?;
+    }
     if let Some((disk, bytes)) = &resized {
         disk.resize(*bytes, true, Preallocation::Off).map_err(failed)?;
     }
     image.amend(&wanted).map_err(failed)?;
     progress.end();
     Ok(0)
+}
+
+/// The key slots of a raw volume.
+fn amend_luks(parsed: &Parsed, named: &Named, top: ChainFile, list: &OptList) -> Result<u8, ImgError> {
+    let change = encryption::slot_change(list, "", &named.secrets);
+    let key = named.key()?;
+    if !matches!(key, LayerKey::PassphraseOrLegacy(_)) {
+        return Err(ImgError::OpenRule { name: named.label.clone(), reason: Rule::KeySecret("key-secret") });
+    }
+    let Some(change) = change.map_err(ImgError::Plain)? else { return Err(ImgError::Plain(Rule::Missing("state"))) };
+    let progress = Progress::of(parsed, None);
+    block::change_key_slots(top, &key, &change, parsed.has("force")).map_err(|source| match source {
+        BlockError::WrongKey { .. } | BlockError::Luks { .. } => ImgError::Open { name: named.label.clone(), source },
+        source => slots_refused(source),
+    })?;
+    progress.end();
+    Ok(0)
+}
+
+/// What qemu-img says of key slots that are not changed has no words before it.
+fn slots_refused(source: BlockError) -> ImgError {
+    ImgError::Plain(Rule::Block(source))
 }
 
 fn not_amended(format: &str) -> ImgError {
@@ -110,9 +143,6 @@ fn wanted(list: &OptList, image: &Qcow2Image) -> Result<Amend, ImgError> {
     }
     if version == Some(2) && header.geometry.data_file {
         return rule(Rule::Requires("Cannot downgrade an image with a data file"));
-    }
-    if let Some(name) = list.names().find(|name| name.starts_with("encrypt.")) {
-        return rule(Rule::Option(name.to_owned()));
     }
     let after = version.unwrap_or(header.geometry.version);
     let bits = list.number("refcount_bits");

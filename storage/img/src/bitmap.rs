@@ -6,6 +6,7 @@ use crate::Command;
 use crate::error::{ImgError, Rule, why};
 use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, flag, opt};
 use crate::open::{self, Access, Named};
+use crate::secret::Secrets;
 
 /// `bitmap`.
 pub const COMMAND: Command = Command {
@@ -62,7 +63,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         let action = actions.first().map_or("add", |(name, _)| name);
         return Err(failed(action, format!("the format {} has no persistent bitmaps", top.format)));
     }
-    let image = Qcow2Image::open(top, false).map_err(|source| ImgError::Open { name: named.label.clone(), source })?;
+    let image = open::qcow2(&named, top, false)?;
     for (action, value) in actions {
         let value = value.to_string_lossy();
         let done = match action {
@@ -105,13 +106,13 @@ fn source_bits(
     let Some(file) = parsed.os_value("source-file") else {
         return Ok(image.bitmap_bits(source).map_err(reason));
     };
-    let named = Named::new(file, false, parsed.value("source-format")?)?;
+    let named = Named::new(file, false, parsed.value("source-format")?)?.with(Secrets::of(parsed)?);
     let access = Access { write: false, share: false, cache: CacheMode::Writeback };
     let top = open::top(&named, access)?;
     if top.format != Format::Qcow2 {
         return Ok(Err(format!("Dirty bitmap '{source}' not found")));
     }
-    let other = Qcow2Image::open(top, true).map_err(|source| ImgError::Open { name: named.label.clone(), source })?;
+    let other = open::qcow2(&named, top, true)?;
     Ok(other.bitmap_bits(source).map_err(reason))
 }
 

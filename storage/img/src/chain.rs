@@ -7,12 +7,16 @@ use block::{
     BitmapInfo, BlockError, CHAIN_MAX, CacheMode, ImageInfo, Qcow2Image, Snapshot, beside, inspect, inspect_backend,
 };
 
+use block::spec::ImageSpec;
+
 use crate::error::ImgError;
 use crate::layers;
 use crate::open::{self, Access, Named};
 
 /// One image of a chain, and what it says.
 pub struct Found {
+    /// How outputs call it.
+    pub name: String,
     /// As it is reached from where the tool runs.
     pub path: PathBuf,
     /// Its header.
@@ -62,9 +66,14 @@ impl Walk {
         let top = open::top(named, access)?;
         let info = inspect(&path, named.spec.driver).map_err(failed)?;
         let (snapshots, bitmaps) = kept_inside(&info, || Qcow2Image::open(top, true)).map_err(failed)?;
-        let found = Found { path, info, snapshots, bitmaps, protocol: "file" };
+        let name = match named.spec.key_secret {
+            Some(_) => ImageSpec { driver: Some(info.format), ..named.spec.clone() }.to_string(),
+            None => path.display().to_string(),
+        };
+        let found = Found { name, path, info, snapshots, bitmaps, protocol: "file" };
         if let Some(below) = found.backing_path() {
-            self.next = Some(Named::new(below.as_os_str(), false, found.info.backing_format.as_deref())?);
+            let below = Named::new(below.as_os_str(), false, found.info.backing_format.as_deref())?;
+            self.next = Some(below.with(named.secrets.clone()));
         }
         Ok(found)
     }
@@ -85,7 +94,7 @@ fn of_export(named: &Named) -> Result<Found, ImgError> {
     let layer = layers::top(named)?;
     let (info, path) = (inspect_backend(&layer).map_err(failed)?, layer.path_label.clone());
     let (snapshots, bitmaps) = kept_inside(&info, || Qcow2Image::open_backend(layer, true)).map_err(failed)?;
-    Ok(Found { path, info, snapshots, bitmaps, protocol: "nbd" })
+    Ok(Found { name: path.display().to_string(), path, info, snapshots, bitmaps, protocol: "nbd" })
 }
 
 /// Snapshots and bitmaps of an image, which is opened only if it has some.

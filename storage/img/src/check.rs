@@ -52,6 +52,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         return check_other(parsed, &named, &top, repair.is_some());
     }
     let failed = |source| ImgError::Failed { doing: "Check failed".to_owned(), source };
+    open::require_key(&named, &top)?;
     let (checked, fixed) = match repair {
         None => (check_image(&top.path_label).map_err(failed)?, Fixed::default()),
         Some(what) => {
@@ -76,6 +77,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
 
 /// A format of another vendor, whose check counts nothing.
 fn check_other(parsed: &Parsed, named: &Named, top: &ChainFile, repair: bool) -> Result<u8, ImgError> {
+    open::require_key(named, top)?;
     let failed = |source| ImgError::Failed { doing: "Check failed".to_owned(), source };
     // As in qemu-img, these are looked at and never mended.
     if repair && matches!(top.format, Format::Vdi | Format::Vmdk) {

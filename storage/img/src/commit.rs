@@ -8,6 +8,8 @@ use crate::Command;
 use crate::convert::default_workers;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
+use block::spec::BackingSpec;
+
 use crate::open::{self, Access, Named};
 use crate::progress::Progress;
 
@@ -40,11 +42,17 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let named = Named::of(parsed, file, "format")?;
     // The lock of a writer on the image, and its chain for reading: the file below is about to be written.
     let top = open::top(&named, Access::write(cache))?;
+    open::require_key(&named, &top)?;
     let read = Access { write: false, share: true, cache };
     let chain = open::chain(&named, read)?;
     let base = base_of(&named, &chain, parsed.value("base")?)?;
     let Some(layer) = chain.get(base) else { return Err(ImgError::Plain(Rule::NoBackingFile)) };
-    let base_named = Named { label: layer.path_label.display().to_string(), spec: spec_of(layer) };
+    let mut base_named =
+        Named { label: layer.path_label.display().to_string(), spec: spec_of(layer), secrets: named.secrets.clone() };
+    // The key of that one, and those of what is below it.
+    let ids = named.key_ids();
+    base_named.spec.key_secret = ids.get(base).copied().flatten().map(str::to_owned);
+    base_named.spec.backing = BackingSpec::with_keys(ids.get(base + 1..).unwrap_or_default());
     let source = open::over(&named, chain, read)?;
     let target = open::disk(&base_named, Access::write(cache))?;
     let failed = |source| ImgError::Commit { name: named.label.clone(), source };

@@ -15,6 +15,7 @@ use crate::optlist::{self, Value};
 use crate::ova;
 use crate::progress::Progress;
 use crate::salvage;
+use crate::secret::Secrets;
 use crate::stream;
 
 /// `convert`.
@@ -205,13 +206,14 @@ pub fn default_workers() -> usize {
 
 fn open_sources(parsed: &Parsed, names: &[OsString], access: Access) -> Result<Vec<Disk>, ImgError> {
     let format = parsed.value("source-format")?;
+    let secrets = Secrets::of(parsed)?;
     let open = |name: &OsString| {
         if !parsed.has("source-image-opts")
             && let Some(archive) = ova::at(name, format)?
         {
             archive.verify()?;
         }
-        let named = Named::new(name, parsed.has("source-image-opts"), format)?;
+        let named = Named::new(name, parsed.has("source-image-opts"), format)?.with(secrets.clone());
         open::disk(&named, access)
     };
     names.iter().map(open).collect()
@@ -239,7 +241,7 @@ fn open_target(
     if parsed.has("no-create") {
         let image_opts = parsed.has("target-image-opts");
         let format = if image_opts { format } else { Some(format.unwrap_or("raw")) };
-        let named = Named::new(name, image_opts, format)?;
+        let named = Named::new(name, image_opts, format)?.with(Secrets::of(parsed)?);
         let disk = open::disk(&named, Access::write(cache))?;
         let has_backing = parsed.has("backing");
         return Ok((disk, Target { label, is_zero: false, has_backing, archive: None }));
@@ -251,7 +253,7 @@ fn open_target(
     if let Some(found) = open_export(parsed, name, format, cache)? {
         return Ok(found);
     }
-    let mut request = Request::unnamed(name, format, &parsed.values("target-options")?)?;
+    let mut request = Request::unnamed(name, format, &parsed.values("target-options")?, Secrets::of(parsed)?)?;
     request.add_backing(parsed.value("backing")?, parsed.value("backing-format")?)?;
     let has_backing = request.list.has("backing_file");
     if has_backing && !request.list.has("backing_fmt") {
@@ -265,9 +267,10 @@ fn open_target(
     let converting = |source| ImgError::Converting { name: label.clone(), format: format.to_owned(), source };
     request.make(false).map_err(converting)?;
     let is_file = request.path().is_file();
-    let named = Named::new(name, false, Some(format))?;
-    let disk = open::disk(&named, Access::write(cache))?;
-    Ok((disk, Target { label, is_zero: is_file && !has_backing, has_backing, archive: None }))
+    let disk = open::disk(&request.made(name)?, Access::write(cache))?;
+    // What a hole of a LUKS volume decrypts to is no zeroes.
+    let is_zero = is_file && !has_backing && format != "luks";
+    Ok((disk, Target { label, is_zero, has_backing, archive: None }))
 }
 
 /// A new archive with a disk in it.

@@ -6,16 +6,18 @@ use std::path::{Path, PathBuf};
 use block::spec::{FileSpec, ImageSpec, has_protocol};
 use block::{
     AdapterType, BlockError, CacheMode, CompressionType, DataFile, FileBackend, Format, HostFile, Preallocation,
-    Qcow2Create, Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, beside, create_vdi, create_vhdx,
-    create_vmdk, create_vpc, format_data_file, format_qcow2, format_raw, inspect, open_for_new,
+    Qcow2Create, Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, beside, create_luks, create_vdi,
+    create_vhdx, create_vmdk, create_vpc, format_data_file, format_qcow2, format_raw, inspect, open_for_new,
 };
 
 use crate::Command;
+use crate::encryption;
 use crate::error::{ImgError, MakeError, Rule};
 use crate::getopt::{OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
 use crate::optlist::{self, Def, OptList, Value};
 use crate::qcow2_options::Qcow2Options;
+use crate::secret::Secrets;
 
 /// `create`.
 pub const COMMAND: Command = Command {
@@ -51,7 +53,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         }
     };
     let size_word = size_word.map(|word| ImgError::size(&word.to_string_lossy(), "image size")).transpose()?;
-    let mut request = Request::new(file, format, &lists)?;
+    let mut request = Request::new(file, format, &lists, Secrets::of(parsed)?)?;
     request.add_backing(parsed.value("backing")?, parsed.value("backing-format")?)?;
     request.settle_size(size_word, parsed.has("backing-unsafe"))?;
     if !parsed.has("quiet") {
@@ -84,20 +86,21 @@ pub struct Request {
     defs: Vec<&'static Def>,
     /// Options of the format as given.
     pub list: OptList,
+    secrets: Secrets,
 }
 
 impl Request {
     /// Reads the name, the format and the lists of options. Errors begin with the name.
-    pub fn new(file: &OsStr, format: &str, lists: &[&str]) -> Result<Request, ImgError> {
-        Request::read(file, file.to_string_lossy().into_owned(), format, lists)
+    pub fn new(file: &OsStr, format: &str, lists: &[&str], secrets: Secrets) -> Result<Request, ImgError> {
+        Request::read(file, file.to_string_lossy().into_owned(), format, lists, secrets)
     }
 
     /// The same; errors do not name the file.
-    pub fn unnamed(file: &OsStr, format: &str, lists: &[&str]) -> Result<Request, ImgError> {
-        Request::read(file, String::new(), format, lists)
+    pub fn unnamed(file: &OsStr, format: &str, lists: &[&str], secrets: Secrets) -> Result<Request, ImgError> {
+        Request::read(file, String::new(), format, lists, secrets)
     }
 
-    fn read(file: &OsStr, label: String, format: &str, lists: &[&str]) -> Result<Request, ImgError> {
+    fn read(file: &OsStr, label: String, format: &str, lists: &[&str], secrets: Secrets) -> Result<Request, ImgError> {
         let rule = |rule| ImgError::Rule { subject: label.clone(), rule };
         let format = optlist::known(format).ok_or_else(|| rule(Rule::UnknownFormat(format.to_owned())))?;
         let defs = optlist::names_of(format).unwrap_or_default();
@@ -107,7 +110,7 @@ impl Request {
             return Err(rule(Rule::CreateThere(label.clone())));
         };
         let list = OptList::parse(&label, &defs, lists)?;
-        Ok(Request { label, path, format, defs, list })
+        Ok(Request { label, path, format, defs, list, secrets })
     }
 
     fn rule(&self, rule: Rule) -> ImgError {
@@ -166,7 +169,7 @@ impl Request {
             return Ok((info.format.name().to_owned(), info.virtual_size_bytes));
         }
         // The caller names it here and now, so it may be more than a file beside the image.
-        let named = Named::new(OsStr::new(name), false, format.map(Format::name))?;
+        let named = Named::new(OsStr::new(name), false, format.map(Format::name))?.with(self.secrets.clone());
         let access = Access { write: false, share: false, cache: CacheMode::Writeback };
         let disk = open::disk(&named, access)?;
         Ok((format.unwrap_or(Format::Raw).name().to_owned(), disk.size_bytes()))
@@ -185,6 +188,14 @@ impl Request {
     /// Where the image will be.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The image that was made, under the name that the command line has for it, with its key.
+    pub fn made(&self, name: &OsStr) -> Result<Named, ImgError> {
+        let mut named = Named::new(name, false, Some(self.format))?.with(self.secrets.clone());
+        let key = if self.format == "luks" { "key-secret" } else { "encrypt.key-secret" };
+        named.spec.key_secret = self.list.text(key).map(str::to_owned);
+        Ok(named)
     }
 
     /// Sets an option.
@@ -209,6 +220,14 @@ impl Request {
                 let options = self.qcow2_options(size).map_err(MakeError::Rule)?;
                 let _data = self.put_data_file(durable, size, &options)?;
                 self.put(durable, |file| format_qcow2(file, path, size, &options))
+            }
+            "luks" => {
+                let luks = encryption::of_luks(&self.list, &self.secrets).map_err(MakeError::Rule)?;
+                let room = match self.list.text("preallocation") {
+                    Some("metadata") => Preallocation::Metadata,
+                    _ => self.room()?,
+                };
+                self.put(durable, |file| create_luks(file, path, size, &luks, room))
             }
             "vdi" => {
                 self.no_room()?;
@@ -307,15 +326,16 @@ impl Request {
         if !options.can_map(size) {
             return Err(Rule::TooLarge(self.format.to_owned()));
         }
-        if options.luks || self.list.switch("encryption") == Some(true) {
-            return Err(Rule::Option("encrypt.format".to_owned()));
-        }
         let data_file = self.list.text("data_file").filter(|name| !name.is_empty());
         if let Some(name) = data_file.filter(|name| has_protocol(name)) {
             return Err(Rule::CreateThere(name.to_owned()));
         }
         let raw = self.list.switch("data_file_raw") == Some(true);
         let data_file = data_file.map(|name| DataFile { name: name.to_owned(), raw });
+        let encryption = encryption::of_qcow2(&self.list, &self.secrets)?;
+        if data_file.is_some() && encryption.is_some() {
+            return Err(Rule::Option("data_file with encrypt.format".to_owned()));
+        }
         let backing = self
             .list
             .text("backing_file")
@@ -330,6 +350,7 @@ impl Request {
             extended_l2: options.extended_l2,
             preallocation: options.preallocation,
             data_file,
+            encryption,
         })
     }
 

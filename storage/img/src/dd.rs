@@ -11,6 +11,7 @@ use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, opt};
 use crate::open::{self, Access, Named};
 use crate::optlist::Value;
+use crate::secret::Secrets;
 use crate::stream;
 
 /// `dd`.
@@ -61,12 +62,11 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         stream::copy_part(&source, start..end, &mut stream::open(operands.output)?, &mut |_| ())?;
         return Ok(0);
     }
-    let mut request = Request::unnamed(operands.output, format, &[])?;
+    let mut request = Request::unnamed(operands.output, format, &[], Secrets::of(parsed)?)?;
     request.set("size", Value::Number(end - start));
     let label = operands.output.to_string_lossy().into_owned();
     request.make(false).map_err(|source| ImgError::CreatingOutput { name: label.clone(), source })?;
-    let named = Named::new(operands.output, false, Some(format))?;
-    let target = open::disk(&named, Access::write(CacheMode::Writeback))?;
+    let target = open::disk(&request.made(operands.output)?, Access::write(CacheMode::Writeback))?;
     copy(&source, start..end, &target)?;
     target.flush().map_err(|source| ImgError::Incomplete { target: label, source })?;
     Ok(0)

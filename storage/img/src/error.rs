@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use block::blkdebug::RulesFileError;
 use block::ova::OvaError;
 use block::spec::SpecError;
-use block::{Action, BlockError};
+use block::{Action, BlockError, LuksError};
 
 use crate::serve::ServeError;
 use crate::size::{self, SizeError};
@@ -86,6 +86,14 @@ pub enum ImgError {
     SecretBase64(String),
     #[error("secret '{id}' has more than {max} bytes")]
     SecretSize { id: String, max: usize },
+    #[error("IV is required to decrypt secret")]
+    SecretIv,
+    #[error("IV should be 16 bytes in length")]
+    SecretIvSize,
+    #[error("Key should be 32 bytes in length")]
+    SecretKeySize,
+    #[error("secret '{0}' is not encrypted with its key: the padding is wrong")]
+    SecretPadding(String),
     #[error("Unable to read {path}: {}", host(source))]
     SecretFile { path: String, source: io::Error },
     #[error("No secret with id '{0}'")]
@@ -298,8 +306,16 @@ pub enum Rule {
     MeasureTooLarge,
     #[error("Block driver '{0}' does not support size measurement")]
     NotMeasured(String),
-    #[error("Parameter 'key-secret' is required for cipher")]
-    KeySecret,
+    #[error("Parameter '{0}' is required for cipher")]
+    KeySecret(&'static str),
+    #[error("No secret with id '{0}'")]
+    NoSecret(String),
+    #[error("{}", why(.0))]
+    Block(BlockError),
+    #[error("Parameter '{0}' is missing")]
+    Missing(&'static str),
+    #[error("Parameter '{0}' is unexpected")]
+    Unexpected(&'static str),
     #[error("File contains external, encrypted or compressed clusters.")]
     MapNotPlain,
     #[error("Invalid parameter '{0}'\nThis option is only supported for image creation")]
@@ -446,6 +462,14 @@ pub fn why(error: &BlockError) -> String {
         }
         BlockError::DataFile { source, .. } => why(source),
         BlockError::DataFileNotGiven { .. } => "'data-file' is required for this image".to_owned(),
+        BlockError::KeyNeeded { parameter, .. } => format!("Parameter '{parameter}' is required for cipher"),
+        BlockError::WrongKey { .. } => "Invalid password, cannot unlock any keyslot".to_owned(),
+        BlockError::Luks { source: LuksError::PayloadOffset { .. }, .. } => {
+            "LUKS payload is overlapping with the header".to_owned()
+        }
+        BlockError::Luks { source, .. } => source.to_string(),
+        BlockError::KeySlot { source, .. } => source.to_string(),
+        BlockError::IterTime { iterations, max, .. } => format!("PBKDF iterations {iterations} larger than {max}"),
         BlockError::Mismatch { source, .. } => format!("Image is not in {} format", source.declared),
         BlockError::BackingMissing { backing, .. } => {
             format!("Could not open backing file: Could not open '{}': No such file or directory", backing.display())

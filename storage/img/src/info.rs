@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::Command;
 use crate::chain::{Found, Walk};
+use crate::encryption;
 use crate::error::ImgError;
 use crate::facts::Facts;
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, flag};
@@ -116,6 +117,9 @@ fn specific(info: &ImageInfo, bitmaps: &[BitmapInfo]) -> Option<(&'static str, F
     if let Some(vmdk) = &info.vmdk {
         return Some(("vmdk", vmdk_facts(vmdk)));
     }
+    if let (Format::Luks, Some(encryption)) = (info.format, &info.encryption) {
+        return Some(("luks", encryption::facts(encryption, false)));
+    }
     let q = info.qcow2?;
     let new = q.version > 2;
     let mut facts = vec![
@@ -132,6 +136,9 @@ fn specific(info: &ImageInfo, bitmaps: &[BitmapInfo]) -> Option<(&'static str, F
     if let Some(data) = &info.data_file {
         facts.extend(data.name.as_deref().map(|name| ("data-file", Facts::from(name))));
         facts.push(("data-file-raw", Facts::from(data.raw)));
+    }
+    if let Some(encryption) = &info.encryption {
+        facts.push(("encrypt", encryption::facts(encryption, true)));
     }
     if new {
         facts.push(("corrupt", Facts::from(info.corrupt)));
@@ -217,10 +224,17 @@ fn bitmap_facts(bitmap: &BitmapInfo) -> Facts {
 }
 
 /// What `io`'s `info` tells of an open disk.
-pub fn of_disk(disk: &Disk) -> Result<String, BlockError> {
+pub fn of_disk(disk: &Disk, format: Format) -> Result<String, BlockError> {
     let path = disk.path();
     let Some(image) = disk.qcow2() else {
-        return Ok("format name: raw\n".to_owned());
+        let cluster = amount(disk.cluster_bytes() as f64);
+        let mut said = format!("format name: {}\ncluster size: {cluster}\nvm state offset: 0 bytes\n", format);
+        if format == Format::Luks
+            && let Some((_, facts)) = specific(&inspect(path, Some(Format::Luks))?, &[])
+        {
+            said += &format!("Format specific information:\n{}", facts.to_text(1));
+        }
+        return Ok(said);
     };
     let info = inspect(path, Some(Format::Qcow2))?;
     let bitmaps = image.bitmaps()?;
@@ -239,14 +253,17 @@ pub fn of_disk(disk: &Disk) -> Result<String, BlockError> {
 }
 
 fn as_text(found: &Found) -> String {
-    let Found { path, info, snapshots, bitmaps, protocol } = found;
+    let Found { name, path, info, snapshots, bitmaps, protocol } = found;
     let disk_size = shown((*protocol == "file").then_some(info.allocated_bytes));
     let mut lines = vec![
-        format!("image: {}", path.display()),
+        format!("image: {name}"),
         format!("file format: {}", info.format.name()),
         format!("virtual size: {} ({} bytes)", human(info.virtual_size_bytes), info.virtual_size_bytes),
         format!("disk size: {disk_size}"),
     ];
+    if info.encryption.is_some() {
+        lines.push("encrypted: yes".into());
+    }
     if info.dirty {
         lines.push("cleanly shut down: no".into());
     }
@@ -275,8 +292,7 @@ fn as_text(found: &Found) -> String {
 }
 
 fn as_json(found: &Found) -> Value {
-    let Found { path, info, snapshots, bitmaps, protocol } = found;
-    let name = path.display().to_string();
+    let Found { name, path, info, snapshots, bitmaps, protocol } = found;
     let mut all = Map::new();
     let children: Vec<Value> = children(found).iter().map(child_json).collect();
     all.insert("children".into(), json!(children));
@@ -288,6 +304,9 @@ fn as_json(found: &Found) -> Value {
     }
     if *protocol == "file" || info.format != Format::Raw {
         all.insert("dirty-flag".into(), json!(info.dirty));
+    }
+    if info.encryption.is_some() {
+        all.insert("encrypted".into(), json!(true));
     }
     if let Some(bytes) = info.cluster_bytes {
         all.insert("cluster-size".into(), json!(bytes));

@@ -7,22 +7,24 @@ use block::blkdebug::{Blkdebug, read_rules};
 use block::nbd::NbdFile;
 use block::spec::{BackingSpec, FileSpec, ImageSpec, has_protocol};
 use block::{
-    BlockError, CHAIN_MAX, CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, PROBE_BYTES,
-    ReadBufs, Window, WriteBufs, beside, inspect_backend, open_alone, probe, use_direct_io,
+    BlockError, CHAIN_MAX, CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, LayerKey, OpenOptions,
+    PROBE_BYTES, ReadBufs, Window, WriteBufs, beside, inspect_backend, open_alone, probe, use_direct_io,
 };
 
 use crate::error::{ImgError, Rule};
-use crate::open::{Access, Named};
+use crate::open::{Access, Named, key_of};
+use crate::secret::Secrets;
 
 /// Opens the disk that a name with layers stands for.
 pub fn disk(named: &Named, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
-    let mut opener = Opener { label: &named.label, access, declared: true, layers: Vec::new() };
+    let mut opener = Opener::new(named, access);
     if access.write && named.spec.read_only == Some(true) {
         return Err(opener.rule(Rule::ReadOnly));
     }
     opener.add(&named.spec)?;
     let format = opener.layers.first().map_or(Format::Raw, |top| top.format);
-    let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..options };
+    let keys = opener.keys;
+    let options = OpenOptions { read_only: !access.write, format, cache: access.cache, keys, ..options };
     let layers = opener.layers;
     Disk::open_backends(layers, &options).map_err(|source| ImgError::Open { name: named.label.clone(), source })
 }
@@ -33,7 +35,7 @@ pub fn format_of(named: &Named) -> Result<Format, ImgError> {
         return Ok(format);
     }
     let access = Access { write: false, share: true, cache: CacheMode::Writeback };
-    let opener = Opener { label: &named.label, access, declared: true, layers: Vec::new() };
+    let opener = Opener::new(named, access);
     let (file, _) = opener.file(&named.spec.file)?;
     opener.format(&named.spec, &*file)
 }
@@ -41,7 +43,7 @@ pub fn format_of(named: &Named) -> Result<Format, ImgError> {
 /// The top layer alone, for reading.
 pub fn top(named: &Named) -> Result<ChainBackend, ImgError> {
     let access = Access { write: false, share: false, cache: CacheMode::Writeback };
-    let opener = Opener { label: &named.label, access, declared: true, layers: Vec::new() };
+    let opener = Opener::new(named, access);
     let (file, label) = opener.file(&named.spec.file)?;
     let format = opener.format(&named.spec, &*file)?;
     Ok(layer(file, label, format))
@@ -70,10 +72,20 @@ type OpenFile = (Box<dyn FileBackend>, PathBuf);
 
 struct Opener<'a> {
     label: &'a str,
+    secrets: &'a Secrets,
     access: Access,
     /// Every image down to here has a declared format.
     declared: bool,
     layers: Vec<ChainBackend>,
+    /// What opens the encryption of each.
+    keys: Vec<LayerKey>,
+}
+
+impl<'a> Opener<'a> {
+    fn new(named: &'a Named, access: Access) -> Opener<'a> {
+        let Named { label, secrets, .. } = named;
+        Opener { label, secrets, access, declared: true, layers: Vec::new(), keys: Vec::new() }
+    }
 }
 
 impl Opener<'_> {
@@ -98,9 +110,14 @@ impl Opener<'_> {
         if format == Format::Qcow2 {
             image.extents.extend(self.data_file(spec, &image)?);
         }
+        self.keys.push(key_of(self.label, self.secrets, spec.key_secret.as_deref())?);
         let backing = match (&spec.backing, format) {
             (BackingSpec::FromHeader, Format::Qcow2) => self.named_in_header(&image)?,
-            (BackingSpec::FromHeader, _) => None,
+            (BackingSpec::HeaderWithKey { key_secret, below }, Format::Qcow2) => {
+                let named = self.named_in_header(&image)?;
+                named.map(|named| ImageSpec { key_secret: key_secret.clone(), backing: (**below).clone(), ..named })
+            }
+            (BackingSpec::FromHeader | BackingSpec::HeaderWithKey { .. }, _) => None,
             (BackingSpec::None, Format::Qcow2) if self.named_in_header(&image)?.is_some() => {
                 self.layers.push(image);
                 // The image says that something is below it: nothing is.
@@ -196,11 +213,12 @@ impl Opener<'_> {
                 Ok((Box::new(Window::new(below, *offset, Some(size))), label))
             }
             FileSpec::Image(image) => {
-                let mut inner = Opener { layers: Vec::new(), ..*self };
+                let mut inner = Opener { layers: Vec::new(), keys: Vec::new(), ..*self };
                 inner.add(image)?;
                 let label = inner.layers.first().map(|top| top.path_label.clone()).unwrap_or_default();
                 let format = inner.layers.first().map_or(Format::Raw, |top| top.format);
-                let options = OpenOptions { read_only: !write, format, cache, ..OpenOptions::default() };
+                let keys = inner.keys;
+                let options = OpenOptions { read_only: !write, format, cache, keys, ..OpenOptions::default() };
                 let disk = Disk::open_backends(inner.layers, &options).map_err(|source| self.failed(source))?;
                 Ok((Box::new(DiskFile(disk)), label))
             }

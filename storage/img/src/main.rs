@@ -17,6 +17,7 @@ mod compare;
 mod convert;
 mod create;
 mod dd;
+mod encryption;
 mod error;
 mod explain;
 mod facts;

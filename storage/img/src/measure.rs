@@ -2,17 +2,19 @@
 
 use std::io::{Write, stdout};
 
-use block::{Disk, ExtentKind, Preallocation};
+use block::{Disk, ExtentKind, LuksHeader, Preallocation};
 use serde_json::json;
 
 use crate::Command;
 use crate::bitmap;
+use crate::encryption;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, opt};
 use crate::json::write_json;
 use crate::open::{self, Access, Named};
 use crate::optlist::{self, OptList};
 use crate::qcow2_options::Qcow2Options;
+use crate::secret::Secrets;
 
 /// `measure`.
 pub const COMMAND: Command = Command {
@@ -36,9 +38,6 @@ const OPTIONS: &[Opt] = &[
     JSON,
 ];
 
-/// A LUKS header with its key slots, as it stands before the data.
-const LUKS_HEADER_BYTES: u64 = 2_068_480;
-
 /// The answer, in bytes.
 #[derive(Debug, PartialEq, Eq)]
 struct Measured {
@@ -58,15 +57,16 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let defs = optlist::names_of(format).ok_or_else(|| ImgError::Plain(Rule::UnknownFormat(format.to_owned())))?;
     let list = OptList::parse("", &defs, &parsed.values("options")?)
         .map_err(|error| ImgError::OptionsOf { format: format.to_owned(), source: Box::new(error) })?;
+    let secrets = Secrets::of(parsed)?;
     let measured = match (parsed.words.as_slice(), size) {
-        ([], Some(size)) => measure(format, &list, Input::Size(size))?,
+        ([], Some(size)) => measure(format, &list, &secrets, Input::Size(size))?,
         ([file], None) => {
             let named = Named::of(parsed, file, "format")?;
             let disk = open::disk(&named, Access::read(parsed))?;
             if let Some(snapshot) = parsed.value("snapshot")? {
                 open::show_snapshot(&disk, snapshot)?;
             }
-            measure(format, &list, Input::Disk(&disk))?
+            measure(format, &list, &secrets, Input::Disk(&disk))?
         }
         ([], None) | ([_, _, ..], None) => return Err(ImgError::Plain(Rule::MeasureWhat)),
         (_, Some(_)) => return Err(ImgError::Plain(Rule::MeasureBoth)),
@@ -95,7 +95,7 @@ enum Input<'a> {
     Disk(&'a Disk),
 }
 
-fn measure(format: &str, list: &OptList, input: Input<'_>) -> Result<Measured, ImgError> {
+fn measure(format: &str, list: &OptList, secrets: &Secrets, input: Input<'_>) -> Result<Measured, ImgError> {
     let bytes = match &input {
         Input::Size(size) => size.checked_next_multiple_of(512).unwrap_or(u64::MAX),
         Input::Disk(disk) => disk.size_bytes(),
@@ -103,18 +103,22 @@ fn measure(format: &str, list: &OptList, input: Input<'_>) -> Result<Measured, I
     match format {
         "raw" => Ok(Measured { required: bytes, fully_allocated: bytes, bitmaps: None }),
         "luks" => {
-            if !list.has("key-secret") {
-                return Err(ImgError::Plain(Rule::KeySecret));
-            }
-            let all = bytes.saturating_add(LUKS_HEADER_BYTES);
+            let luks = encryption::of_luks(list, secrets).map_err(ImgError::Plain)?;
+            let all = bytes.saturating_add(LuksHeader::new_bytes(&luks.cipher));
             Ok(Measured { required: all, fully_allocated: all, bitmaps: None })
         }
-        "qcow2" => measure_qcow2(&Qcow2Options::read(list).map_err(ImgError::Plain)?, list, input, bytes),
+        "qcow2" => measure_qcow2(&Qcow2Options::read(list).map_err(ImgError::Plain)?, list, secrets, input, bytes),
         other => Err(ImgError::Plain(Rule::NotMeasured(other.to_owned()))),
     }
 }
 
-fn measure_qcow2(options: &Qcow2Options, list: &OptList, input: Input<'_>, bytes: u64) -> Result<Measured, ImgError> {
+fn measure_qcow2(
+    options: &Qcow2Options,
+    list: &OptList,
+    secrets: &Secrets,
+    input: Input<'_>,
+    bytes: u64,
+) -> Result<Measured, ImgError> {
     let cluster = options.cluster_bytes;
     if !options.can_map(bytes) {
         return Err(ImgError::Plain(Rule::MeasureTooLarge));
@@ -128,7 +132,10 @@ fn measure_qcow2(options: &Qcow2Options, list: &OptList, input: Input<'_>, bytes
         (Input::Size(_), _) => 0,
         (Input::Disk(disk), false) => data_bytes(disk, cluster)?,
     };
-    let header = if options.luks { LUKS_HEADER_BYTES.div_ceil(cluster) * cluster } else { 0 };
+    let header = match encryption::of_qcow2(list, secrets).map_err(ImgError::Plain)? {
+        Some(luks) => LuksHeader::new_bytes(&luks.cipher).div_ceil(cluster) * cluster,
+        None => 0,
+    };
     let fully_allocated = options.full_bytes(disk_bytes) + header;
     let bitmaps = match input {
         Input::Disk(disk) if options.version >= 3 && disk.qcow2().is_some() => Some(bitmap::space(disk, cluster)?),

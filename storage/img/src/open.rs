@@ -5,8 +5,8 @@ use std::path::Path;
 
 use block::spec::{BackingSpec, FileSpec, ImageSpec};
 use block::{
-    BlockError, CacheMode, ChainFile, Disk, Format, MaintenanceError, OpenOptions, open_alone, resolve_chain_probing,
-    use_direct_io,
+    BlockError, CacheMode, ChainFile, Disk, Format, LayerKey, MaintenanceError, OpenOptions, Qcow2Image, inspect,
+    open_alone, resolve_chain_probing, use_direct_io,
 };
 
 use crate::error::{ImgError, Rule};
@@ -22,17 +22,41 @@ pub struct Named {
     pub label: String,
     /// What it means.
     pub spec: ImageSpec,
+    /// The secrets that it may name.
+    pub secrets: Secrets,
 }
 
 impl Named {
     /// Reads a file name under `--image-opts` and the format that the option `format_option` declares.
     pub fn of(parsed: &Parsed, file: &OsStr, format_option: &'static str) -> Result<Named, ImgError> {
         parsed.exclusive("image-opts", format_option)?;
-        let named = Named::new(file, parsed.has("image-opts"), parsed.value(format_option)?)?;
-        if let Some(id) = &named.spec.key_secret {
-            Secrets::of(parsed)?.get(id)?;
+        Ok(Named::new(file, parsed.has("image-opts"), parsed.value(format_option)?)?.with(Secrets::of(parsed)?))
+    }
+
+    /// The same name, with secrets.
+    pub fn with(self, secrets: Secrets) -> Named {
+        Named { secrets, ..self }
+    }
+
+    /// The ids of the secrets of the image and those below it, as far as the name tells them.
+    pub fn key_ids(&self) -> Vec<Option<&str>> {
+        let mut ids = vec![self.spec.key_secret.as_deref()];
+        let mut backing = &self.spec.backing;
+        while let BackingSpec::HeaderWithKey { key_secret, below } = backing {
+            ids.push(key_secret.as_deref());
+            backing = below;
         }
-        Ok(named)
+        ids
+    }
+
+    /// What opens the encryption of the image and of those below it.
+    pub fn keys(&self) -> Result<Vec<LayerKey>, ImgError> {
+        self.key_ids().into_iter().map(|id| key_of(&self.label, &self.secrets, id)).collect()
+    }
+
+    /// What opens the encryption of the image itself.
+    pub fn key(&self) -> Result<LayerKey, ImgError> {
+        key_of(&self.label, &self.secrets, self.spec.key_secret.as_deref())
     }
 
     /// Reads a name. `format` replaces what the name declares.
@@ -40,7 +64,7 @@ impl Named {
         let label = file.to_string_lossy().into_owned();
         let archive = if image_opts { None } else { ova::at(file, format)? };
         if let Some(archive) = archive {
-            return Ok(Named { spec: archive.image()?, label });
+            return Ok(Named { spec: archive.image()?, label, secrets: Secrets::default() });
         }
         let refused = |source| ImgError::Spec { name: label.clone(), source };
         let mut spec = match (image_opts, file.to_str()) {
@@ -51,23 +75,36 @@ impl Named {
         if let Some(name) = format {
             spec.driver = Some(format_named(&label, name)?);
         }
-        Ok(Named { label, spec })
+        Ok(Named { label, spec, secrets: Secrets::default() })
     }
 
     /// Whether the name is a path and nothing else, so that the files say the rest.
     pub fn is_plain(&self) -> bool {
-        let spec = &self.spec;
-        spec.plain_path().is_some() && spec.backing == BackingSpec::FromHeader && spec.data_file.is_none()
+        self.spec.plain_path().is_some() && from_header(&self.spec) && self.spec.data_file.is_none()
     }
 
     /// Whether the name is that of an NBD export and nothing else.
     pub fn is_export(&self) -> bool {
-        matches!(self.spec.file, FileSpec::Nbd(_)) && self.spec.backing == BackingSpec::FromHeader
+        matches!(self.spec.file, FileSpec::Nbd(_)) && from_header(&self.spec)
     }
 
     /// The path, for commands that need a file of the host.
     pub fn plain_path(&self) -> Result<&Path, ImgError> {
         self.spec.plain_path().ok_or_else(|| ImgError::OpenRule { name: self.label.clone(), reason: Rule::NotAPath })
+    }
+}
+
+/// Whether the headers say which files are below.
+fn from_header(spec: &ImageSpec) -> bool {
+    matches!(spec.backing, BackingSpec::FromHeader | BackingSpec::HeaderWithKey { .. })
+}
+
+/// What opens an encrypted layer: the secret of an id.
+pub fn key_of(label: &str, secrets: &Secrets, id: Option<&str>) -> Result<LayerKey, ImgError> {
+    let Some(id) = id else { return Ok(LayerKey::None) };
+    match secrets.get(id) {
+        Some(passphrase) => Ok(LayerKey::PassphraseOrLegacy(passphrase.clone())),
+        None => Err(ImgError::OpenRule { name: label.to_owned(), reason: Rule::NoSecret(id.to_owned()) }),
     }
 }
 
@@ -119,24 +156,27 @@ impl Access {
 
 /// Opens the files of an image, the top one first.
 pub fn chain(named: &Named, access: Access) -> Result<Vec<ChainFile>, ImgError> {
-    let failed = |source| ImgError::Open { name: named.label.clone(), source };
     if access.write && access.share {
         return Err(ImgError::OpenRule { name: named.label.clone(), reason: Rule::ShareWrite });
     }
-    if named.spec.backing != BackingSpec::FromHeader {
+    if !from_header(&named.spec) {
         return Err(ImgError::NotSupported("an image name with 'backing'"));
     }
     let chain = resolve_chain_probing(named.plain_path()?, named.spec.driver, !access.write, !access.share);
-    let chain = chain.map_err(|source| match path_of(&source) {
-        Some(path) if Ok(path) != named.plain_path().map_err(drop) => {
-            ImgError::OpenBelow { name: named.label.clone(), source }
-        }
-        _ => failed(source),
-    })?;
+    let chain = chain.map_err(|source| not_opened(named, source))?;
     if access.write && named.spec.driver.is_none() && chain.first().is_some_and(|top| top.format == Format::Raw) {
         warn_of_probing(&named.label);
     }
     Ok(chain)
+}
+
+/// A refusal of an image, or of one below it.
+fn not_opened(named: &Named, source: BlockError) -> ImgError {
+    let name = named.label.clone();
+    match path_of(&source) {
+        Some(path) if Some(path) != named.spec.plain_path() => ImgError::OpenBelow { name, source },
+        _ => ImgError::Open { name, source },
+    }
 }
 
 /// The file an error is about, where it could be one below the image that was named.
@@ -146,6 +186,9 @@ fn path_of(error: &BlockError) -> Option<&Path> {
         | BlockError::Locked { path, .. }
         | BlockError::IsDirectory { path }
         | BlockError::NotAFile { path }
+        | BlockError::KeyNeeded { path, .. }
+        | BlockError::WrongKey { path }
+        | BlockError::Luks { path, .. }
         | BlockError::Mismatch { path, .. } => Some(path),
         _ => None,
     }
@@ -163,6 +206,27 @@ pub fn top(named: &Named, access: Access) -> Result<ChainFile, ImgError> {
         warn_of_probing(&named.label);
     }
     Ok(file)
+}
+
+/// Opens the top file as a qcow2 image on its own, with its key.
+pub fn qcow2(named: &Named, top: ChainFile, read_only: bool) -> Result<Qcow2Image, ImgError> {
+    Qcow2Image::open_with_key(top, read_only, &named.key()?)
+        .map_err(|source| ImgError::Open { name: named.label.clone(), source })
+}
+
+/// Refuses an encrypted image that the key of its name does not open, for commands that look at no guest data: with
+/// qemu-img, too, whoever cannot open an image cannot do anything with it.
+pub fn require_key(named: &Named, top: &ChainFile) -> Result<(), ImgError> {
+    let failed = |source| ImgError::Open { name: named.label.clone(), source };
+    if inspect(&top.path_label, Some(top.format)).map_err(failed)?.encryption.is_none() {
+        return Ok(());
+    }
+    let access = Access { write: false, share: true, cache: CacheMode::Writeback };
+    let again = self::top(named, access)?;
+    match top.format {
+        Format::Qcow2 => qcow2(named, again, true).map(drop),
+        _ => over(named, vec![again], access).map(drop),
+    }
 }
 
 /// What qemu-img says before it writes to a raw image that nobody declared raw.
@@ -189,8 +253,9 @@ fn over_with(named: &Named, chain: Vec<ChainFile>, access: Access, options: Open
             })?;
         }
     }
-    let options = OpenOptions { read_only: !access.write, format, cache: access.cache, ..options };
-    Disk::open(chain, &options).map_err(|source| ImgError::Open { name: named.label.clone(), source })
+    let keys = named.keys()?;
+    let options = OpenOptions { read_only: !access.write, format, cache: access.cache, keys, ..options };
+    Disk::open(chain, &options).map_err(|source| not_opened(named, source))
 }
 
 /// Opens an image and everything below it.

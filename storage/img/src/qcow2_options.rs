@@ -22,8 +22,6 @@ pub struct Qcow2Options {
     pub refcount_bits: u64,
     /// zstd instead of zlib.
     pub zstd: bool,
-    /// Encrypted with LUKS.
-    pub luks: bool,
 }
 
 /// Most bytes of an L1 table.
@@ -53,12 +51,6 @@ impl Qcow2Options {
             Some("zstd") => true,
             Some(_) => return Err(value("compression-type", "compression_type")),
         };
-        let luks = match list.text("encrypt.format") {
-            None => false,
-            Some("luks") => true,
-            Some("aes") => return Err(Rule::Option("encrypt.format=aes".to_owned())),
-            Some(_) => return Err(value("encrypt.format", "encrypt.format")),
-        };
         let options = Qcow2Options {
             cluster_bytes: list.number("cluster_size").unwrap_or(65536),
             version,
@@ -67,7 +59,6 @@ impl Qcow2Options {
             lazy_refcounts: list.switch("lazy_refcounts").unwrap_or(false),
             refcount_bits: list.number("refcount_bits").unwrap_or(16),
             zstd,
-            luks,
         };
         options.agree(list)?;
         Ok(options)

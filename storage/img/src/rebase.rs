@@ -2,6 +2,8 @@
 
 use block::{BlockError, CacheMode, CopyOptions, Disk, ExtentKind, Format, PageBuf, Qcow2Image, beside};
 
+use block::spec::BackingSpec;
+
 use crate::Command;
 use crate::convert::default_workers;
 use crate::error::{ImgError, Rule};
@@ -102,7 +104,7 @@ fn rename(named: &Named, access: Access, new: &New<'_>) -> Result<u8, ImgError> 
     if !new.name.is_empty() && new.format.is_none() {
         return Err(new.refused("backing format must be specified"));
     }
-    let image = Qcow2Image::open(top, false).map_err(|source| ImgError::Open { name: named.label.clone(), source })?;
+    let image = open::qcow2(named, top, false)?;
     new.put(&image)?;
     Ok(0)
 }
@@ -112,7 +114,12 @@ fn open_old(named: &Named, image: &Qcow2Image, access: Access) -> Result<Option<
     let header = image.header();
     let Some(name) = header.backing_name else { return Ok(None) };
     let at = beside(named.plain_path()?, &name);
-    open::disk(&Named::new(at.as_os_str(), false, header.backing_format.as_deref())?, access).map(Some)
+    let mut old = Named::new(at.as_os_str(), false, header.backing_format.as_deref())?.with(named.secrets.clone());
+    if let BackingSpec::HeaderWithKey { key_secret, below } = &named.spec.backing {
+        old.spec.key_secret = key_secret.clone();
+        old.spec.backing = (**below).clone();
+    }
+    open::disk(&old, access).map(Some)
 }
 
 /// What it will show.
@@ -121,7 +128,7 @@ fn open_new(named: &Named, new: &New<'_>, access: Access) -> Result<Option<Disk>
         return Ok(None);
     }
     let at = beside(named.plain_path()?, new.name);
-    let below = Named::new(at.as_os_str(), false, new.format)?;
+    let below = Named::new(at.as_os_str(), false, new.format)?.with(named.secrets.clone());
     open::disk(&below, access).map(Some).map_err(|error| match error {
         ImgError::Open { source, .. } => ImgError::NewBacking { name: new.name.to_owned(), source },
         other => other,

@@ -1,9 +1,12 @@
-//! `--object secret,id=ID,data=...|file=PATH[,format=raw|base64]`: passphrases that options name by their id.
+//! `--object secret,id=ID,data=...|file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64]`: passphrases that options name by
+//! their id. With `keyid` the bytes are encrypted with another secret.
 
 use std::collections::HashMap;
 use std::io::Read;
 
 use base64::prelude::{BASE64_STANDARD, Engine};
+
+use block::Passphrase;
 
 use crate::error::ImgError;
 use crate::getopt::Parsed;
@@ -12,9 +15,9 @@ use crate::getopt::Parsed;
 const SECRET_MAX_BYTES: usize = 1 << 20;
 
 /// The secrets of a command line, by id.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Secrets {
-    by_id: HashMap<String, Vec<u8>>,
+    by_id: HashMap<String, Passphrase>,
 }
 
 impl Secrets {
@@ -22,20 +25,21 @@ impl Secrets {
     pub fn of(parsed: &Parsed) -> Result<Secrets, ImgError> {
         let mut secrets = Secrets::default();
         for object in parsed.values("object")? {
-            let (id, bytes) = read(object)?;
-            secrets.by_id.insert(id, bytes);
+            let (id, bytes) = read(object, &secrets)?;
+            secrets.by_id.insert(id, Passphrase::new(bytes));
         }
         Ok(secrets)
     }
 
-    /// The bytes of a secret.
-    pub fn get(&self, id: &str) -> Result<&[u8], ImgError> {
-        self.by_id.get(id).map(Vec::as_slice).ok_or_else(|| ImgError::NoSecret(id.to_owned()))
+    /// The bytes of a secret; `None`: there is none with this id.
+    pub fn get(&self, id: &str) -> Option<&Passphrase> {
+        self.by_id.get(id)
     }
 }
 
-fn read(object: &str) -> Result<(String, Vec<u8>), ImgError> {
+fn read(object: &str, others: &Secrets) -> Result<(String, Vec<u8>), ImgError> {
     let (mut id, mut data, mut file, mut base64) = (None, None, None, false);
+    let (mut key_id, mut iv) = (None, None);
     for (index, item) in block::spec::split_commas(object).into_iter().enumerate() {
         let (name, value) = item.split_once('=').unwrap_or(if index == 0 { ("qom-type", &item) } else { (&item, "") });
         match name {
@@ -49,6 +53,8 @@ fn read(object: &str) -> Result<(String, Vec<u8>), ImgError> {
                 "base64" => base64 = true,
                 other => return Err(ImgError::SecretFormat(other.to_owned())),
             },
+            "keyid" => key_id = Some(value.to_owned()),
+            "iv" => iv = Some(value.to_owned()),
             other => return Err(ImgError::SecretParameter(other.to_owned())),
         }
     }
@@ -63,7 +69,29 @@ fn read(object: &str) -> Result<(String, Vec<u8>), ImgError> {
         return Err(ImgError::SecretSize { id, max: SECRET_MAX_BYTES });
     }
     let bytes = if base64 { decode_base64(&bytes).ok_or_else(|| ImgError::SecretBase64(id.clone()))? } else { bytes };
-    Ok((id, bytes))
+    let Some(key_id) = key_id else { return Ok((id, bytes)) };
+    let iv = iv.ok_or(ImgError::SecretIv)?;
+    let iv = decode_base64(iv.as_bytes()).ok_or_else(|| ImgError::SecretBase64(id.clone()))?;
+    let iv: [u8; 16] = iv.try_into().map_err(|_| ImgError::SecretIvSize)?;
+    let key = others.get(&key_id).ok_or(ImgError::NoSecret(key_id))?;
+    let key: &[u8; 32] = key.bytes().try_into().map_err(|_| ImgError::SecretKeySize)?;
+    let plain = decrypt(key, iv, bytes).ok_or_else(|| ImgError::SecretPadding(id.clone()))?;
+    Ok((id, plain))
+}
+
+/// AES-256-CBC; every byte of the padding, which is never empty, says how long it is. `None`: it does not.
+fn decrypt(key: &[u8; 32], iv: [u8; 16], mut bytes: Vec<u8>) -> Option<Vec<u8>> {
+    if bytes.is_empty() || !bytes.len().is_multiple_of(16) {
+        return None;
+    }
+    block::decrypt_aes256_cbc(key, iv, &mut bytes);
+    let padding = *bytes.last()?;
+    let plain = bytes.len().checked_sub(usize::from(padding)).filter(|_| (1..=16).contains(&padding))?;
+    if bytes.get(plain..)?.iter().any(|byte| *byte != padding) {
+        return None;
+    }
+    bytes.truncate(plain);
+    Some(bytes)
 }
 
 fn read_file(path: &str) -> Result<Vec<u8>, ImgError> {
@@ -95,20 +123,35 @@ mod tests {
             (format!("secret,id=b,file={},format=base64", path.display()), ("b", b"passw")),
             (format!("secret,id=b,file={},format=raw", path.display()), ("b", b"cGFz\nc3c=\n")),
         ] {
-            let (id, bytes) = read(&object).unwrap();
+            let (id, bytes) = read(&object, &Secrets::default()).unwrap();
             assert_eq!((id.as_str(), bytes.as_slice()), want, "{object}");
         }
+        let mut others = Secrets::default();
+        for (id, bytes) in [("k", vec![b'k'; 32]), ("s", vec![1; 16])] {
+            others.by_id.insert(id.to_owned(), Passphrase::new(bytes));
+        }
+        // printf hello | openssl enc -aes-256-cbc -K 6b..6b -iv 41..41 -base64
+        let encrypted = "secret,id=e,data=mK8CJeryCqQSqlJcF98Cmw==,format=base64,keyid=k,iv=QUFBQUFBQUFBQUFBQUFBQQ==";
+        assert_eq!(read(encrypted, &others).unwrap(), ("e".to_owned(), b"hello".to_vec()));
         for (object, want) in [
             ("tls-creds-x509,id=a", "object type 'tls-creds-x509' is not supported; 'secret' is"),
             ("secret,data=x", "Parameter 'id' is missing"),
             ("secret,id=a", "Must provide 'file' or 'data'"),
             ("secret,id=a,data=x,file=y", "'file' and 'data' are mutually exclusive"),
             ("secret,id=a,data=x,format=hex", "Parameter 'format' does not accept value 'hex'"),
-            ("secret,id=a,data=x,iv=y", "Invalid parameter 'iv'"),
+            ("secret,id=a,data=x,ivs=y", "Invalid parameter 'ivs'"),
+            ("secret,id=a,data=x,keyid=k", "IV is required to decrypt secret"),
+            ("secret,id=a,data=x,keyid=k,iv=QUFB", "IV should be 16 bytes in length"),
+            ("secret,id=a,data=x,keyid=n,iv=QUFBQUFBQUFBQUFBQUFBQQ==", "No secret with id 'n'"),
+            ("secret,id=a,data=x,keyid=s,iv=QUFBQUFBQUFBQUFBQUFBQQ==", "Key should be 32 bytes in length"),
+            (
+                "secret,id=a,data=x,keyid=k,iv=QUFBQUFBQUFBQUFBQUFBQQ==",
+                "secret 'a' is not encrypted with its key: the padding is wrong",
+            ),
             ("secret,id=a,data=xyz,format=base64", "secret 'a' is not valid base64"),
             ("secret,id=a,file=/nowhere/x", "Unable to read /nowhere/x: No such file or directory"),
         ] {
-            assert_eq!(read(object).unwrap_err().to_string(), want, "{object}");
+            assert_eq!(read(object, &others).unwrap_err().to_string(), want, "{object}");
         }
     }
 }

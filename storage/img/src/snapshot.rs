@@ -46,7 +46,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     if action == "list" {
         let top = open::top(&named, Access::read(parsed))?;
         if top.format == Format::Qcow2 {
-            list(&named, &open_image(&named, top, true)?)?;
+            list(&named, &open::qcow2(&named, top, true)?)?;
         }
         return Ok(0);
     }
@@ -55,7 +55,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     if top.format != Format::Qcow2 {
         return Err(ImgError::Plain(without_snapshots(action, name)));
     }
-    let image = open_image(&named, top, false)?;
+    let image = open::qcow2(&named, top, false)?;
     // Data in an external file has one place, and cannot be kept for a snapshot.
     let with_data_file = image.header().geometry.data_file;
     match action {
@@ -67,10 +67,6 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         _ if find(&named, &image, name, false)? => change("delete", name, image.delete_snapshot(name)),
         _ => Err(refused("delete", name, "snapshot not found")),
     }
-}
-
-fn open_image(named: &Named, top: block::ChainFile, read_only: bool) -> Result<Qcow2Image, ImgError> {
-    Qcow2Image::open(top, read_only).map_err(|source| ImgError::Open { name: named.label.clone(), source })
 }
 
 fn change(action: &str, name: &str, done: Result<(), block::BlockError>) -> Result<u8, ImgError> {

@@ -130,7 +130,7 @@ fn secrets_are_looked_at_first() {
     for (line, says) in [
         ("info --object secret,id=a top.qcow2", "Must provide 'file' or 'data'"),
         ("info --object tls-creds,id=a top.qcow2", "object type 'tls-creds' is not supported"),
-        ("info --image-opts driver=qcow2,file.filename=top.qcow2,encrypt.key-secret=sec0", "No secret with id 'sec0'"),
+        ("map --image-opts driver=qcow2,file.filename=top.qcow2,encrypt.key-secret=sec0", "No secret with id 'sec0'"),
     ] {
         let (code, text) = ours(dir.path(), line);
         assert_eq!(code, Some(1), "{line}");

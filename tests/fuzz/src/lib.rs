@@ -18,7 +18,7 @@ mod protocols;
 pub type Target = (&'static str, fn(&[u8]) -> bool);
 
 /// All targets.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 16] = [
     ("frames", protocols::frames),
     ("monitor", protocols::monitor_lines),
     ("domain_xml", protocols::domain_xml),
@@ -30,6 +30,7 @@ pub const TARGETS: [Target; 15] = [
     ("vpc", disks::vpc),
     ("vhdx", disks::vhdx),
     ("qcow2_disk", disks::qcow2_disk),
+    ("luks", disks::luks),
     ("names", names::names),
     ("nbd", nbd::nbd),
     ("deflate", deflate::deflate),

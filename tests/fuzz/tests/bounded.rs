@@ -148,6 +148,10 @@ fn qcow2_disk() {
     invented("qcow2_disk", 1_000);
 }
 #[test]
+fn luks() {
+    invented("luks", 600);
+}
+#[test]
 fn names() {
     bounded("names", 40_000);
 }
@@ -173,6 +177,7 @@ fn every_target_is_run() {
         "domain_xml",
         "frames",
         "kernel",
+        "luks",
         "monitor",
         "names",
         "nbd",

@@ -8,6 +8,7 @@ use super::{BlockTable, Mapped};
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
 use crate::node::{Below, Extent, ExtentKind, Node};
+use crate::random::fill_random;
 use crate::sys::{ReadBufs, WriteBufs};
 
 /// A layer that is one [`Mapped`], of a format without backing files: nothing shows through from below.
@@ -84,8 +85,7 @@ pub(crate) fn write_new(file: &dyn FileBackend, path: &Path, layout: &NewFile) -
 /// A random UUID, version 4.
 pub(crate) fn random_uuid(path: &Path) -> Result<[u8; 16], BlockError> {
     let mut uuid = [0; 16];
-    let got = rustix::rand::getrandom(&mut uuid, rustix::rand::GetRandomFlags::empty());
-    got.map_err(|e| BlockError::io(path, Action::Create, e.into()))?;
+    fill_random(path, &mut uuid)?;
     uuid[6] = uuid[6] & 0x0f | 0x40;
     uuid[8] = uuid[8] & 0x3f | 0x80;
     Ok(uuid)

@@ -156,7 +156,7 @@ impl Rewrite<'_> {
                 }
                 let raw = match self.header.backing_name {
                     None => 0,
-                    Some(_) => L2Entry::fresh_data(self.place(&[])?),
+                    Some(_) => L2Entry::fresh_data(self.place_data(&[])?),
                 };
                 entry.copy_from_slice(&raw.to_be_bytes());
             }

@@ -9,10 +9,11 @@ use parking_lot::MutexGuard;
 
 use super::maintenance_error::MaintenanceError;
 use super::rewrite::Rewrite;
-use super::{DataFile, Health, Qcow2Node, Qcow2Options, Tables};
+use super::{DataFile, Health, Qcow2Node, Qcow2Options, Sealing, Tables, luks_volume};
 use crate::chain::ChainFile;
 use crate::disk::ChainBackend;
 use crate::error::{Action, BlockError};
+use crate::luks::{KeySlotChange, LayerKey, QCOW2_KEY_PARAMETER, needed};
 
 /// Memory for L2 tables of an image that is opened for maintenance.
 const L2_CACHE_BYTES: u64 = 256 << 10;
@@ -28,13 +29,23 @@ pub struct Qcow2Image {
 }
 
 impl Qcow2Image {
-    /// Opens an image on its own. Opening for writing rebuilds the refcounts of an image that was not closed cleanly.
+    /// Opens an image on its own; one that is encrypted, without its key: what concerns guest data and the state of a
+    /// machine fails then. Opening for writing rebuilds the refcounts of an image that was not closed cleanly.
     pub fn open(file: ChainFile, read_only: bool) -> Result<Qcow2Image, BlockError> {
         Qcow2Image::open_backend(ChainBackend::from_file(file)?, read_only)
     }
 
+    /// As [`Qcow2Image::open`], with the key of an encrypted image.
+    pub fn open_with_key(file: ChainFile, read_only: bool, key: &LayerKey) -> Result<Qcow2Image, BlockError> {
+        Qcow2Image::open_layer(ChainBackend::from_file(file)?, read_only, key)
+    }
+
     /// As [`Qcow2Image::open`], over a backend other than a host file.
     pub fn open_backend(layer: ChainBackend, read_only: bool) -> Result<Qcow2Image, BlockError> {
+        Qcow2Image::open_layer(layer, read_only, &LayerKey::Closed)
+    }
+
+    fn open_layer(layer: ChainBackend, read_only: bool, key: &LayerKey) -> Result<Qcow2Image, BlockError> {
         let ChainBackend { file, path_label: path, format, extents } = layer;
         if format != Format::Qcow2 {
             return Err(BlockError::FormatDisagrees { path, opened: format, option: Format::Qcow2 });
@@ -45,13 +56,14 @@ impl Qcow2Image {
             punch_freed: true,
             no_sync: false,
             l2_cache_bytes: L2_CACHE_BYTES,
+            sealing: Sealing::Plain,
         };
         let data = match ChainBackend::data_file(extents) {
             // Tables, snapshots and bitmaps are in the image's own file.
             DataFile::Inside => DataFile::Unneeded,
             given => given,
         };
-        let node = Qcow2Node::open(file.into(), data, path, &options)?;
+        let node = Qcow2Node::open(file.into(), data, path, options, key)?;
         Ok(Qcow2Image { node: Arc::new(node) })
     }
 
@@ -87,6 +99,13 @@ impl Qcow2Image {
             rewrite.drop_references(&l1)?;
             rewrite.set_active(vec![0; l1.len()], false)
         })
+    }
+
+    /// Changes the key slots of an encrypted image that `key` opens, as [`crate::change_key_slots`] does.
+    pub fn change_key_slots(&self, key: &LayerKey, change: &KeySlotChange, force: bool) -> Result<(), BlockError> {
+        let tables = self.node.quiet()?;
+        let mut volume = luks_volume(&*tables.file, &tables.path, &tables.header)?;
+        volume.change_slots(needed(key, &tables.path, QCOW2_KEY_PARAMETER)?, change, force)
     }
 
     pub(super) fn refuse(&self, source: MaintenanceError) -> BlockError {

@@ -29,6 +29,7 @@ mod recount;
 mod repair;
 mod resize;
 mod rewrite;
+mod sealing;
 mod snapshots;
 mod tables;
 mod vm_state;
@@ -42,8 +43,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use image::qcow2::{
-    AUTOCLEAR_OFFSET, AUTOCLEAR_RAW_DATA, CompressionType, Compressor, Geometry, Header, INCOMPAT_CORRUPT,
-    INCOMPAT_OFFSET, L2Entry, OFFSET_MASK, header_area_bytes,
+    AUTOCLEAR_OFFSET, AUTOCLEAR_RAW_DATA, CompressionType, Compressor, CryptMethod, CryptoHeader, Geometry, Header,
+    INCOMPAT_CORRUPT, INCOMPAT_OFFSET, L2Entry, OFFSET_MASK, header_area_bytes,
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -59,11 +60,13 @@ pub use self::maintenance::Qcow2Image;
 pub use self::maintenance_error::MaintenanceError;
 pub(crate) use self::repair::check_file;
 pub use self::repair::{Repair, Repaired, repair_backend, repair_image};
+pub(crate) use self::sealing::{Sealing, luks_volume};
 pub use self::snapshots::SnapshotTime;
 use crate::blkdebug::Event;
 use crate::create::Preallocation;
 use crate::error::{Action, BlockError, ErrorKind};
 use crate::io::FileBackend;
+use crate::luks::LayerKey;
 use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node};
 use crate::page_buf::PageBuf;
 use crate::slice_cache::SliceCache;
@@ -72,6 +75,7 @@ use crate::sys::{ReadBufs, WriteBufs};
 /// Memory for refcount blocks: 2 GiB of 64 KiB clusters for each 64 KiB of it.
 const REFCOUNT_CACHE_BYTES: u64 = 256 << 10;
 
+#[derive(Clone)]
 pub(crate) struct Qcow2Options {
     pub(crate) read_only: bool,
     pub(crate) has_backing: bool,
@@ -80,6 +84,8 @@ pub(crate) struct Qcow2Options {
     /// Never wait for stable storage.
     pub(crate) no_sync: bool,
     pub(crate) l2_cache_bytes: u64,
+    /// How guest data lie in the file.
+    pub(crate) sealing: Sealing,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -102,6 +108,7 @@ pub(crate) struct Qcow2Node {
     /// Size of the guest disk, which maintenance changes.
     disk_bytes: AtomicU64,
     compression: CompressionType,
+    sealing: Sealing,
     tables: Mutex<Tables>,
     /// Told when a range of [`Tables::filling`] is done.
     filled: Condvar,
@@ -176,7 +183,7 @@ impl Tables {
         let mut node = Tables {
             l2_cache: SliceCache::new(geometry.slice_bytes(), options.l2_cache_bytes),
             refcount_cache: SliceCache::new(geometry.slice_bytes(), REFCOUNT_CACHE_BYTES),
-            options: Qcow2Options { ..*options },
+            options: options.clone(),
             file,
             data,
             path,
@@ -247,6 +254,9 @@ impl Tables {
         let bits = self.geometry.cluster_bits;
         let extent = |offset: u64, bytes: u64| offset >> bits..(offset + bytes).div_ceil(1 << bits);
         let mut tables: HashSet<u64> = HashSet::from([0]);
+        if let CryptMethod::Luks(CryptoHeader { offset, bytes }) = self.header.crypt_method {
+            tables.extend(extent(offset, bytes));
+        }
         tables.extend(extent(self.header.l1_offset, u64::from(self.header.l1_entries) * 8));
         tables.extend(extent(self.header.reftable_offset, u64::from(self.header.reftable_clusters) << bits));
         for (index, raw) in self.reftable.iter_mut().enumerate().filter(|(_, raw)| **raw != 0) {
@@ -333,9 +343,13 @@ impl Qcow2Node {
         file: Arc<dyn FileBackend>,
         data: DataFile,
         path: PathBuf,
-        options: &Qcow2Options,
+        options: Qcow2Options,
+        key: &LayerKey,
     ) -> Result<Qcow2Node, BlockError> {
-        let tables = Tables::open(file.clone(), data, path.clone(), options)?;
+        let header = read_header(&*file, &path)?;
+        let sealing = Sealing::open(&*file, &path, &header, key, options.read_only)?;
+        let options = Qcow2Options { sealing, ..options };
+        let tables = Tables::open(file.clone(), data, path.clone(), &options)?;
         Ok(Qcow2Node {
             file,
             data: tables.data.clone(),
@@ -343,6 +357,7 @@ impl Qcow2Node {
             geometry: tables.geometry,
             disk_bytes: AtomicU64::new(tables.geometry.size_bytes),
             compression: tables.header.compression,
+            sealing: options.sealing,
             filled: Condvar::new(),
             flights: tables.flights.clone(),
             unpacked: Mutex::default(),
@@ -355,6 +370,14 @@ impl Qcow2Node {
     /// Size of the guest disk in whole sectors.
     fn size_bytes(&self) -> u64 {
         self.disk_bytes.load(Ordering::Relaxed) & !511
+    }
+
+    /// A compressed cluster would be plain text in the file.
+    fn refuse_sealed(&self) -> Result<(), BlockError> {
+        match self.sealing.is_plain() {
+            true => Ok(()),
+            false => Err(BlockError::CompressedPlain { path: self.path.clone() }),
+        }
     }
 
     fn set_size(&self, bytes: u64) {
@@ -429,6 +452,7 @@ impl Node for Qcow2Node {
             L2Entry::Data { host, .. } => (ExtentKind::Data, Some(host + within), false),
             L2Entry::Compressed { .. } => (ExtentKind::Data, None, true),
         };
+        let host = host.filter(|_| self.sealing.is_plain());
         Ok(Extent { bytes, kind, host, compressed })
     }
 
@@ -441,6 +465,9 @@ impl Node for Qcow2Node {
     }
 
     fn map_read(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
+        if !self.sealing.is_plain() {
+            return Ok(None);
+        }
         let mut tables = self.tables.lock();
         let found = tables.run(offset, bytes);
         let (L2Entry::Data { host, .. }, bytes) = tables.noticing(found)? else { return Ok(None) };
@@ -450,7 +477,7 @@ impl Node for Qcow2Node {
     }
 
     fn map_write(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
-        self.map_new_data(offset, bytes)
+        if self.sealing.is_plain() { self.map_new_data(offset, bytes) } else { Ok(None) }
     }
 
     fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
@@ -467,11 +494,13 @@ impl Node for Qcow2Node {
 
     fn pack(&self, cluster: &[u8], packed: &mut Vec<u8>) -> Result<bool, BlockError> {
         self.refuse_packed()?;
+        self.refuse_sealed()?;
         Ok(self.pack_cluster(cluster, packed))
     }
 
     fn write_packed(&self, offset: u64, packed: &[u8]) -> Result<(), BlockError> {
         self.refuse_packed()?;
+        self.refuse_sealed()?;
         self.store_or_unpack(offset, packed)
     }
 

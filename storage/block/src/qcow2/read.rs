@@ -60,8 +60,7 @@ impl Qcow2Node {
         match entry {
             L2Entry::Data { host, .. } => {
                 self.file.event(Event::READ_AIO);
-                let read = self.data.file.read_at(host + within, bufs);
-                read.map_err(|e| self.data.failed(Action::Read, e))?;
+                self.sealing.read(&*self.data.file, &self.data.path, host + within, offset, bufs)?;
             }
             L2Entry::Zero { .. } => bufs.fill_zero(),
             L2Entry::Unallocated => {

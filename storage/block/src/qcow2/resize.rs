@@ -180,7 +180,7 @@ impl Rewrite<'_> {
             let old = L2Entry::decode(word(target), &geometry).map_err(|e| rewrite.damaged(index, e))?;
             let host = match geometry.data_file {
                 true => rewrite.put_data(first, contents.get(..kept).unwrap_or_default())?,
-                false => rewrite.place(&contents)?,
+                false => rewrite.place_data(&contents)?,
             };
             store_entry(target, host | COPIED, Subclusters::ALL_DATA);
             match old.freed(&geometry) {
@@ -217,8 +217,9 @@ impl Rewrite<'_> {
                 L2Entry::Zero { .. } => part.fill(0),
                 L2Entry::Unallocated => read_chain(below, guest_offset + at as u64, &ReadBufs::from_slice(part))?,
                 L2Entry::Data { host, .. } => {
-                    let read = self.data.file.read_at(host + at as u64, &ReadBufs::from_slice(part));
-                    read.map_err(|e| self.data.failed(Action::Read, e))?;
+                    let (host, guest) = (host + at as u64, guest_offset + at as u64);
+                    let bufs = ReadBufs::from_slice(part);
+                    self.sealing.read(&*self.data.file, &self.data.path, host, guest, &bufs)?;
                 }
                 L2Entry::Compressed { host, bytes } => {
                     let mut packed = vec![0; bytes as usize];
@@ -246,6 +247,8 @@ impl Rewrite<'_> {
             (Preallocation::Off, _) => (area.start, hidden_end),
             _ => (area.end, area.start),
         };
+        let sealed = !self.sealing.is_plain();
+        let room_flags = if sealed && geometry.version >= 3 && !geometry.extended_l2 { ZERO } else { 0 };
         let mut at = area.start;
         let mapped_end = room_end.max(zero_end);
         while at < mapped_end {
@@ -262,9 +265,10 @@ impl Rewrite<'_> {
                 let targets = table.get_mut(first..).unwrap_or_default();
                 let targets = targets.chunks_exact_mut(geometry.l2_entry_bytes() as usize).take(clusters as usize);
                 for (i, target) in (0..).zip(targets) {
-                    // With extended entries, room whose subclusters are zeroes hides what is below and needs no data.
+                    // In an encrypted image the zeroes of the file are none of the disk: the entry says so. With
+                    // extended entries, room whose subclusters are zeroes hides what is below and needs no data.
                     let raw = match host {
-                        Some(host) => (host + i * cluster_bytes) | COPIED,
+                        Some(host) => (host + i * cluster_bytes) | COPIED | room_flags,
                         None if geometry.extended_l2 => 0,
                         None => ZERO,
                     };
@@ -283,6 +287,10 @@ impl Rewrite<'_> {
         let offset = self.counts.alloc(clusters)?;
         let bytes = clusters * self.geometry.cluster_bytes();
         let failed = |e| BlockError::io(self.place.path, Action::Write, e);
+        if !self.sealing.is_plain() && self.geometry.version < 3 {
+            let write = |at, zeroes: &WriteBufs<'_>| self.sealing.write(self.place.file, self.place.path, at, zeroes);
+            return write_zero_data(offset..offset + bytes, PIECE_BYTES, write).map(|()| offset);
+        }
         if preallocation == Preallocation::Full {
             let write = |at, zeroes: &WriteBufs<'_>| self.place.file.write_at(at, zeroes);
             return write_zero_data(offset..offset + bytes, PIECE_BYTES, write).map(|()| offset).map_err(failed);

@@ -10,10 +10,10 @@ use std::path::Path;
 
 use image::qcow2::{COPIED, Freed, Geometry, Header, L1Entry, L2Entry, header_steps};
 
-use super::Tables;
 use super::data_file::Data;
 use super::maintenance_error::MaintenanceError;
 use super::recount::Recount;
+use super::{Sealing, Tables};
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
 use crate::sys::{ReadBufs, WriteBufs};
@@ -53,6 +53,8 @@ pub(super) struct Rewrite<'f> {
     /// The active L1 table on disk.
     pub(super) old_l1: Vec<u64>,
     pub(super) counts: Recount<'f>,
+    /// How guest data lie in the file.
+    pub(super) sealing: Sealing,
     no_sync: bool,
     punch: bool,
 }
@@ -72,6 +74,7 @@ impl<'f> Rewrite<'f> {
             header: tables.header.clone(),
             old_l1: tables.l1.clone(),
             counts: Recount::new(place, tables.geometry, tables.reftable.clone(), &tables.table_clusters),
+            sealing: tables.options.sealing.clone(),
             no_sync: tables.options.no_sync,
             punch: tables.options.punch_freed,
         })
@@ -98,6 +101,15 @@ impl<'f> Rewrite<'f> {
         let mut padded = bytes.to_vec();
         padded.resize((clusters * self.geometry.cluster_bytes()) as usize, 0);
         self.place.write(offset, &padded)?;
+        Ok(offset)
+    }
+
+    /// Writes guest data to a new cluster and returns where. What is missing of it is zeroes.
+    pub(super) fn place_data(&mut self, bytes: &[u8]) -> Result<u64, BlockError> {
+        let offset = self.counts.alloc(1)?;
+        let mut padded = bytes.to_vec();
+        padded.resize(self.geometry.cluster_bytes() as usize, 0);
+        self.sealing.write(self.place.file, self.place.path, offset, &WriteBufs::from_slice(&padded))?;
         Ok(offset)
     }
 

@@ -12,6 +12,7 @@ use super::rewrite::{Place, Rewrite};
 use super::snapshots::{SnapshotTime, find, new_snapshot, read_table, replace_table};
 use crate::blkdebug::Event;
 use crate::error::{Action, BlockError};
+use crate::sys::ReadBufs;
 
 impl Qcow2Image {
     /// As [`Qcow2Image::create_snapshot`], with the state of the machine, which is read to its end. `read_vm_state`
@@ -57,6 +58,7 @@ impl Qcow2Image {
         let entries = u64::from(snapshot.l1.entries);
         let l1 = tables.load_table("L1 table of a snapshot", snapshot.l1.offset, entries)?;
         let geometry = tables.geometry;
+        let sealing = tables.options.sealing.clone();
         // Behind the disk as it was then.
         let then = image::qcow2::Geometry { size_bytes: snapshot.disk_bytes, ..geometry };
         let base = then.l1_entries().saturating_mul(geometry.l2_reach_bytes());
@@ -71,7 +73,8 @@ impl Qcow2Image {
                 match entry {
                     L2Entry::Data { host, .. } => {
                         tables.file.event(Event::VMSTATE_LOAD);
-                        tables.read_file(host + within, part)?;
+                        let bufs = ReadBufs::from_slice(part);
+                        sealing.read(&*tables.file, &tables.path, host + within, at, &bufs)?;
                     }
                     L2Entry::Zero { .. } | L2Entry::Unallocated => part.fill(0),
                     L2Entry::Compressed { .. } => {
@@ -115,7 +118,7 @@ impl Rewrite<'_> {
                 let zero = geometry.version >= 3 && crate::zeroes::is_zero(&cluster);
                 let (raw, subclusters) = match zero {
                     true => (if geometry.extended_l2 { 0 } else { ZERO }, Subclusters::ALL_ZERO),
-                    false => (self.place(&cluster)? | COPIED, Subclusters::ALL_DATA),
+                    false => (self.place_data(&cluster)? | COPIED, Subclusters::ALL_DATA),
                 };
                 store_entry(entry, raw, subclusters);
                 if at_end {

@@ -10,7 +10,7 @@ use parking_lot::MutexGuard;
 
 use super::{Flight, Qcow2Node, Tables};
 use crate::blkdebug::Event;
-use crate::error::{Action, BlockError};
+use crate::error::BlockError;
 use crate::node::{Below, Filled, Landing, Mapped};
 use crate::sys::{ReadBufs, WriteBufs};
 
@@ -87,8 +87,7 @@ impl Qcow2Node {
                 let _flight = self.enter(&tables);
                 drop(tables);
                 self.file.event(Event::WRITE_AIO);
-                let written = self.data.file.write_at(host, bufs);
-                written.map_err(|e| self.data.failed(Action::Write, e))?;
+                self.sealing.write(&*self.data.file, &self.data.path, host, bufs)?;
             }
             Target::Fill(fill) => self.fill(tables, below, offset, bufs, fill)?,
         }
@@ -158,8 +157,7 @@ impl Qcow2Node {
         let within = self.geometry.in_cluster(offset);
         if fill.data_alone {
             self.file.event(Event::WRITE_AIO);
-            let written = self.data.file.write_at(fill.host + within, bufs);
-            return written.map_err(|e| self.data.failed(Action::Write, e));
+            return self.sealing.write(&*self.data.file, &self.data.path, fill.host + within, bufs);
         }
         let end = within + bufs.len() as u64;
         let mut head = vec![0; (within - fill.around.start) as usize];
@@ -173,8 +171,7 @@ impl Qcow2Node {
         let whole = WriteBufs::concat(&[&head, bufs, &tail]);
         self.file.event(Event::WRITE_AIO);
         self.file.event(Event::COW_WRITE);
-        let written = self.data.file.write_at(fill.host + fill.around.start, &whole);
-        written.map_err(|e| self.data.failed(Action::Write, e))
+        self.sealing.write(&*self.data.file, &self.data.path, fill.host + fill.around.start, &whole)
     }
 
     /// What the guest sees; past the end of the disk, zeroes.
@@ -310,8 +307,12 @@ impl Tables {
         frees.truncate(count as usize);
         let bytes = (count * cluster_bytes - within).min(end - offset);
         let data_alone = match self.zero_around(offset, bytes) {
-            // Nobody knows what an external data file holds where nothing was written.
-            Ok(zero) => bytes == count * cluster_bytes || (zero && cluster >= never_used && !geometry.data_file),
+            // Nobody knows what an external data file holds where nothing was written; and in an encrypted image the
+            // zeroes of the file are none of the disk.
+            Ok(zero) => {
+                let is_zero = zero && cluster >= never_used && !geometry.data_file;
+                bytes == count * cluster_bytes || (is_zero && self.options.sealing.is_plain())
+            }
             Err(error) => return self.give_back_data(cluster, count).and(Err(error)),
         };
         let host = cluster << geometry.cluster_bits;

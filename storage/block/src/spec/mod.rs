@@ -83,6 +83,13 @@ pub enum BackingSpec {
     FromHeader,
     /// None, whatever the header says.
     None,
+    /// The one its header names, whose encryption a secret opens.
+    HeaderWithKey {
+        /// The id of its secret, if it has one.
+        key_secret: Option<String>,
+        /// Which backing file that one gets: its header's, with or without a key.
+        below: Box<BackingSpec>,
+    },
     /// This one, whatever the header says.
     Image(Box<ImageSpec>),
 }
@@ -221,16 +228,12 @@ impl ImageSpec {
             None => BackingSpec::FromHeader,
             Some(Tree::Null) => BackingSpec::None,
             Some(Tree::Leaf(text)) if text.is_empty() => BackingSpec::None,
+            Some(Tree::Map(below)) if is_key_alone(&below) => BackingSpec::with_key(below, depth + 1)?,
             Some(below) => BackingSpec::Image(Box::new(ImageSpec::from_tree(below, depth + 1)?)),
         };
         spec.data_file = map.remove("data-file").map(|below| file_from_tree(below, depth + 1)).transpose()?;
         spec.read_only = tree::take_leaf(&mut map, "read-only")?.map(|v| switch("read-only", &v)).transpose()?;
-        if let Some(Tree::Map(encrypt)) = map.get_mut("encrypt") {
-            spec.key_secret = tree::take_leaf(encrypt, "key-secret")?;
-        }
-        if let Some(id) = tree::take_leaf(&mut map, "key-secret")? {
-            spec.key_secret = Some(id);
-        }
+        spec.key_secret = take_key(&mut map)?;
         let name = driver.unwrap_or_else(|| "raw".to_owned());
         for (option, value) in tree::flatten(map) {
             if !FORMAT_OPTIONS.contains(&option.as_str()) {
@@ -255,6 +258,50 @@ impl ImageSpec {
     }
 }
 
+impl BackingSpec {
+    /// Backing files that headers name, with the ids of their secrets from the first on, as far as there are some.
+    pub fn with_keys(ids: &[Option<&str>]) -> BackingSpec {
+        match ids.split_first() {
+            Some((id, rest)) => {
+                let below = Box::new(BackingSpec::with_keys(rest));
+                BackingSpec::HeaderWithKey { key_secret: id.map(str::to_owned), below }
+            }
+            None => BackingSpec::FromHeader,
+        }
+    }
+
+    fn with_key(mut map: tree::Map, depth: usize) -> Result<BackingSpec, SpecError> {
+        if depth > DEPTH_MAX {
+            return Err(SpecError::TooDeep);
+        }
+        let key_secret = take_key(&mut map)?;
+        let below = match map.remove("backing") {
+            Some(Tree::Map(below)) if is_key_alone(&below) => BackingSpec::with_key(below, depth + 1)?,
+            Some(_) => return Err(SpecError::NoDriverOrFile),
+            None => BackingSpec::FromHeader,
+        };
+        match tree::flatten(map).into_iter().find(|(option, _)| option != "encrypt.format") {
+            Some((option, _)) => Err(SpecError::Parameter(option)),
+            None => Ok(BackingSpec::HeaderWithKey { key_secret, below: Box::new(below) }),
+        }
+    }
+}
+
+/// Whether options of a backing file leave what it is to the header above it.
+fn is_key_alone(map: &tree::Map) -> bool {
+    let has = |name: &str| map.contains_key(name);
+    !has("driver") && !has("file") && (has("encrypt") || has("key-secret") || has("backing"))
+}
+
+/// Takes the id of a layer's secret.
+fn take_key(map: &mut tree::Map) -> Result<Option<String>, SpecError> {
+    let of_group = match map.get_mut("encrypt") {
+        Some(Tree::Map(encrypt)) => tree::take_leaf(encrypt, "key-secret")?,
+        _ => None,
+    };
+    Ok(tree::take_leaf(map, "key-secret")?.or(of_group))
+}
+
 /// How the image is called in outputs: its path or URL if that says it all, else `json:{...}`.
 impl fmt::Display for ImageSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -265,6 +312,7 @@ impl fmt::Display for ImageSpec {
             (FileSpec::Blkdebug { own, .. }, _) if !own.is_empty() => {
                 write!(f, "json:{}", tree::print(&self.to_tree()))
             }
+            _ if self.key_secret.is_some() => write!(f, "json:{}", tree::print(&self.to_tree())),
             (file, _) => write!(f, "{file}"),
         }
     }
@@ -291,6 +339,10 @@ impl ImageSpec {
         if let Some(driver) = self.driver {
             map.insert("driver".into(), Tree::Leaf(driver.name().into()));
         }
+        if let Some(id) = &self.key_secret {
+            let key = if self.driver == Some(Format::Luks) { "key-secret" } else { "encrypt.key-secret" };
+            map.insert(key.into(), Tree::Leaf(id.clone()));
+        }
         match &self.file {
             FileSpec::Slice { below, offset, size } if self.driver == Some(Format::Raw) => {
                 put_slice(&mut map, *offset, *size);
@@ -301,7 +353,7 @@ impl ImageSpec {
             }
         }
         match &self.backing {
-            BackingSpec::FromHeader => {}
+            BackingSpec::FromHeader | BackingSpec::HeaderWithKey { .. } => {}
             BackingSpec::None => {
                 map.insert("backing".into(), Tree::Null);
             }

@@ -9,8 +9,8 @@ use thiserror::Error;
 
 use super::bitmaps::{BITMAP_DIRECTORY_MAX_BYTES, BitmapExtension, BitmapTableEntry, parse_bitmaps};
 use super::{
-    COPIED, EntryError, ExtendedEntry, Freed, Geometry, Header, L1Entry, L2Entry, OFFSET_MASK,
-    SNAPSHOT_TABLE_MAX_BYTES, SnapshotError, SnapshotL1, Subclusters, ZERO, parse_snapshots, refcount,
+    COPIED, CryptMethod, CryptoHeader, EntryError, ExtendedEntry, Freed, Geometry, Header, L1Entry, L2Entry,
+    OFFSET_MASK, SNAPSHOT_TABLE_MAX_BYTES, SnapshotError, SnapshotL1, Subclusters, ZERO, parse_snapshots, refcount,
 };
 
 /// Findings kept as text; beyond, only counts grow.
@@ -246,6 +246,9 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
     fn tables(&mut self, header: &Header) -> Result<(), CheckError<E>> {
         self.l1(SnapshotL1 { offset: header.l1_offset, entries: header.l1_entries }, true)?;
         self.bitmaps(header)?;
+        if let CryptMethod::Luks(CryptoHeader { offset, bytes }) = header.crypt_method {
+            self.count(offset, bytes, "the LUKS header");
+        }
         if header.snapshot_count == 0 {
             return Ok(());
         }

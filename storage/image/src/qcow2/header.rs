@@ -21,6 +21,10 @@ pub const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear feature bit 1: the external data file is a raw image of the disk.
 pub const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
+/// Type of the extension that points to the LUKS header.
+pub const EXT_CRYPTO_HEADER: u32 = 0x0537_be77;
+/// Most bytes that a LUKS header with its key slots takes; QEMU writes 2 MiB at most.
+pub const CRYPTO_HEADER_MAX_BYTES: u64 = 16 << 20;
 const INCOMPAT_KNOWN: u64 =
     INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_DATA_FILE | INCOMPAT_COMPRESSION | INCOMPAT_EXTENDED_L2;
 
@@ -65,10 +69,12 @@ pub enum HeaderError {
         "header_length is {got}; it must be a multiple of 8, at least 104 and at most the cluster size {cluster_bytes}"
     )]
     HeaderLength { got: u32, cluster_bytes: u64 },
-    #[error(
-        "the image is encrypted (crypt_method {0}), which is not supported; decrypt it with qemu-img convert first"
-    )]
+    #[error("Unsupported encryption method {0}")]
     Encrypted(u32),
+    #[error(
+        "the pointer to the LUKS header has {extension_bytes} bytes and says {bytes} bytes at {offset:#x}; it must have 16, and point to at most {CRYPTO_HEADER_MAX_BYTES} bytes at a cluster, for crypt_method 2 and no other"
+    )]
+    CryptoHeader { extension_bytes: usize, offset: u64, bytes: u64 },
     #[error("the image uses an incompatible feature that is not supported: {name} (bit {bit})")]
     Feature { bit: u32, name: String },
     #[error("compression type {0} is not supported; 0 (zlib) and 1 (zstd) are")]
@@ -112,6 +118,26 @@ pub struct Extension {
     pub data: Vec<u8>,
 }
 
+/// Where the LUKS header of an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CryptoHeader {
+    /// Where it starts in the file, at a cluster.
+    pub offset: u64,
+    /// Its length with the key slots.
+    pub bytes: u64,
+}
+
+/// How guest data are encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CryptMethod {
+    /// Not at all.
+    None,
+    /// AES-128-CBC with the passphrase for a key: `crypt_method` 1.
+    LegacyAes,
+    /// LUKS: `crypt_method` 2. The extension that points to the header follows from it.
+    Luks(CryptoHeader),
+}
+
 /// A checked header: every field is within its limits, tables are aligned, L1 covers the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
@@ -123,6 +149,8 @@ pub struct Header {
     pub backing_format: Option<String>,
     /// Host offset of the L1 table.
     pub l1_offset: u64,
+    /// How guest data are encrypted.
+    pub crypt_method: CryptMethod,
     /// Entries of the L1 table.
     pub l1_entries: u32,
     /// Host offset of the refcount table.
@@ -171,9 +199,6 @@ impl Header {
         if !matches!(version, 2 | 3) {
             return Err(HeaderError::Version(version));
         }
-        if u32_at(32)? != 0 {
-            return Err(HeaderError::Encrypted(u32_at(32)?));
-        }
         let mut header = Header {
             geometry: Geometry {
                 cluster_bits: u32_at(20)?,
@@ -185,6 +210,7 @@ impl Header {
             },
             backing_name: None,
             backing_format: None,
+            crypt_method: CryptMethod::None,
             l1_entries: u32_at(36)?,
             l1_offset: u64_at(40)?,
             reftable_offset: u64_at(48)?,
@@ -204,6 +230,7 @@ impl Header {
         }
         let area_end = header.parse_backing_name(area, cluster_bytes)?;
         header.parse_extensions(area, end, area_end)?;
+        header.parse_crypt_method(u32_at(32)?)?;
         header.refuse_unknown_features()?;
         header.check_limits()?;
         Ok(header)
@@ -275,6 +302,29 @@ impl Header {
             }
             at = stop.next_multiple_of(8);
         }
+        Ok(())
+    }
+
+    /// The pointer to the LUKS header becomes a part of the method.
+    fn parse_crypt_method(&mut self, method: u32) -> Result<(), HeaderError> {
+        let pointer = self.extension(EXT_CRYPTO_HEADER).map(<[u8]>::to_vec);
+        let data = pointer.clone().unwrap_or_default();
+        let (offset, bytes) = (be64(&data, 0).unwrap_or(0), be64(&data, 8).unwrap_or(0));
+        let refused = HeaderError::CryptoHeader { extension_bytes: data.len(), offset, bytes };
+        self.crypt_method = match (method, pointer) {
+            (0, None) => CryptMethod::None,
+            (1, None) => CryptMethod::LegacyAes,
+            (2, Some(_)) => {
+                let fits = (1..=CRYPTO_HEADER_MAX_BYTES).contains(&bytes) && offset > 0 && offset < 1 << 56;
+                if data.len() != 16 || !fits || !self.geometry.is_aligned(offset) {
+                    return Err(refused);
+                }
+                CryptMethod::Luks(CryptoHeader { offset, bytes })
+            }
+            (0..=2, _) => return Err(refused),
+            (other, _) => return Err(HeaderError::Encrypted(other)),
+        };
+        self.set_extension(EXT_CRYPTO_HEADER, None);
         Ok(())
     }
 
@@ -406,7 +456,12 @@ impl Header {
         out.extend([0; 12]); // backing file offset and size
         out.extend(geometry.cluster_bits.to_be_bytes());
         out.extend(geometry.size_bytes.to_be_bytes());
-        out.extend(0u32.to_be_bytes()); // crypt_method
+        let method: u32 = match self.crypt_method {
+            CryptMethod::None => 0,
+            CryptMethod::LegacyAes => 1,
+            CryptMethod::Luks(_) => 2,
+        };
+        out.extend(method.to_be_bytes());
         out.extend(self.l1_entries.to_be_bytes());
         out.extend(self.l1_offset.to_be_bytes());
         out.extend(self.reftable_offset.to_be_bytes());
@@ -424,6 +479,9 @@ impl Header {
         }
         if let Some(format) = &self.backing_format {
             push_extension(&mut out, EXT_BACKING_FORMAT, format.as_bytes());
+        }
+        if let CryptMethod::Luks(CryptoHeader { offset, bytes }) = self.crypt_method {
+            push_extension(&mut out, EXT_CRYPTO_HEADER, &[offset.to_be_bytes(), bytes.to_be_bytes()].concat());
         }
         for ext in &self.extensions {
             push_extension(&mut out, ext.kind, &ext.data);
@@ -475,6 +533,7 @@ fn sample() -> Header {
         },
         backing_name: Some("base.raw".to_owned()),
         backing_format: Some("raw".to_owned()),
+        crypt_method: CryptMethod::None,
         l1_offset: 0x3_0000,
         l1_entries: 2,
         reftable_offset: 0x1_0000,
@@ -495,6 +554,11 @@ fn serialising_and_parsing_agree() {
     let header = sample();
     let bytes = header.serialise().unwrap();
     assert_eq!(Header::parse(&bytes), Ok(header));
+    let luks = CryptMethod::Luks(CryptoHeader { offset: 0x4_0000, bytes: 2_068_480 });
+    for crypt_method in [CryptMethod::LegacyAes, luks] {
+        let header = Header { crypt_method, ..sample() };
+        assert_eq!(Header::parse(&header.serialise().unwrap()), Ok(header));
+    }
     let v2 =
         Header { geometry: Geometry { version: 2, ..sample().geometry }, compatible: 0, extra: Vec::new(), ..sample() };
     assert_eq!(Header::parse(&v2.serialise().unwrap()), Ok(v2));
@@ -510,7 +574,8 @@ fn every_limit_is_refused_by_name() {
         (20, &[0, 0, 0, 22], HeaderError::ClusterBits(22)),
         (20, &[0xff; 4], HeaderError::ClusterBits(u32::MAX)),
         (24, &[0x80, 0, 0, 0, 0, 0, 0, 0], HeaderError::Size(1 << 63)),
-        (32, &[0, 0, 0, 2], HeaderError::Encrypted(2)),
+        (32, &[0, 0, 0, 3], HeaderError::Encrypted(3)),
+        (32, &[0, 0, 0, 2], HeaderError::CryptoHeader { extension_bytes: 0, offset: 0, bytes: 0 }),
         (36, &[0, 0x40, 0, 1], HeaderError::L1TooLarge { entries: 0x40_0001, max: 0x40_0000 }),
         (36, &[0, 0, 0, 1], HeaderError::L1TooSmall { got: 1, want: 2, size_bytes: 1 << 30 }),
         (

@@ -98,7 +98,7 @@ fn first_sector(mut bytes: Vec<u8>) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::super::header::feature_names;
-    use super::super::{CompressionType, Extension, Geometry};
+    use super::super::{CompressionType, CryptMethod, Extension, Geometry};
     use super::*;
 
     fn header(cluster_bits: u32, name: Option<&str>, extensions: Vec<Extension>) -> Header {
@@ -113,6 +113,7 @@ mod tests {
             },
             backing_name: name.map(str::to_owned),
             backing_format: name.map(|_| "qcow2".to_owned()),
+            crypt_method: CryptMethod::None,
             l1_offset: 0x3_0000,
             l1_entries: 1024,
             reftable_offset: 0x1_0000,

@@ -5,8 +5,8 @@ use super::header::{
     AUTOCLEAR_RAW_DATA, EXT_DATA_FILE, INCOMPAT_COMPRESSION, INCOMPAT_DATA_FILE, INCOMPAT_EXTENDED_L2, feature_names,
 };
 use super::{
-    COMPAT_LAZY_REFCOUNTS, COPIED, CompressionType, Extension, Geometry, Header, HeaderError, L1_MAX_BYTES,
-    REFTABLE_MAX_BYTES, refcount,
+    COMPAT_LAZY_REFCOUNTS, COPIED, CRYPTO_HEADER_MAX_BYTES, CompressionType, CryptMethod, CryptoHeader, Extension,
+    Geometry, Header, HeaderError, L1_MAX_BYTES, REFTABLE_MAX_BYTES, ZERO, refcount,
 };
 
 /// Smallest clusters whose header gets the table of feature names; QEMU leaves it out of smaller ones too.
@@ -47,6 +47,8 @@ pub struct Features {
     pub preallocate: bool,
     /// Guest data goes to another file.
     pub data_file: Option<DataFile>,
+    /// Room for a LUKS header with its key slots, whose caller writes it; 0: the image is not encrypted.
+    pub crypto_header_bytes: u64,
 }
 
 /// An external data file, as the header says it.
@@ -67,12 +69,13 @@ impl Default for Features {
             extended_l2: false,
             preallocate: false,
             data_file: None,
+            crypto_header_bytes: 0,
         }
     }
 }
 
 /// Where everything of a new image goes. The file is, in this order and in whole clusters: header, refcount table,
-/// refcount blocks, L1 table, and when preallocated L2 tables and guest data.
+/// refcount blocks, L1 table, LUKS header, and when preallocated L2 tables and guest data.
 #[derive(Clone, Debug)]
 pub struct Plan {
     header: Header,
@@ -80,6 +83,7 @@ pub struct Plan {
     table_clusters: u64,
     block_count: u64,
     l1_clusters: u64,
+    crypto_clusters: u64,
     l2_count: u64,
     /// Guest clusters that L2 tables map.
     mapped: u64,
@@ -105,7 +109,13 @@ impl Plan {
             false => (0, 0),
         };
         let data_clusters = if geometry.data_file { 0 } else { mapped };
-        let (table_clusters, block_count) = refcount_clusters(&geometry, 1 + l1_clusters + l2_count + data_clusters);
+        let crypto_bytes = features.crypto_header_bytes;
+        if crypto_bytes > CRYPTO_HEADER_MAX_BYTES {
+            return Err(HeaderError::CryptoHeader { extension_bytes: 16, offset: 0, bytes: crypto_bytes });
+        }
+        let crypto_clusters = crypto_bytes.div_ceil(cluster_bytes);
+        let others = 1 + l1_clusters + crypto_clusters + l2_count + data_clusters;
+        let (table_clusters, block_count) = refcount_clusters(&geometry, others);
         if table_clusters * cluster_bytes > REFTABLE_MAX_BYTES.max(cluster_bytes) {
             return Err(HeaderError::ReftableSize { clusters: u32::try_from(table_clusters).unwrap_or(u32::MAX) });
         }
@@ -122,6 +132,7 @@ impl Plan {
             geometry,
             backing_name: new.backing.as_ref().map(|(name, _)| name.clone()),
             backing_format: new.backing.as_ref().map(|(_, format)| format.clone()).filter(|format| !format.is_empty()),
+            crypt_method: crypt_method((1 + table_clusters + block_count + l1_clusters) * cluster_bytes, crypto_bytes),
             l1_offset: (1 + table_clusters + block_count) * cluster_bytes,
             l1_entries: l1_entries as u32,
             reftable_offset: cluster_bytes,
@@ -138,7 +149,17 @@ impl Plan {
             extra,
         };
         let header_bytes = header.serialise()?;
-        Ok(Plan { header, header_bytes, table_clusters, block_count, l1_clusters, l2_count, mapped, data_clusters })
+        Ok(Plan {
+            header,
+            header_bytes,
+            table_clusters,
+            block_count,
+            l1_clusters,
+            crypto_clusters,
+            l2_count,
+            mapped,
+            data_clusters,
+        })
     }
 
     /// The header of the new image.
@@ -147,7 +168,7 @@ impl Plan {
     }
 
     fn first_l2(&self) -> u64 {
-        1 + self.table_clusters + self.block_count + self.l1_clusters
+        1 + self.table_clusters + self.block_count + self.l1_clusters + self.crypto_clusters
     }
 
     /// Length of the file: a whole number of clusters.
@@ -190,19 +211,27 @@ impl Plan {
     }
 
     /// Entries of data clusters behind each other. With extended entries the subclusters stay unallocated: the
-    /// room is there, and the backing file or zeroes show until it is written.
+    /// room is there, and the backing file or zeroes show until it is written. In an encrypted image the zeroes of
+    /// the file are none of the disk: the entries say so, where the version has a bit for it.
     fn l2_table(&self, index: u64) -> Vec<u8> {
         let geometry = &self.header.geometry;
         let first = index << geometry.l2_bits();
         let count = (self.mapped - first).min(1 << geometry.l2_bits());
         let data = if geometry.data_file { 0 } else { self.data_range().start };
+        let is_zero = self.crypto_clusters > 0 && geometry.version >= 3 && !geometry.extended_l2;
+        let flags = COPIED | if is_zero { ZERO } else { 0 };
         let mut table = Vec::with_capacity((count * geometry.l2_entry_bytes()) as usize);
         for cluster in first..first + count {
-            table.extend(((data + (cluster << geometry.cluster_bits)) | COPIED).to_be_bytes());
+            table.extend(((data + (cluster << geometry.cluster_bits)) | flags).to_be_bytes());
             table.resize(table.len() + geometry.l2_entry_bytes() as usize - 8, 0);
         }
         table
     }
+}
+
+/// With a LUKS header of so many bytes, if any.
+fn crypt_method(offset: u64, bytes: u64) -> CryptMethod {
+    if bytes == 0 { CryptMethod::None } else { CryptMethod::Luks(CryptoHeader { offset, bytes }) }
 }
 
 fn new_geometry(new: &NewImage, features: &Features) -> Result<Geometry, HeaderError> {
@@ -294,6 +323,7 @@ fn preallocated_layouts_map_every_cluster() {
     {
         let new = NewImage { size_bytes, cluster_bits, version, refcount_order, backing: None };
         check_plan(&new, &Features { preallocate: true, ..Features::default() });
+        check_plan(&new, &Features { preallocate: true, crypto_header_bytes: 70_000, ..Features::default() });
     }
 }
 

@@ -20,9 +20,10 @@ mod subclusters;
 pub use compressed::{CompressionType, Compressor, DecompressError, decompress};
 pub use geometry::{Geometry, L2_SLICE_MAX_BYTES, SUBCLUSTERS};
 pub use header::{
-    AUTOCLEAR_BITMAPS, AUTOCLEAR_OFFSET, AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, EXT_BITMAPS, EXT_DATA_FILE,
-    EXT_FEATURE_NAMES, Extension, Header, HeaderError, INCOMPAT_COMPRESSION, INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE,
-    INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, INCOMPAT_OFFSET, REFTABLE_POINTER_OFFSET, feature_names, header_area_bytes,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_OFFSET, AUTOCLEAR_RAW_DATA, COMPAT_LAZY_REFCOUNTS, CRYPTO_HEADER_MAX_BYTES,
+    CryptMethod, CryptoHeader, EXT_BITMAPS, EXT_CRYPTO_HEADER, EXT_DATA_FILE, EXT_FEATURE_NAMES, Extension, Header,
+    HeaderError, INCOMPAT_COMPRESSION, INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2,
+    INCOMPAT_OFFSET, REFTABLE_POINTER_OFFSET, feature_names, header_area_bytes,
 };
 pub use header_update::{HeaderSteps, header_steps};
 pub use mapping::{EntryError, Freed, L1Entry, L2Entry, WritePlan, ZeroPlan, plan_discard, plan_write, plan_zero};

@@ -11,6 +11,7 @@ use super::requests::{discard, read, reason, write};
 use super::{Next, Session};
 use crate::error::{ImgError, host};
 use crate::getopt::{self, Opt, Parsed, flag, opt};
+use crate::layers;
 use crate::open::{self, Access, Named};
 use crate::size;
 
@@ -102,7 +103,7 @@ const COMMANDS: &[Entry] = &[
     Entry { names: &["discard", "d"], args: "[-Cq] off len", about: "discards a number of bytes at a specified offset", options: DISCARD, run: Run::OnDisk(true, discard) },
     Entry { names: &["flush", "f"], args: "", about: "flush all in-core file state to disk", options: &[], run: Run::OnDisk(false, flush) },
     Entry { names: &["help", "?"], args: "[command]", about: "help for one or all commands", options: &[], run: Run::OnSession(help) },
-    Entry { names: &["info", "i"], args: "", about: "prints information about the current file", options: &[], run: Run::OnDisk(false, info) },
+    Entry { names: &["info", "i"], args: "", about: "prints information about the current file", options: &[], run: Run::OnSession(info) },
     Entry { names: &["length", "l"], args: "", about: "gets the length of the current file", options: &[], run: Run::OnDisk(false, length) },
     Entry { names: &["map"], args: "", about: "prints the allocated areas of a file", options: &[], run: Run::OnDisk(false, map) },
     Entry { names: &["open", "o"], args: "[-rnkU] [-t cache] [-d discard] [-o options] [path]", about: "open the file specified by path", options: OPEN, run: Run::OnSession(open_image) },
@@ -268,10 +269,14 @@ fn alloc(disk: &Disk, _: &Parsed, words: &[&str]) -> Result<(), Failure> {
     Ok(())
 }
 
-fn info(disk: &Disk, _: &Parsed, _: &[&str]) -> Result<(), Failure> {
-    let said = crate::info::of_disk(disk).map_err(|error| Failure::Error(reason(&error)))?;
+fn info(session: &mut Session, _: &Parsed, _: &[&str]) -> Result<Next, Failure> {
+    let (Some(disk), Some(named)) = (&session.disk, &session.named) else {
+        return Err(Failure::Error("no file open, try 'help open'".to_owned()));
+    };
+    let format = layers::format_of(named).map_err(|error| Failure::Error(error.to_string()))?;
+    let said = crate::info::of_disk(disk, format).map_err(|error| Failure::Error(reason(&error)))?;
     print!("{said}");
-    Ok(())
+    Ok(Next::Go)
 }
 
 fn close(session: &mut Session, _: &Parsed, _: &[&str]) -> Result<Next, Failure> {
@@ -300,7 +305,8 @@ fn open_image(session: &mut Session, parsed: &Parsed, words: &[&str]) -> Result<
         _ => return Err(Failure::Usage),
     };
     let label = words.first().copied().unwrap_or_default();
-    let opened = named.and_then(|named| session.open(named, access));
+    let secrets = session.secrets.clone();
+    let opened = named.and_then(|named| session.open(named.with(secrets), access));
     opened
         .map(|()| Next::Go)
         .map_err(|error| Failure::Error(format!("{}: {}", crate::program(), super::cannot_open(label, error))))

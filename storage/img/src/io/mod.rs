@@ -17,6 +17,7 @@ use crate::Command;
 use crate::error::{ImgError, Rule, why};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, flag, opt};
 use crate::open::{self, Access, Named};
+use crate::secret::Secrets;
 
 /// `io`.
 pub const COMMAND: Command = Command {
@@ -55,6 +56,7 @@ pub struct Session {
     pub disk: Option<Disk>,
     named: Option<Named>,
     access: Access,
+    secrets: Secrets,
 }
 
 /// Whether to go on with the next command.
@@ -77,7 +79,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let cache = if parsed.has("nocache") { Some("none") } else { parsed.value("cache")? };
     let cache = open::cache_named("", cache, CacheMode::Writeback)?;
     let access = Access { write: !parsed.has("read-only"), share: parsed.has("force-share"), cache };
-    let mut session = Session { disk: None, named: None, access };
+    let mut session = Session { disk: None, named: None, access, secrets: Secrets::of(parsed)? };
     match parsed.words.as_slice() {
         [] => {}
         [file] => {

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use block::{
-    Action, BlockError, ChainBackend, Disk, FileBackend, ForeignImage, Format, OpenOptions, Preallocation, Qcow2Image,
-    Repair, SnapshotTime,
+    Action, BlockError, ChainBackend, CryptMethod, Disk, FileBackend, ForeignImage, Format, KeySlotChange, LayerKey,
+    LuksHeader, OpenOptions, Passphrase, Preallocation, Qcow2Image, Repair, SnapshotTime,
 };
 
 use memory_file::MemoryFile;
@@ -25,6 +25,8 @@ const READ_WHOLE_BYTES: u64 = 4 << 20;
 const PIECE_BYTES: u64 = 64 << 10;
 /// Files that a descriptor gets; one that names more is not opened.
 const EXTENT_FILES_MAX: usize = 32;
+/// Iterations that opening one encrypted image may cost.
+const ITERATIONS_MAX: u64 = 10_000;
 
 type Seeds = fn() -> Result<Vec<Victim>, BlockError>;
 
@@ -75,6 +77,12 @@ target!(
     seeds::qcow2
 );
 
+target!(
+    /// LUKS, as images of their own and in qcow2.
+    luks,
+    seeds::luks
+);
+
 /// The engine opens no file itself, whatever an image names.
 fn noted<T>(result: Result<T, BlockError>) -> Option<T> {
     match result {
@@ -122,8 +130,29 @@ fn layers(victim: &Victim, file: &MemoryFile) -> Option<Vec<ChainBackend>> {
 }
 
 fn open(victim: &Victim, file: &MemoryFile, read_only: bool) -> Option<Disk> {
-    let options = OpenOptions { read_only, format: victim.format, ..OpenOptions::default() };
+    if !is_affordable(victim, file) {
+        return None;
+    }
+    let keys = vec![victim.key.clone()];
+    let options = OpenOptions { read_only, format: victim.format, keys, ..OpenOptions::default() };
     noted(Disk::open_backends(layers(victim, file)?, &options))
+}
+
+/// Whether trying a passphrase costs little. A header may ask for half a minute, which is time that a test does not have.
+fn is_affordable(victim: &Victim, file: &MemoryFile) -> bool {
+    let at = match victim.format {
+        Format::Luks => 0,
+        Format::Qcow2 if !matches!(victim.key, LayerKey::None) => {
+            let header = file.get(0, 4096);
+            let Ok(header) = image::qcow2::Header::parse(&header) else { return true };
+            let CryptMethod::Luks(place) = header.crypt_method else { return true };
+            place.offset
+        }
+        _ => return true,
+    };
+    let Ok(header) = LuksHeader::parse(&file.get(at, image::luks::HEADER_BYTES)) else { return true };
+    let slots = header.slots.iter().filter(|slot| slot.active).map(|slot| u64::from(slot.iterations));
+    u64::from(header.digest_iterations) + slots.sum::<u64>() <= ITERATIONS_MAX
 }
 
 /// Where a disk is touched that is too large to be touched everywhere.
@@ -194,6 +223,11 @@ fn change(victim: &Victim, file: &MemoryFile) -> Result<(), BlockError> {
     let _ = noted(disk.flush());
     if let Some(image) = disk.qcow2() {
         maintain(&image);
+        if !matches!(victim.key, LayerKey::None) {
+            let passphrase = Passphrase::new(b"other".to_vec());
+            let change = KeySlotChange::Activate { slot: None, passphrase, iter_time_ms: 0 };
+            let _ = noted(image.change_key_slots(&victim.key, &change, false));
+        }
     }
     drop(disk);
     look(victim, &file);
@@ -219,6 +253,12 @@ fn maintain(image: &Qcow2Image) {
 
 /// What tools say about the image, and a repair, after which a second one finds nothing.
 fn describe(victim: &Victim, file: &MemoryFile) {
+    if victim.format == Format::Luks {
+        let (file, path_label) = (Box::new(file.clone()), "disk".into());
+        let layer = ChainBackend { file, path_label, format: Format::Luks, extents: Vec::new() };
+        let _ = noted(block::inspect_backend(&layer));
+        return;
+    }
     if victim.format != Format::Qcow2 {
         let image = || {
             let extents = extents(victim, file)?;

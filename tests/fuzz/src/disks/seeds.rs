@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::path::Path;
 
 use block::{
-    BlockError, ChainBackend, CompressionType, Disk, Format, OpenOptions, Qcow2Create, Qcow2Image, SnapshotTime,
-    Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions,
+    BlockError, ChainBackend, CipherAlgorithm, CipherMode, CipherSpec, CompressionType, CryptMethod, Disk, Format,
+    Hash, IvGenerator, LayerKey, LuksCreate, OpenOptions, Passphrase, Preallocation, Qcow2Create, Qcow2Image,
+    SnapshotTime, Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions,
 };
 use image::vhdx::header::{HEADER_OFFSETS, REGION_OFFSETS};
 use image::vhdx::log::NewEntry;
@@ -22,7 +23,12 @@ fn layer(file: &MemoryFile, format: Format) -> ChainBackend {
 }
 
 fn open(file: &MemoryFile, format: Format) -> Result<Disk, BlockError> {
-    Disk::open_backends(vec![layer(file, format)], &OpenOptions { format, ..OpenOptions::default() })
+    open_with(file, format, &LayerKey::None)
+}
+
+fn open_with(file: &MemoryFile, format: Format, key: &LayerKey) -> Result<Disk, BlockError> {
+    let options = OpenOptions { format, keys: vec![key.clone()], ..OpenOptions::default() };
+    Disk::open_backends(vec![layer(file, format)], &options)
 }
 
 /// Writes at a few places, so that tables have entries next to each other and far apart.
@@ -182,6 +188,35 @@ fn with_log(victim: &Victim) -> Victim {
         HEADER_OFFSETS.iter().for_each(|offset| file.put(*offset, &header));
     }
     Victim::new(Format::Vhdx, file, tables)
+}
+
+pub fn luks() -> Result<Vec<Victim>, BlockError> {
+    let passphrase = Passphrase::new(b"passphrase".to_vec());
+    let key = LayerKey::Passphrase(passphrase.clone());
+    let cbc =
+        CipherSpec { algorithm: CipherAlgorithm::Aes128, mode: CipherMode::Cbc, iv: IvGenerator::Essiv(Hash::Sha256) };
+    let mut victims = Vec::new();
+    for cipher in [cbc, CipherSpec::default()] {
+        let luks = LuksCreate { cipher, hash: Hash::Sha1, iter_time_ms: 0, passphrase: passphrase.clone() };
+        let file = MemoryFile::default();
+        block::create_luks(&file, Path::new(PATH), DISK_BYTES, &luks, Preallocation::Off)?;
+        fill(&open_with(&file, Format::Luks, &key)?)?;
+        victims.push(Victim::new(Format::Luks, file, vec![0..592, 104..112, 164..168, 208..592, 4096..8192]));
+        let file = MemoryFile::default();
+        let options = Qcow2Create { cluster_bits: 12, encryption: Some(luks), ..Qcow2Create::default() };
+        block::format_qcow2(&file, Path::new(PATH), DISK_BYTES, &options)?;
+        let disk = open_with(&file, Format::Qcow2, &key)?;
+        fill(&disk)?;
+        drop(disk);
+        let mut tables = qcow2_tables(&file)?;
+        let header = Qcow2Image::open_backend(layer(&file, Format::Qcow2), true)?.header();
+        if let CryptMethod::Luks(place) = header.crypt_method {
+            tables.push(place.offset..place.offset + 592);
+        }
+        victims.push(Victim::new(Format::Qcow2, file, tables));
+    }
+    victims.iter_mut().for_each(|victim| victim.key = key.clone());
+    Ok(victims)
 }
 
 pub fn qcow2() -> Result<Vec<Victim>, BlockError> {

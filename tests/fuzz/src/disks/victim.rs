@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use block::Format;
+use block::{Format, LayerKey};
 use image::vhdx::header::{HEADER_BYTES, HEADER_OFFSETS, REGION_OFFSETS, REGION_TABLE_BYTES};
 
 use super::memory_file::MemoryFile;
@@ -18,6 +18,8 @@ pub struct Victim {
     pub file: MemoryFile,
     /// The other files that it is made of.
     pub extents: Vec<MemoryFile>,
+    /// What opens its encryption.
+    pub key: LayerKey,
     /// The file below it.
     pub backing: Option<MemoryFile>,
     /// Where headers and tables are.
@@ -27,7 +29,7 @@ pub struct Victim {
 impl Victim {
     /// An image in one file.
     pub fn new(format: Format, file: MemoryFile, tables: Vec<Range<u64>>) -> Victim {
-        Victim { format, file, extents: Vec::new(), backing: None, tables }
+        Victim { format, file, extents: Vec::new(), key: LayerKey::None, backing: None, tables }
     }
 
     /// A copy with the changes that `program` asks for, eight bytes each: what is done, in which table, two bytes
