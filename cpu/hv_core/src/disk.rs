@@ -1,5 +1,7 @@
 //! What a disk controller asks of the disk behind it.
 
+use std::os::fd::BorrowedFd;
+
 use guest_ram::MarksSlice;
 use guest_ram::vm_memory::VolatileSlice;
 
@@ -11,10 +13,22 @@ pub type GuestBuffer<'a> = VolatileSlice<'a, MarksSlice<'a>>;
 pub enum DiskFault {
     /// The machine is being paused; the controller keeps the request and tries it again after [`crate::Work::resumed`].
     Hold,
+    /// The disk's limits forbid it now; the controller keeps the request and tries it again when
+    /// [`DiskBackend::wait_fd`] is readable, or earlier.
+    Wait,
     /// The guest sees an error.
     Report,
     /// The disk cannot do such a thing at all.
     Unsupported,
+}
+
+/// Which way a request moves data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transfer {
+    /// To the guest.
+    Read,
+    /// From the guest; zeroes count as data.
+    Write,
 }
 
 /// A disk, in bytes. Implementations decide by their error policy whether a failure is held, reported or hidden.
@@ -24,6 +38,15 @@ pub trait DiskBackend: Send {
     fn size_bytes(&self) -> u64;
     /// The guest may not write.
     fn read_only(&self) -> bool;
+    /// Asks whether a request that moves `bytes` may begin now; it is then counted. Asked once for a whole request, before
+    /// any part of it, and again after [`DiskFault::Wait`].
+    fn admit(&mut self, _transfer: Transfer, _bytes: u64) -> Result<(), DiskFault> {
+        Ok(())
+    }
+    /// Becomes readable when a request that had to wait may be tried again.
+    fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
     /// Fills `buffers` from `offset` on.
     fn read(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault>;
     /// Writes `buffers` from `offset` on.

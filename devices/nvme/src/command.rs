@@ -99,6 +99,8 @@ pub(crate) enum Outcome {
     Outstanding,
     /// Not now: it is offered again when the machine resumes.
     Later,
+    /// Not now: its queue goes on when the disk's limits allow it.
+    Wait,
 }
 
 impl From<Status> for Outcome {

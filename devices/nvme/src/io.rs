@@ -1,7 +1,7 @@
 //! Commands of the NVM command set. NVME 6
 
 use guest_ram::Memory;
-use hv_core::DiskFault;
+use hv_core::{DiskFault, Transfer};
 
 use crate::command::{Command, Outcome, Status};
 use crate::identify::BLOCK_SHIFT;
@@ -23,6 +23,7 @@ const RANGE_BYTES: u64 = 16;
 enum Failed {
     Status(Status),
     Later,
+    Wait,
 }
 impl From<Status> for Failed {
     fn from(status: Status) -> Failed {
@@ -35,6 +36,7 @@ type Done = Result<(), Failed>;
 fn fault(status: Status) -> impl Fn(DiskFault) -> Failed {
     move |fault| match fault {
         DiskFault::Hold => Failed::Later,
+        DiskFault::Wait => Failed::Wait,
         DiskFault::Report => Failed::Status(status),
         DiskFault::Unsupported => Failed::Status(Status::INVALID_OPCODE),
     }
@@ -58,6 +60,7 @@ pub(crate) fn execute(controller: &mut Controller, memory: &Memory, command: &Co
         Ok(()) => Status::SUCCESS.into(),
         Err(Failed::Status(status)) => status.into(),
         Err(Failed::Later) => Outcome::Later,
+        Err(Failed::Wait) => Outcome::Wait,
     }
 }
 
@@ -85,6 +88,7 @@ fn write(controller: &mut Controller, memory: &Memory, command: &Command) -> Don
     writable(controller)?;
     let (offset, bytes) = range(controller, command.first_block(), command.blocks())?;
     let buffers = prp::buffers(memory, command, bytes)?;
+    controller.disk.admit(Transfer::Write, bytes).map_err(fault(Status::WRITE_FAULT))?;
     controller.disk.write(offset, &buffers).map_err(fault(Status::WRITE_FAULT))?;
     settle(controller, command)
 }
@@ -92,6 +96,7 @@ fn write(controller: &mut Controller, memory: &Memory, command: &Command) -> Don
 fn read(controller: &mut Controller, memory: &Memory, command: &Command) -> Done {
     let (offset, bytes) = range(controller, command.first_block(), command.blocks())?;
     let buffers = prp::buffers(memory, command, bytes)?;
+    controller.disk.admit(Transfer::Read, bytes).map_err(fault(Status::READ_ERROR))?;
     controller.disk.read(offset, &buffers).map_err(fault(Status::READ_ERROR))
 }
 
@@ -99,6 +104,7 @@ fn write_zeroes(controller: &mut Controller, command: &Command) -> Done {
     writable(controller)?;
     let (offset, bytes) = range(controller, command.first_block(), command.blocks())?;
     let may_unmap = command.dword12() & DEALLOCATE != 0;
+    controller.disk.admit(Transfer::Write, bytes).map_err(fault(Status::WRITE_FAULT))?;
     controller.disk.write_zeroes(offset, bytes, may_unmap).map_err(fault(Status::WRITE_FAULT))?;
     settle(controller, command)
 }

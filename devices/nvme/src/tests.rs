@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_ram::{Gpa, GuestRam};
-use hv_core::{DiskBackend, DiskFault, GuestBuffer, IrqLine, LineTarget, Msi, MsiSink, Ring, Work};
+use hv_core::{DiskBackend, DiskFault, GuestBuffer, IrqLine, LineTarget, Msi, MsiSink, Ring, Transfer, Work};
 use parking_lot::Mutex;
 use pci::PciFunction;
 
@@ -54,6 +54,8 @@ impl LineTarget for Wires {
 struct MemoryDisk {
     bytes: Arc<Mutex<Vec<u8>>>,
     fault: Arc<Mutex<Option<DiskFault>>>,
+    /// What [`DiskBackend::admit`] answers to writes; `None`: go.
+    admission: Arc<Mutex<Option<DiskFault>>>,
     log: Arc<Mutex<Vec<String>>>,
     read_only: bool,
 }
@@ -83,6 +85,9 @@ impl DiskBackend for MemoryDisk {
     }
     fn read_only(&self) -> bool {
         self.read_only
+    }
+    fn admit(&mut self, transfer: Transfer, _bytes: u64) -> Result<(), DiskFault> {
+        self.admission.lock().filter(|_| transfer == Transfer::Write).map_or(Ok(()), Err)
     }
     fn read(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
         self.request(format!("read {offset}+{}", length(buffers)))?;
@@ -534,6 +539,23 @@ fn faults_are_reported_or_held_until_the_machine_resumes() {
         rig.work.resumed();
         rig.work.work();
         assert_eq!(rig.completion(1), Some((Status::SUCCESS, 0)));
+    });
+}
+
+#[test]
+fn a_command_that_must_wait_is_tried_again_and_other_queues_go_on() {
+    twice(|disk, mut rig| {
+        rig.enable();
+        rig.create_queues();
+        let write = Sent { opcode: 1, namespace: 1, prp: [DATA, 0], ..Sent::default() };
+        *disk.admission.lock() = Some(DiskFault::Wait);
+        rig.submit(1, write);
+        assert_eq!((rig.completion(1), rig.work.interest().readable), (None, true));
+        rig.admin(Sent { opcode: 6, namespace: 1, prp: [DATA, 0], ..Sent::default() });
+        assert_eq!((rig.completion(1), rig.work.interest().readable), (None, true), "it is not time yet");
+        *disk.admission.lock() = None;
+        rig.work.work();
+        assert_eq!((rig.completion(1), rig.work.interest().readable), (Some((Status::SUCCESS, 0)), false));
     });
 }
 

@@ -1,9 +1,10 @@
 //! The working half: queues and the disk.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use guest_ram::Memory;
-use hv_core::{DiskBackend, Work};
+use hv_core::{DiskBackend, Interest, Work};
 
 use crate::command::{COMMAND_BYTES, COMPLETION_BYTES, Outcome};
 use crate::identify::{BLOCK_SHIFT, EVENT_REQUESTS, clean_serial};
@@ -140,6 +141,8 @@ pub(crate) struct Working {
     memory: Memory,
     /// A command waits for the machine to resume.
     held: bool,
+    /// A command waits for the disk's limits; its queue rests until then, others go on.
+    waiting: bool,
 }
 
 impl Working {
@@ -153,7 +156,7 @@ impl Working {
             features: admin::default_features(),
             event_requests: Vec::new(),
         };
-        Working { controller, link, memory, held: false }
+        Working { controller, link, memory, held: false, waiting: false }
     }
 
     fn receive(&mut self) {
@@ -228,8 +231,9 @@ impl Working {
                 0 => admin::execute(&mut self.controller, &self.memory, &command),
                 _ => io::execute(&mut self.controller, &self.memory, &command),
             };
-            if outcome == Outcome::Later {
-                self.held = true;
+            if matches!(outcome, Outcome::Later | Outcome::Wait) {
+                self.held |= outcome == Outcome::Later;
+                self.waiting |= outcome == Outcome::Wait;
                 more = false;
                 break;
             }
@@ -264,6 +268,7 @@ impl Working {
 
 impl Work for Working {
     fn work(&mut self) {
+        self.waiting = false;
         self.receive();
         if !self.link.ready() || self.link.fatal() {
             return;
@@ -279,6 +284,12 @@ impl Work for Working {
         if more {
             self.link.bell().ring();
         }
+    }
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.controller.disk.wait_fd()
+    }
+    fn interest(&self) -> Interest {
+        Interest { readable: self.waiting, writable: false }
     }
     fn resumed(&mut self) {
         self.held = false;

@@ -1,7 +1,9 @@
 //! Block device. VIRTIO 5.2
 
+use std::os::fd::BorrowedFd;
+
 use guest_ram::Memory;
-use hv_core::{DiskBackend, DiskFault};
+use hv_core::{DiskBackend, DiskFault, Interest, Transfer};
 use virtio_queue::DescriptorChain;
 
 use crate::chain::{self, Buffers, Gathered, MAX_SEGMENTS};
@@ -66,6 +68,8 @@ pub(crate) struct Blk {
     id: [u8; ID_BYTES],
     /// A request waits for the machine to resume.
     held: bool,
+    /// A request waits for the disk's limits.
+    waiting: bool,
 }
 
 /// How a request ended: its status, and data bytes written to the guest.
@@ -75,7 +79,7 @@ impl Blk {
     pub(crate) fn new(disk: Box<dyn DiskBackend>, serial: &str) -> Blk {
         let mut id = [0; ID_BYTES];
         id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
-        Blk { disk, id, held: false }
+        Blk { disk, id, held: false, waiting: false }
     }
 
     fn request(&mut self, kind: u32, sector: u64, readable: &mut Buffers<'_>, writable: &Buffers<'_>) -> Outcome {
@@ -85,11 +89,13 @@ impl Blk {
         match kind {
             T_IN => {
                 let bytes = whole(chain::length(writable))?;
+                self.disk.admit(Transfer::Read, bytes)?;
                 self.disk.read(offset()?, writable)?;
                 Ok(u32::try_from(bytes).unwrap_or(u32::MAX))
             }
             T_OUT => {
-                whole(chain::length(readable))?;
+                let bytes = whole(chain::length(readable))?;
+                self.disk.admit(Transfer::Write, bytes)?;
                 self.disk.write(offset()?, readable).map(|()| 0)
             }
             T_FLUSH => self.disk.flush().map(|()| 0),
@@ -124,6 +130,9 @@ impl Blk {
             }
             ranges.push((offset, u64::from(sectors) * SECTOR_BYTES, flags & 1 != 0));
         }
+        if kind == T_WRITE_ZEROES {
+            self.disk.admit(Transfer::Write, ranges.iter().map(|(_, bytes, _)| bytes).sum())?;
+        }
         ranges.into_iter().try_for_each(|(offset, bytes, may_unmap)| match kind {
             T_DISCARD => self.disk.discard(offset, bytes),
             _ => self.disk.write_zeroes(offset, bytes, may_unmap),
@@ -154,18 +163,32 @@ impl Device for Blk {
                 self.held = true;
                 return Served::Later;
             }
+            Err(DiskFault::Wait) => {
+                self.waiting = true;
+                return Served::Later;
+            }
         };
         status_at.copy_from(&[status]);
         Served::Used(written.saturating_add(1))
     }
     fn ready(&mut self, _index: u16) -> bool {
-        !self.held
+        !self.held && !self.waiting
+    }
+    fn woken(&mut self) {
+        self.waiting = false;
     }
     fn resumed(&mut self) {
         self.held = false;
     }
     fn stop(&mut self) {
         self.held = false;
+        self.waiting = false;
+    }
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.disk.wait_fd()
+    }
+    fn interest(&self) -> Interest {
+        Interest { readable: self.waiting, writable: false }
     }
 }
 
@@ -289,6 +312,31 @@ mod tests {
             rig.resume();
             assert_eq!((rig.used(0), rig.get(STATUS, 1)[0], rig.messages()), (Some(1), S_OK, vec![0x41]));
             assert_eq!(disk.bytes.lock()[1536..2048], [7; 512]);
+        });
+    }
+
+    #[test]
+    fn a_request_that_must_wait_is_tried_again_when_the_disk_says_so() {
+        twice(|reload| {
+            let disk = MemoryDisk::new(DISK_BYTES);
+            let mut rig = rig(&disk, reload);
+            rig.start(1, 0);
+            *disk.admission.lock() = Some(DiskFault::Wait);
+            rig.put(BODY, &[7; 512]);
+            assert_eq!(request(&mut rig, T_OUT, 3, &[(BODY, 512, 0)]), (None, 0xee));
+            assert!(rig.waits(), "for the disk");
+            rig.work();
+            assert_eq!((rig.used(0), rig.waits()), (None, true), "it is not time yet");
+            *disk.admission.lock() = None;
+            rig.work();
+            assert_eq!((rig.used(0), rig.get(STATUS, 1)[0], rig.messages()), (Some(1), S_OK, vec![0x41]));
+            assert_eq!((disk.log.lock().join(" "), rig.waits()), ("write 1536+512".into(), false));
+            assert!(disk.admitted.lock().iter().all(|asked| *asked == (Transfer::Write, 512)));
+            // A reset forgets it.
+            *disk.admission.lock() = Some(DiskFault::Wait);
+            request(&mut rig, T_OUT, 3, &[(BODY, 512, 0)]);
+            rig.start(1, 0);
+            assert!(!rig.waits());
         });
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_ram::{Gpa, GuestRam};
-use hv_core::{DiskBackend, DiskFault, GuestBuffer, IrqLine, Msi, MsiSink, Ring, Work};
+use hv_core::{DiskBackend, DiskFault, GuestBuffer, IrqLine, Msi, MsiSink, Ring, Transfer, Work};
 use parking_lot::Mutex;
 use pci::PciFunction;
 
@@ -52,6 +52,10 @@ impl MsiSink for Messages {
 pub(crate) struct MemoryDisk {
     pub(crate) bytes: Arc<Mutex<Vec<u8>>>,
     pub(crate) fault: Arc<Mutex<Option<DiskFault>>>,
+    /// What [`DiskBackend::admit`] answers; `None`: go.
+    pub(crate) admission: Arc<Mutex<Option<DiskFault>>>,
+    /// What it was asked.
+    pub(crate) admitted: Arc<Mutex<Vec<(Transfer, u64)>>>,
     pub(crate) log: Arc<Mutex<Vec<String>>>,
     pub(crate) read_only: bool,
 }
@@ -82,6 +86,10 @@ impl DiskBackend for MemoryDisk {
     }
     fn read_only(&self) -> bool {
         self.read_only
+    }
+    fn admit(&mut self, transfer: Transfer, bytes: u64) -> Result<(), DiskFault> {
+        self.admitted.lock().push((transfer, bytes));
+        self.admission.lock().map_or(Ok(()), Err)
     }
     fn read(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
         let range = self.request(format!("read {offset}+{}", length(buffers)), offset, length(buffers))?;
@@ -323,6 +331,10 @@ impl Rig {
         self.work.resumed();
         self.work.work();
         self.settle();
+    }
+    /// Whether the device waits for its back end.
+    pub(crate) fn waits(&self) -> bool {
+        self.work.interest().readable
     }
     /// The back end of the device became ready.
     pub(crate) fn work(&mut self) {

@@ -25,6 +25,8 @@ pub(crate) enum Served {
 
 /// What a device does with chains.
 pub(crate) trait Device: Send {
+    /// Something has happened: a bell, a message, or what [`Device::fd`] waits for.
+    fn woken(&mut self) {}
     /// Serves one chain of queue `index`.
     fn serve(&mut self, index: u16, memory: &Memory, chain: DescriptorChain<&Memory>) -> Served;
     /// Whether queue `index` has something to do now; a queue that waits for its back end has not.
@@ -143,6 +145,7 @@ fn next_chain<'m>(queue: &mut Queue, memory: &'m Memory) -> Result<Option<Descri
 impl<D: Device> Work for Working<D> {
     fn work(&mut self) {
         self.receive();
+        self.device.woken();
         let mut more = false;
         for place in 0..self.queues.len() {
             match self.turn(place) {

@@ -4,6 +4,7 @@
 //! - `fail=TEXT`: refuses the configuration. `die=TEXT`: prints the text and exits without an answer.
 //! - `say=TEXT`: prints the text and goes on.
 //! - `deaf`: the power button does nothing. `stuck`: `quit` does nothing. `mute`: the monitor never answers.
+//! - limits of disks are printed as they come.
 //! - otherwise the power button powers off, and the console repeats its input in capitals after printing `guest here`.
 
 use std::fs::File;
@@ -61,6 +62,9 @@ impl Guest {
             Command::Cont if self.set(RunState::Running, RunReason::User) => self.emit(Event::Resumed),
             Command::Stop if self.set(RunState::Paused, RunReason::User) => {
                 self.emit(Event::Stopped { reason: RunReason::User });
+            }
+            Command::SetDiskThrottle { target, throttle } => {
+                println!("throttle {target} {}", serde_json::to_string(throttle).unwrap());
             }
             Command::SystemReset => self.emit(Event::Reset { guest: false }),
             Command::Cont | Command::Stop | Command::SystemPowerdown | Command::InjectNmi | Command::Quit => {}

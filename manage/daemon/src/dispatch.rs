@@ -11,7 +11,7 @@ use rpc_wire::{Call, Xdr, qemu, remote};
 use crate::client::Client;
 use crate::daemon::Daemon;
 use crate::drivers::{absent, connect, console, domain_config, domain_info, domain_list, domain_run, node, subscribe};
-use crate::drivers::{domain_devices, stats};
+use crate::drivers::{block_tune, domain_devices, stats};
 use crate::error::DaemonError;
 use crate::options::Mode;
 
@@ -200,6 +200,7 @@ fn remote_call(ctx: &Ctx, number: u32, payload: &[u8]) -> Option<Result<(), Daem
         domain_get_job_info => domain_info::get_job_info,
         domain_get_job_stats => domain_info::get_job_stats,
         domain_get_disk_errors => domain_devices::get_disk_errors,
+        domain_get_block_io_tune => block_tune::get_block_io_tune,
         domain_get_metadata => domain_config::get_metadata,
         domain_interface_stats => domain_devices::interface_stats,
         domain_interface_addresses => domain_devices::interface_addresses,
@@ -225,6 +226,7 @@ fn remote_call(ctx: &Ctx, number: u32, payload: &[u8]) -> Option<Result<(), Daem
         domain_get_block_info => domain_devices::get_block_info,
         domain_block_stats => domain_devices::block_stats,
         domain_block_stats_flags => domain_devices::block_stats_flags,
+        domain_set_block_io_tune => block_tune::set_block_io_tune,
         domain_memory_stats => stats::memory_stats,
         domain_create_xml => domain_run::create_xml,
         domain_define_xml => domain_config::define_xml,

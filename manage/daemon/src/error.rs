@@ -112,6 +112,22 @@ pub enum DaemonError {
     LiveChange { what: &'static str },
     #[error("invalid argument: invalid path {path} not assigned to domain")]
     NoSuchDisk { path: String },
+    #[error("invalid argument: disk '{path}' was not found in the domain config")]
+    DiskNotInConfig { path: String },
+    #[error("invalid argument: disk '{path}' not found in domain")]
+    DiskNotInDomain { path: String },
+    #[error("invalid argument: parameter '{field}' not supported")]
+    UnknownParameter { field: String },
+    #[error("invalid argument: invalid type '{found}' for parameter '{field}', expected '{expected}'")]
+    ParameterType { field: String, found: &'static str, expected: &'static str },
+    #[error("invalid argument: total and read/write of {family} cannot be set at the same time")]
+    IoTuneExclusive { family: &'static str },
+    #[error("argument unsupported: block I/O throttle limit value must be no more than {limit}")]
+    IoTuneTooLarge { limit: u64 },
+    #[error("unsupported configuration: cannot reset '{field}' when '{field}_max' is set")]
+    IoTuneReset { field: &'static str },
+    #[error("unsupported configuration: value '{field}_max' cannot be smaller than '{field}'")]
+    IoTuneBurstBelow { field: &'static str },
     #[error("invalid argument: invalid path, '{device}' is not a known interface")]
     NoSuchInterface { device: String },
 
@@ -247,6 +263,14 @@ impl DaemonError {
             E::TooMuchMemory { .. } => (Code::InvalidArg, Origin::Qemu),
             E::LiveChange { .. } => (Code::OperationUnsupported, Origin::Qemu),
             E::NoSuchDisk { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::DiskNotInConfig { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::DiskNotInDomain { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::UnknownParameter { .. } => (Code::InvalidArg, Origin::None),
+            E::ParameterType { .. } => (Code::InvalidArg, Origin::None),
+            E::IoTuneExclusive { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::IoTuneTooLarge { .. } => (Code::ArgumentUnsupported, Origin::Qemu),
+            E::IoTuneReset { .. } => (Code::ConfigUnsupported, Origin::Qemu),
+            E::IoTuneBurstBelow { .. } => (Code::ConfigUnsupported, Origin::Qemu),
             E::NoSuchInterface { .. } => (Code::InvalidArg, Origin::Qemu),
             E::NotRunning => (Code::OperationInvalid, Origin::Qemu),
             E::AlreadyRunning => (Code::OperationInvalid, Origin::Qemu),
@@ -308,6 +332,7 @@ fn xml_number(kind: XmlErrorKind) -> (Code, Origin) {
         XmlErrorKind::InvalidArgument => (Code::InvalidArg, Origin::Domain),
         XmlErrorKind::Internal => (Code::InternalError, Origin::Domain),
         XmlErrorKind::Unsupported => (Code::ConfigUnsupported, Origin::Domain),
+        XmlErrorKind::ArgumentUnsupported => (Code::ArgumentUnsupported, Origin::Domain),
     }
 }
 
@@ -379,6 +404,14 @@ mod tests {
             E::TooMuchMemory { wanted: 2048, max: 1024 },
             E::LiveChange { what: "the memory" },
             E::NoSuchDisk { path: "vdz".into() },
+            E::DiskNotInConfig { path: "vdz".into() },
+            E::DiskNotInDomain { path: "vdz".into() },
+            E::UnknownParameter { field: "speed".into() },
+            E::ParameterType { field: "group_name".into(), found: "int", expected: "string" },
+            E::IoTuneExclusive { family: "bytes_sec" },
+            E::IoTuneTooLarge { limit: 1_000_000_000_000_000 },
+            E::IoTuneReset { field: "read_iops_sec" },
+            E::IoTuneBurstBelow { field: "read_iops_sec" },
             E::NoSuchInterface { device: "vnet0".into() },
             E::NotRunning,
             E::AlreadyRunning,

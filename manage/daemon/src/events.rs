@@ -8,10 +8,13 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use rpc_wire::events::{DomainEventKind, DomainOnly, IoError, IoErrorReason, Lifecycle, MetadataChange, domain_event};
+use rpc_wire::events::{
+    DomainEventKind, DomainOnly, IoError, IoErrorReason, Lifecycle, MetadataChange, Tunable, domain_event,
+};
 use rpc_wire::frame::{Header, QEMU_PROGRAM, REMOTE_PROGRAM, frame_of, write_frame};
 use rpc_wire::qemu::{EVENT_MESSAGE, EventMessage, EventRegisterArgs};
-use rpc_wire::{DomainRef, Xdr};
+use rpc_wire::xdr::List;
+use rpc_wire::{DomainRef, TypedParam, Xdr};
 
 use crate::client::Client;
 use crate::error::DaemonError;
@@ -81,6 +84,11 @@ pub enum DomainEvent {
         action: i32,
         /// `enospc` or empty.
         reason: String,
+    },
+    /// Limits of a disk changed: the disk and what was set.
+    Tunable {
+        /// Names and values.
+        params: Vec<TypedParam>,
     },
     /// Title (1), description (0) or an element (2) changed.
     Metadata {
@@ -246,6 +254,9 @@ impl Events {
                 let IoError { dom: domain, src_path, dev_alias, action } = plain;
                 let reason = reason.as_str().into();
                 self.send(6, dom, &IoErrorReason { dom: domain, src_path, dev_alias, action, reason });
+            }
+            DomainEvent::Tunable { params } => {
+                self.send(17, dom, &Tunable { dom: dom.clone(), params: List(params.clone()) });
             }
             DomainEvent::Metadata { kind, uri } => {
                 let nsuri = uri.as_deref().map(Into::into);

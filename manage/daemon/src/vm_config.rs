@@ -13,6 +13,7 @@ use monitor::{
 };
 use xml::{ClockOffset, DiskSource, DomainConfig, LifecycleAction, LivePty, SerialTarget, VirtType};
 
+use crate::drivers::block_tune;
 use crate::error::DaemonError;
 use crate::image_chain::{self, OpenMode};
 use crate::pty;
@@ -172,6 +173,7 @@ fn open_disk(disk: &xml::Disk, fds: &mut Fds) -> Result<(monitor::Disk, Vec<(Str
         discard: if disk.discard.as_deref() == Some("unmap") { Discard::Unmap } else { Discard::Ignore },
         on_write_error,
         on_read_error,
+        throttle: block_tune::throttle(&disk.iotune),
     };
     Ok((disk, backing))
 }

@@ -144,6 +144,10 @@ auth_list = 66 {} => { types: List<i32, 20> };
         wr_bytes: i64, errs: i64 };
     domain_block_stats_flags = 243 { dom: DomainRef, path: XStr, nparams: i32,
         flags: u32 } => { params: List<TypedParam, 16>, nparams: i32 };
+    domain_block_resize = 251 { dom: DomainRef, disk: XStr, size: u64, flags: u32 } => {};
+    domain_set_block_io_tune = 252 { dom: DomainRef, disk: XStr, params: List<TypedParam, 32>, flags: u32 } => {};
+    domain_get_block_io_tune = 253 { dom: DomainRef, disk: Option<XStr>, nparams: i32,
+        flags: u32 } => { params: List<TypedParam, 32>, nparams: i32 };
     domain_interface_stats = 65 { dom: DomainRef, device: XStr } => { rx_bytes: i64, rx_packets: i64, rx_errs: i64,
         rx_drop: i64, tx_bytes: i64, tx_packets: i64, tx_errs: i64, tx_drop: i64 };
     domain_memory_stats = 159 { dom: DomainRef, max_stats: u32, flags: u32 } => { stats: List<MemoryStat, 1024> };

@@ -3,6 +3,7 @@
 use uuid::Uuid;
 
 use crate::error::DomainXmlError;
+use crate::iotune::IoTune;
 use crate::tree::Element;
 use crate::units::memory_kib;
 
@@ -160,6 +161,8 @@ pub struct Disk {
     pub error_policy: Option<String>,
     /// `rerror_policy`, where given.
     pub read_error_policy: Option<String>,
+    /// `<iotune>`.
+    pub iotune: IoTune,
 }
 
 /// `<interface>`.
@@ -401,6 +404,7 @@ fn read_disk(disk: &Element) -> Result<Disk, DomainXmlError> {
         discard: driver("discard"),
         error_policy: driver("error_policy"),
         read_error_policy: driver("rerror_policy"),
+        iotune: disk.get("iotune").map(IoTune::read).transpose()?.unwrap_or_default(),
         source,
     })
 }

@@ -4,6 +4,7 @@ use uuid::Uuid;
 
 use crate::config::{self, DomainConfig};
 use crate::error::DomainXmlError;
+use crate::iotune;
 use crate::normalise;
 use crate::order;
 use crate::parse::parse_document;
@@ -39,6 +40,7 @@ impl DomainDefinition {
         normalise::normalise(&mut root, context)?;
         let config = DomainConfig::read(&root)?;
         normalise::check_unique_targets(&config)?;
+        iotune::check(&config.disks)?;
         Ok(DomainDefinition { root, config })
     }
 

@@ -3,6 +3,8 @@
 use crate::config::LifecycleAction;
 use crate::definition::DomainDefinition;
 use crate::error::DomainXmlError;
+use crate::iotune::{self, IoTune};
+use crate::order;
 use crate::tree::Element;
 
 /// Which number of vCPUs is meant.
@@ -65,6 +67,19 @@ impl DomainDefinition {
             LifecycleEvent::Crash => "on_crash",
         };
         self.change(|root| root.get_or_add(name).set_text(action.as_str()))
+    }
+
+    /// Gives disks, by target, other limits.
+    pub fn set_io_tune(&mut self, targets: &[String], tune: &IoTune) -> Result<(), DomainXmlError> {
+        self.change(|root| {
+            for disk in root.get_or_add("devices").elements_mut().filter(|device| device.name == "disk") {
+                let target = disk.child_attribute("target", "dev").unwrap_or_default();
+                if targets.iter().any(|wanted| wanted == target) {
+                    iotune::write(disk, tune);
+                    order::sort(disk, order::DISK);
+                }
+            }
+        })
     }
 
     /// Removes what only a client that may write gets to see: passwords of displays.

@@ -23,6 +23,8 @@ pub enum XmlErrorKind {
     Internal,
     /// Legal, and not something that is built.
     Unsupported,
+    /// An argument that is out of reach.
+    ArgumentUnsupported,
 }
 
 /// An error in a domain's XML.
@@ -77,6 +79,16 @@ pub enum DomainXmlError {
     BadMac { mac: String },
     #[error("XML error: expected unicast mac address, found multicast '{mac}'")]
     MulticastMac { mac: String },
+    #[error("XML error: disk iotune field '{field}' must be an integer")]
+    IoTuneNumber { field: String },
+    #[error("XML error: total and read/write {family} cannot be set at the same time")]
+    IoTuneExclusive { family: &'static str },
+    #[error("argument unsupported: block I/O throttle limit must be no more than 1000000000000000 using QEMU")]
+    IoTuneTooLarge,
+    #[error("unsupported configuration: group_name can be configured only together with settings")]
+    IoTuneGroupAlone,
+    #[error("unsupported configuration: different iotunes for disks {first} and {second}")]
+    IoTuneDiffers { first: String, second: String },
     #[error("XML error: title can't contain newlines")]
     TitleNewline,
     #[error("XML document failed to validate against schema: Extra element {element} in interleave of {parent}")]
@@ -103,12 +115,16 @@ pub(crate) fn kind(error: &DomainXmlError) -> XmlErrorKind {
         | E::DuplicateTarget { .. }
         | E::BadMac { .. }
         | E::MulticastMac { .. }
+        | E::IoTuneNumber { .. }
+        | E::IoTuneExclusive { .. }
         | E::TitleNewline => K::Content,
         E::NoName => K::NoName,
         E::NoTarget { .. } => K::NoTarget,
         E::OsType { .. } => K::OsType,
         E::UnknownSuffix { .. } => K::InvalidArgument,
         E::MalformedUuid => K::Internal,
+        E::IoTuneTooLarge => K::ArgumentUnsupported,
+        E::IoTuneGroupAlone | E::IoTuneDiffers { .. } => K::Unsupported,
         E::InvalidType { .. } | E::UnknownArch { .. } | E::NotBuilt { .. } | E::ElementNotBuilt { .. } => {
             K::Unsupported
         }

@@ -14,6 +14,7 @@ mod config;
 mod definition;
 mod edit;
 mod error;
+mod iotune;
 mod live;
 mod metadata;
 mod normalise;
@@ -31,6 +32,7 @@ pub use config::{
 pub use definition::{DefineContext, DomainDefinition};
 pub use edit::{LifecycleEvent, VcpuCount};
 pub use error::{DomainXmlError, XmlErrorKind};
+pub use iotune::{IO_TUNE_GROUP, IO_TUNE_LIMITS, IO_TUNE_MAX, IO_TUNE_SIZE, IoTune};
 pub use live::{LiveDetails, LivePty};
 pub use parse::{DOCUMENT_BYTES_MAX, SyntaxError, parse_document};
 pub use tree::{Element, Node};

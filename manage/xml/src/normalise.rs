@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::config::{self, DomainConfig};
 use crate::definition::DefineContext;
 use crate::error::DomainXmlError;
+use crate::iotune::{self, IoTune};
 use crate::order;
 use crate::tree::{Element, Node};
 use crate::units::memory_kib;
@@ -134,7 +135,7 @@ fn normalise_devices(devices: &mut Element, context: &mut DefineContext<'_>) -> 
     for device in devices.elements_mut() {
         device.remove("alias");
         match device.name.as_str() {
-            "disk" => normalise_disk(device),
+            "disk" => normalise_disk(device)?,
             "interface" => normalise_interface(device, context)?,
             "serial" | "console" => {
                 device.remove_attribute("tty");
@@ -161,7 +162,7 @@ fn normalise_devices(devices: &mut Element, context: &mut DefineContext<'_>) -> 
     Ok(())
 }
 
-fn normalise_disk(disk: &mut Element) {
+fn normalise_disk(disk: &mut Element) -> Result<(), DomainXmlError> {
     let kind = disk.attribute("type").unwrap_or("file").to_owned();
     let device = disk.attribute("device").unwrap_or("disk").to_owned();
     disk.remove_attribute("type");
@@ -185,7 +186,11 @@ fn normalise_disk(disk: &mut Element) {
     {
         target.set_attribute("bus", bus);
     }
+    if let Some(tune) = disk.get("iotune").map(IoTune::read).transpose()? {
+        iotune::write(disk, &tune);
+    }
     order::sort(disk, order::DISK);
+    Ok(())
 }
 
 fn normalise_interface(interface: &mut Element, context: &mut DefineContext<'_>) -> Result<(), DomainXmlError> {

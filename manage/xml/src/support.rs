@@ -37,7 +37,7 @@ const DOMAIN: &[(&str, &str)] = &[
     ("idmap", "it belongs to containers"),
     ("bootloader", "give <kernel> in <os>"),
     ("keywrap", "it belongs to s390"),
-    ("throttlegroups", "disk throttling does not exist"),
+    ("throttlegroups", "give <iotune> with a <group_name> in each disk"),
 ];
 
 /// Refuses what the machine would have to have and has not.

@@ -38,6 +38,7 @@ mod slice_cache;
 pub mod spec;
 #[allow(unsafe_code)]
 mod sys;
+mod throttle;
 mod vdi;
 mod vhdx;
 mod vmdk;
@@ -80,6 +81,7 @@ pub use qcow2::{
     repair_image,
 };
 pub use sys::{ReadBufs, WriteBufs};
+pub use throttle::{Admission, Direction, LIMIT_MAX, Limit, Limits, Throttle, ThrottleError, ThrottleLimits};
 pub use vdi::{VdiOptions, create_vdi};
 pub use vhdx::{VhdxOptions, create_vhdx};
 pub use vmdk::{VmdkExtentInfo, VmdkInfo, VmdkOptions, create_vmdk, vmdk_descriptor, vmdk_extent_names};

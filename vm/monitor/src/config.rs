@@ -99,6 +99,65 @@ pub struct Disk {
     pub on_write_error: DiskErrorPolicy,
     /// Failed reads.
     pub on_read_error: DiskErrorPolicy,
+    /// Limits on its transfers.
+    #[serde(default)]
+    pub throttle: DiskThrottle,
+}
+
+impl Disk {
+    /// A writable disk with the defaults of a machine: write-back, discards passed on, pauses when the host's disk is full.
+    pub fn new(target: impl Into<String>, bus: DiskBus, chain: Vec<ChainLink>) -> Disk {
+        Disk {
+            target: target.into(),
+            bus,
+            chain,
+            read_only: false,
+            serial: None,
+            cache: CacheMode::Writeback,
+            discard: Discard::Unmap,
+            on_write_error: DiskErrorPolicy::Enospace,
+            on_read_error: DiskErrorPolicy::Report,
+            throttle: DiskThrottle::default(),
+        }
+    }
+}
+
+/// Limits on a disk's transfers; all zeroes: none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskThrottle {
+    /// Disks with the same name here share the limits, which must be the same too.
+    pub group: Option<String>,
+    /// Bytes per second.
+    pub bytes: RateLimits,
+    /// Requests per second.
+    pub requests: RateLimits,
+    /// A request counts as one for every so many bytes of it; 0: as one.
+    pub request_bytes: u64,
+}
+
+/// Limits for both directions together and for each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimits {
+    /// Reads and writes together.
+    pub total: RateLimit,
+    /// Reads.
+    pub read: RateLimit,
+    /// Writes.
+    pub write: RateLimit,
+}
+
+/// One limit; 0: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Per second, in the long run.
+    pub rate: u64,
+    /// Per second, in a burst.
+    pub burst_rate: u64,
+    /// Length of a burst in seconds.
+    pub burst_s: u64,
 }
 
 /// One image file of a chain.

@@ -17,7 +17,7 @@ mod config;
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_LINE_BYTES};
 pub use config::{
     Accel, Boot, CacheMode, ChainLink, ClockMode, Console, ConsoleTarget, Discard, Disk, DiskBus, DiskErrorPolicy,
-    DiskFormat, FdIndex, PowerAction, VmConfig,
+    DiskFormat, DiskThrottle, FdIndex, PowerAction, RateLimit, RateLimits, VmConfig,
 };
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +96,13 @@ pub enum Command {
     SystemReset,
     /// A non-maskable interrupt to every vCPU.
     InjectNmi,
+    /// Changes the limits of a disk, and of those that share its new group.
+    SetDiskThrottle {
+        /// Target name.
+        target: String,
+        /// All limits: what is 0 here is unlimited afterwards.
+        throttle: DiskThrottle,
+    },
     /// Ends the process at once, caches flushed. The reply comes before the end.
     Quit,
 }

@@ -1,18 +1,19 @@
 //! Guest disks over the block engine, with the domain's answer to failures.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use block::{BlockError, ChainFile, Disk, ErrorKind, Format, OpenOptions};
-use hv_core::{DiskBackend, DiskFault, GuestBuffer};
+use hv_core::{DiskBackend, DiskFault, GuestBuffer, Transfer};
 use monitor::{CacheMode, Discard, DiskErrorPolicy, DiskFormat, DiskStats};
 
 use crate::error::{VmmError, causes};
 use crate::notes::{DiskNote, Note, Notes};
+use crate::throttling::{DiskLimits, ThrottleGroups, Waiter};
 
 /// A disk as everyone in the process sees it. Only its controller's thread does I/O while the machine runs.
 pub struct SharedDisk {
@@ -20,6 +21,7 @@ pub struct SharedDisk {
     size_bytes: u64,
     read_only: bool,
     disk: Disk,
+    limits: DiskLimits,
     /// The top image, to ask the host about it.
     top: File,
     reads: Meter,
@@ -46,7 +48,7 @@ impl Meter {
 
 impl SharedDisk {
     /// Opens the chain of `config`; `files` are its images, top first.
-    pub fn open(config: &monitor::Disk, files: Vec<OwnedFd>) -> Result<SharedDisk, VmmError> {
+    pub fn open(config: &monitor::Disk, files: Vec<OwnedFd>, groups: &ThrottleGroups) -> Result<SharedDisk, VmmError> {
         let failed = |source| VmmError::Disk { target: config.target.clone(), source };
         let host = |source| VmmError::Host { what: "duplicate a disk's descriptor", source };
         let format = |format| match format {
@@ -80,12 +82,15 @@ impl SharedDisk {
             },
             ..OpenOptions::default()
         };
+        let wrong = |source| VmmError::Throttle { target: config.target.clone(), source };
+        let limits = groups.limits(&config.throttle).map_err(wrong)?;
         let disk = Disk::open(chain, &options).map_err(failed)?;
         Ok(SharedDisk {
             target: config.target.clone(),
             size_bytes: disk.size_bytes(),
             read_only: config.read_only,
             disk,
+            limits,
             top: top.into(),
             reads: Meter::default(),
             writes: Meter::default(),
@@ -97,6 +102,11 @@ impl SharedDisk {
     /// Target name.
     pub fn target(&self) -> &str {
         &self.target
+    }
+
+    /// What limits it.
+    pub fn limits(&self) -> &DiskLimits {
+        &self.limits
     }
 
     /// Puts everything on stable storage; before the process ends.
@@ -136,6 +146,8 @@ pub struct DiskEnd {
     pub on_read_error: DiskErrorPolicy,
     /// Where failures are told.
     pub notes: Arc<Notes>,
+    /// How it waits for its limits.
+    pub waiter: Waiter,
 }
 
 impl DiskEnd {
@@ -173,6 +185,12 @@ impl DiskBackend for DiskEnd {
     }
     fn read_only(&self) -> bool {
         self.shared.read_only
+    }
+    fn admit(&mut self, transfer: Transfer, bytes: u64) -> Result<(), DiskFault> {
+        self.waiter.admit(&self.shared.limits, transfer, bytes)
+    }
+    fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.waiter.fd())
     }
     fn read(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
         let start = Instant::now();
@@ -222,19 +240,10 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
         let link = monitor::ChainLink { file: monitor::FdIndex(0), path: "d.img".into(), format: DiskFormat::Raw };
-        let config = monitor::Disk {
-            target: "vda".into(),
-            bus: monitor::DiskBus::Virtio,
-            chain: vec![link],
-            read_only: false,
-            serial: None,
-            cache: CacheMode::Writeback,
-            discard: Discard::Unmap,
-            on_write_error: Enospace,
-            on_read_error: Report,
-        };
-        let shared = Arc::new(SharedDisk::open(&config, vec![file.into()]).unwrap());
-        DiskEnd { shared, on_write_error: Enospace, on_read_error: Report, notes: notes.clone() }
+        let config = monitor::Disk::new("vda", monitor::DiskBus::Virtio, vec![link]);
+        let shared = Arc::new(SharedDisk::open(&config, vec![file.into()], &ThrottleGroups::default()).unwrap());
+        let waiter = Waiter::new().unwrap();
+        DiskEnd { shared, on_write_error: Enospace, on_read_error: Report, notes: notes.clone(), waiter }
     }
     fn full() -> BlockError {
         BlockError::NoSpace { path: "d.img".into(), action: block::Action::Write, source: Error::from(StorageFull) }

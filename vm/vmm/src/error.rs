@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::path::PathBuf;
 
-use block::BlockError;
+use block::{BlockError, ThrottleError};
 use hv_core::AccelError;
 use machine::MachineError;
 use monitor::{ChannelError, Failure, FailureClass};
@@ -97,6 +97,12 @@ pub enum VmmError {
         /// Length given.
         bytes: usize,
     },
+    /// A command names a disk that is not there.
+    #[error("there is no disk '{target}'")]
+    NoDisk {
+        /// The name.
+        target: String,
+    },
     /// An image.
     #[error("disk '{target}' cannot be used")]
     Disk {
@@ -105,6 +111,14 @@ pub enum VmmError {
         /// Details.
         #[source]
         source: BlockError,
+    },
+    /// Limits of a disk.
+    #[error("disk '{target}': {source}")]
+    Throttle {
+        /// Which disk.
+        target: String,
+        /// What is wrong with them.
+        source: ThrottleError,
     },
     /// The machine.
     #[error("the machine cannot be built")]
@@ -150,6 +164,8 @@ impl VmmError {
             | VmmError::VirtualClock { .. }
             | VmmError::SerialPort { .. }
             | VmmError::SerialTwice { .. }
+            | VmmError::NoDisk { .. }
+            | VmmError::Throttle { .. }
             | VmmError::DiskSerial { .. } => FailureClass::Config,
             VmmError::Disk { .. } => FailureClass::Image,
             VmmError::KvmUnusable { .. } => FailureClass::Engine,

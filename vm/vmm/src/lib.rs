@@ -31,5 +31,6 @@ pub mod signals;
 pub mod start;
 pub mod stats;
 pub mod terminal;
+pub mod throttling;
 pub mod vcpu_thread;
 pub mod words;

@@ -4,9 +4,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hv_core::{Accel, Halt, Lifecycle as _, PowerEvent};
+use hv_core::{Accel, Halt, Lifecycle as _, PowerEvent, Ring as _};
 use machine::Machine;
-use monitor::{Command, Event as MonitorEvent, Failure, Reply, ShutdownCause, Stats, VmConfig};
+use monitor::{Command, DiskThrottle, Event as MonitorEvent, Failure, Reply, ShutdownCause, Stats, VmConfig};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::console::HostEnd;
@@ -21,6 +21,7 @@ use crate::sandbox::{self, Files};
 use crate::setup::Setup;
 use crate::signals;
 use crate::stats::RunStats;
+use crate::throttling::ThrottleGroups;
 use crate::vcpu_thread::VcpuThread;
 use crate::words::say;
 
@@ -43,6 +44,7 @@ pub struct Owner {
     notes: Arc<Notes>,
     lifecycle: Lifecycle,
     disks: Vec<Arc<SharedDisk>>,
+    throttles: ThrottleGroups,
     ends: Vec<Arc<HostEnd>>,
     monitor: MonitorServer,
     signals: &'static Event,
@@ -60,7 +62,7 @@ impl Owner {
         notes: Arc<Notes>,
         signals: &'static Event,
     ) -> Result<Owner, VmmError> {
-        let Setup { machine, disks, serial, ends, monitor, wake } = setup;
+        let Setup { machine, disks, throttles, serial, ends, monitor, wake } = setup;
         let monitor = MonitorServer::new(monitor, config.uuid.clone()).map_err(VmmError::host("serve the monitor"))?;
         let (mut machine, vcpus) = Machine::build(accel, machine)?;
         let states = machine.reset()?;
@@ -95,6 +97,7 @@ impl Owner {
             notes,
             lifecycle,
             disks,
+            throttles,
             ends,
             monitor,
             signals,
@@ -176,6 +179,11 @@ impl Owner {
                 self.monitor.answer(peer, request.id, Ok(Reply::Done));
                 return Ok(None);
             }
+            Command::SetDiskThrottle { target, throttle } => {
+                let done = self.set_throttle(&target, &throttle);
+                self.monitor.answer(peer, request.id, done.map(|()| Reply::Done).map_err(|error| error.failure()));
+                return Ok(None);
+            }
             Command::Cont => Cause::Cont,
             Command::Stop => Cause::Stop,
             Command::SystemPowerdown => Cause::PowerButton,
@@ -199,6 +207,19 @@ impl Owner {
             self.monitor.answer(peer, request.id, failure.map_or(Ok(Reply::Done), Err));
         }
         performed
+    }
+
+    fn disk(&self, target: &str) -> Result<&Arc<SharedDisk>, VmmError> {
+        let found = self.disks.iter().find(|disk| disk.target() == target);
+        found.ok_or_else(|| VmmError::NoDisk { target: target.into() })
+    }
+
+    fn set_throttle(&self, target: &str, throttle: &DiskThrottle) -> Result<(), VmmError> {
+        let wrong = |source| VmmError::Throttle { target: target.into(), source };
+        self.throttles.change(self.disk(target)?.limits(), throttle).map_err(wrong)?;
+        // Who waits under the old limits asks again.
+        self.machine.workers().iter().for_each(|worker| worker.bell.ring());
+        Ok(())
     }
 
     fn monitor_stats(&self) -> Stats {

@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 
 use block::{BlockError, Format};
 use monitor::{
-    Accel, Boot, CacheMode, ChainLink, ClockMode, Discard, DiskBus, DiskErrorPolicy, DiskFormat, FdIndex, PowerAction,
-    VmConfig,
+    Accel, Boot, ChainLink, ClockMode, Discard, DiskBus, DiskErrorPolicy, DiskFormat, FdIndex, PowerAction, VmConfig,
 };
 
 use crate::error::VmmError;
@@ -273,16 +272,13 @@ fn open_disk(
         links.push(ChainLink { file: add(link.file.into()), path, format });
     }
     Ok(monitor::Disk {
-        chain: links,
-        target,
-        bus: disk.bus,
         read_only: disk.read_only,
         serial: disk.serial.clone(),
-        cache: CacheMode::Writeback,
         discard: Discard::Unmap,
         // Nobody could make the machine go on after a pause.
         on_write_error: DiskErrorPolicy::Report,
         on_read_error: DiskErrorPolicy::Report,
+        ..monitor::Disk::new(target, disk.bus, links)
     })
 }
 

@@ -17,6 +17,7 @@ use crate::event::Event;
 use crate::io_thread::SerialConsole;
 use crate::notes::Notes;
 use crate::random::{HostRandom, RepeatableRandom};
+use crate::throttling::{ThrottleGroups, Waiter};
 
 /// What the RTC of a repeatable machine shows at its start: 2026-01-01 00:00:00 UTC.
 const REPEATABLE_UNIX_S: i64 = 1_767_225_600;
@@ -53,6 +54,8 @@ pub struct Setup {
     pub machine: MachineConfig,
     /// Disks, in the order of the configuration.
     pub disks: Vec<Arc<SharedDisk>>,
+    /// Their limits.
+    pub throttles: ThrottleGroups,
     /// Serial consoles.
     pub serial: Vec<SerialConsole>,
     /// All consoles.
@@ -84,8 +87,9 @@ pub fn prepare(
     }
     let mut devices = Vec::new();
     let mut disks = Vec::new();
+    let throttles = ThrottleGroups::default();
     for disk in &config.disks {
-        let (shared, spec) = open_disk(disk, files, notes)?;
+        let (shared, spec) = open_disk(disk, files, notes, &throttles)?;
         disks.push(shared);
         devices.push(spec);
     }
@@ -108,7 +112,7 @@ pub fn prepare(
         boot: open_boot(&config.boot, files)?,
     };
     let monitor = files.get_optional(config.monitor, "monitor")?.map(UnixListener::from);
-    Ok(Setup { machine, disks, serial: consoles.serial, ends: consoles.ends, monitor, wake })
+    Ok(Setup { machine, disks, throttles, serial: consoles.serial, ends: consoles.ends, monitor, wake })
 }
 
 /// Seconds since 1970, in UTC or as the host's clock on the wall shows them.
@@ -131,6 +135,7 @@ fn open_disk(
     disk: &monitor::Disk,
     files: &Files,
     notes: &Arc<Notes>,
+    throttles: &ThrottleGroups,
 ) -> Result<(Arc<SharedDisk>, DeviceSpec), VmmError> {
     let target = || disk.target.clone();
     // Controllers of NVMe are told apart by their serial numbers, so there has to be one.
@@ -141,12 +146,13 @@ fn open_disk(
     }
     let images: Result<Vec<OwnedFd>, VmmError> =
         disk.chain.iter().map(|link| files.get(link.file, "disk image")).collect();
-    let shared = Arc::new(SharedDisk::open(disk, images?)?);
+    let shared = Arc::new(SharedDisk::open(disk, images?, throttles)?);
     let end = Box::new(DiskEnd {
         shared: shared.clone(),
         on_write_error: disk.on_write_error,
         on_read_error: disk.on_read_error,
         notes: notes.clone(),
+        waiter: Waiter::new().map_err(VmmError::host("make a timer"))?,
     });
     let spec = match disk.bus {
         DiskBus::Virtio => DeviceSpec::VirtioBlk { disk: end, serial },

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use monitor::{
-    Boot, CacheMode, ChainLink, Command as Ask, Discard, Disk, DiskBus, DiskErrorPolicy, DiskFormat, Event, Reply,
-    RunReason, RunState, ShutdownCause, Status,
+    Boot, ChainLink, Command as Ask, Disk, DiskBus, DiskFormat, Event, Reply, RunReason, RunState, ShutdownCause,
+    Status,
 };
 use support::{Guest, Vm, built};
 
@@ -108,17 +108,8 @@ fn writer() -> Guest {
 }
 
 fn disk(file: monitor::FdIndex, bus: DiskBus) -> Disk {
-    Disk {
-        target: "vda".into(),
-        bus,
-        chain: vec![ChainLink { file, path: "small.qcow2".into(), format: DiskFormat::Qcow2 }],
-        read_only: false,
-        serial: None,
-        cache: CacheMode::Writeback,
-        discard: Discard::Unmap,
-        on_write_error: DiskErrorPolicy::Enospace,
-        on_read_error: DiskErrorPolicy::Report,
-    }
+    let link = ChainLink { file, path: "small.qcow2".into(), format: DiskFormat::Qcow2 };
+    Disk::new("vda", bus, vec![link])
 }
 
 fn paused_for_room(vm: &mut Vm) {

@@ -6,10 +6,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::PathBuf;
 
-use monitor::{
-    CacheMode, ChainLink, Command, Discard, Disk, DiskBus, DiskErrorPolicy, DiskFormat, Reply, RunReason, RunState,
-    Status,
-};
+use monitor::{ChainLink, Command, Disk, DiskBus, DiskFormat, Reply, RunReason, RunState, Status};
 use support::{Guest, Vm, signal, vmm};
 
 #[test]
@@ -35,17 +32,8 @@ fn every_thread_of_a_running_machine_is_inside_and_holds_only_what_it_was_given(
     let mut vm = Vm::start(&Guest::default().print("up\n").spin(), |plan| {
         let file = plan.add(File::options().read(true).write(true).open(&image).unwrap());
         plan.config.rng = true;
-        plan.config.disks.push(Disk {
-            target: "vda".into(),
-            bus: DiskBus::Nvme,
-            chain: vec![ChainLink { file, path: "disk.raw".into(), format: DiskFormat::Raw }],
-            read_only: false,
-            serial: None,
-            cache: CacheMode::Writeback,
-            discard: Discard::Unmap,
-            on_write_error: DiskErrorPolicy::Enospace,
-            on_read_error: DiskErrorPolicy::Report,
-        });
+        let link = ChainLink { file, path: "disk.raw".into(), format: DiskFormat::Raw };
+        plan.config.disks.push(Disk::new("vda", DiskBus::Nvme, vec![link]));
     });
     assert_eq!(vm.line(), "up");
     let running = Status { state: RunState::Running, reason: RunReason::Booted };

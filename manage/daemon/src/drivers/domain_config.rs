@@ -197,7 +197,8 @@ pub async fn set_metadata(
     };
     let uri = if kind == MetadataKind::Element { namespace } else { None };
     let event = Some(DomainEvent::Metadata { kind: kind as i32, uri });
-    edit(&ctx, &args.dom, Edit { affect: args.flags, change: Box::new(change), not_live: None, event }).await?;
+    edit(&ctx, &args.dom, Edit { affect: args.flags, change: Box::new(change), not_live: None, event, machine: None })
+        .await?;
     Ok(domain_set_metadata::Reply {})
 }
 
@@ -228,7 +229,8 @@ async fn change_memory(ctx: &Ctx, dom: &DomainRef, kib: u64, flags: u32) -> Resu
         Ok(definition.set_current_memory_kib(kib)?)
     };
     let affect = flags & (AFFECT_LIVE | AFFECT_CONFIG);
-    edit(ctx, dom, Edit { affect, change: Box::new(change), not_live: Some("the memory"), event: None }).await
+    edit(ctx, dom, Edit { affect, change: Box::new(change), not_live: Some("the memory"), event: None, machine: None })
+        .await
 }
 
 pub async fn set_memory(ctx: Ctx, args: domain_set_memory::Args) -> Result<domain_set_memory::Reply, DaemonError> {
@@ -269,7 +271,12 @@ async fn change_vcpus(ctx: &Ctx, dom: &DomainRef, count: u32, flags: u32) -> Res
         Ok(definition.set_vcpus(which, count)?)
     };
     let affect = flags & (AFFECT_LIVE | AFFECT_CONFIG);
-    edit(ctx, dom, Edit { affect, change: Box::new(change), not_live: Some("the number of vCPUs"), event: None }).await
+    edit(
+        ctx,
+        dom,
+        Edit { affect, change: Box::new(change), not_live: Some("the number of vCPUs"), event: None, machine: None },
+    )
+    .await
 }
 
 pub async fn set_vcpus(ctx: Ctx, args: domain_set_vcpus::Args) -> Result<domain_set_vcpus::Reply, DaemonError> {
@@ -308,6 +315,7 @@ pub async fn set_lifecycle_action(
     };
     let change = move |definition: &mut DomainDefinition| Ok(definition.set_lifecycle(event, action)?);
     let not_live = Some("the action for a power event");
-    edit(&ctx, &args.dom, Edit { affect: args.flags, change: Box::new(change), not_live, event: None }).await?;
+    edit(&ctx, &args.dom, Edit { affect: args.flags, change: Box::new(change), not_live, event: None, machine: None })
+        .await?;
     Ok(domain_set_lifecycle_action::Reply {})
 }

@@ -2,6 +2,7 @@
 //! nothing itself.
 
 pub mod absent;
+pub mod block_tune;
 pub mod capabilities;
 pub mod connect;
 pub mod console;

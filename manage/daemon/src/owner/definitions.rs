@@ -100,6 +100,10 @@ impl Owner {
             (Some(old), true) => Some(Arc::new(changed(&old.xml)?)),
             (_, false) => None,
         };
+        if let (Some(new), Some(change)) = (&new_live, &edit.machine) {
+            let command = (change.command)(&new.definition.config)?;
+            new.monitor.ask(&snapshot.name, command).await?;
+        }
         if let Some(new) = &new_config {
             self.daemon.save_definition(new).await?;
         }
@@ -109,11 +113,12 @@ impl Owner {
             let wrong = |source| DaemonError::File { action: "write the state of the domain in", path, source };
             running.files.write(&running.run_file).map_err(wrong)?;
         }
+        let machine_event = edit.machine.and_then(|change| change.event).filter(|_| new_live.is_some());
         self.publish(|snapshot| {
             snapshot.config = new_config.or(snapshot.config.take());
             snapshot.live = new_live.map(Arc::new).or(snapshot.live.take());
         });
-        if let Some(event) = &edit.event {
+        for event in edit.event.iter().chain(&machine_event) {
             self.daemon.events.emit(&self.domain.reference(), event);
         }
         Ok(())

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use monitor::{Command as MonitorCommand, Event};
 use tokio::sync::{mpsc, oneshot};
-use xml::DomainDefinition;
+use xml::{DomainConfig, DomainDefinition};
 
 use crate::daemon::Daemon;
 use crate::domain::{Domain, Snapshot};
@@ -99,6 +99,16 @@ pub struct Edit {
     /// What cannot be changed while the domain runs, where that is so.
     pub not_live: Option<&'static str>,
     /// Sent when it is done.
+    pub event: Option<DomainEvent>,
+    /// What a running machine has to do with it.
+    pub machine: Option<MachineChange>,
+}
+
+/// What follows for a running machine from a change of its document.
+pub struct MachineChange {
+    /// The command that makes the change, from the new document; a refusal undoes the change.
+    pub command: Box<dyn Fn(&DomainConfig) -> Result<MonitorCommand, DaemonError> + Send + Sync>,
+    /// Sent when the machine has carried it out.
     pub event: Option<DomainEvent>,
 }
 

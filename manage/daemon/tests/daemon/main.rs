@@ -10,4 +10,5 @@ mod session;
 mod survival;
 mod unprivileged;
 mod virsh;
+mod virsh_disks;
 mod virsh_newer;

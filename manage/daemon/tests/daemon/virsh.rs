@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use crate::session::{Session, shown};
 
 /// Runs `script`: lines `$ COMMAND` for virsh, each followed by what it has to print.
-fn check(session: &Session, script: &str) {
+pub fn check(session: &Session, script: &str) {
     let mut lines = script.lines().map(str::trim_end).filter(|line| !line.is_empty()).peekable();
     while let Some(line) = lines.next() {
         let command = line.strip_prefix("$ ").unwrap_or_else(|| panic!("no command in '{line}'"));

@@ -1,0 +1,188 @@
+//! Disks of a domain through an unmodified virsh. Texts and numbers are what a stock libvirtd 9.0 with QEMU gives for the
+//! same calls, but for the name that QEMU invents for the group of a disk that is in none.
+
+use std::fs;
+use std::io::Read;
+use std::process::Stdio;
+
+use crate::session::Session;
+use crate::virsh::check;
+
+/// Defines `vm1` with a disk `vda` that has `iotune`, and a plain `vdb`.
+fn define(session: &Session, iotune: &str) -> String {
+    let disk = |target: &str, more: &str| {
+        let path = session.path(&format!("{target}.raw"));
+        fs::write(&path, vec![0; 1 << 20]).unwrap();
+        format!("<disk><source file='{}'/><target dev='{target}'/>{more}</disk>", path.display())
+    };
+    let file = session.domain_file("vm1", "", &(disk("vda", iotune) + &disk("vdb", "")));
+    session.virsh(&format!("define {file}"))
+}
+
+/// The fields that are not 0, a line each.
+fn limits(session: &Session, line: &str) -> String {
+    let said = session.virsh(&format!("blkdeviotune {line}"));
+    let lines =
+        said.lines().filter(|line| !line.ends_with(": 0") && !line.ends_with(" :") && !line.ends_with("name     :"));
+    lines.map(|line| line.split_whitespace().collect::<String>()).collect::<Vec<_>>().join(" ")
+}
+
+const IO_TUNE: &str = "<iotune><write_bytes_sec>1000000</write_bytes_sec><read_bytes_sec>2000000</read_bytes_sec>\
+    <write_bytes_sec_max>3000000</write_bytes_sec_max><write_bytes_sec_max_length>5</write_bytes_sec_max_length>\
+    <size_iops_sec>4096</size_iops_sec><group_name>grp</group_name><total_iops_sec>100</total_iops_sec></iotune>";
+
+#[test]
+fn limits_are_shown_set_and_refused_as_libvirt_does() {
+    let session = Session::start();
+    assert_eq!(define(&session, IO_TUNE), "Domain 'vm1' defined from vm1.xml\n");
+    check(
+        &session,
+        "
+$ blkdeviotune vm1 vda
+total_bytes_sec: 0
+read_bytes_sec : 2000000
+write_bytes_sec: 1000000
+total_iops_sec : 100
+read_iops_sec  : 0
+write_iops_sec : 0
+total_bytes_sec_max: 0
+read_bytes_sec_max: 0
+write_bytes_sec_max: 3000000
+total_iops_sec_max: 0
+read_iops_sec_max: 0
+write_iops_sec_max: 0
+size_iops_sec  : 4096
+group_name     : grp
+total_bytes_sec_max_length: 0
+read_bytes_sec_max_length: 0
+write_bytes_sec_max_length: 5
+total_iops_sec_max_length: 0
+read_iops_sec_max_length: 0
+write_iops_sec_max_length: 0
+$ blkdeviotune vm1 vda --live
+error: Unable to get number of block I/O throttle parameters
+error: Requested operation is not valid: domain is not running
+$ blkdeviotune vm1 vdc
+error: Unable to get block I/O throttle parameters
+error: invalid argument: disk 'vdc' was not found in the domain config
+$ blkdeviotune vm1 vdb --read-iops-sec 5 --total-iops-sec-max 9
+$ blkdeviotune vm1 vdb --total-bytes-sec 1 --live
+error: Unable to change block I/O throttle
+error: Requested operation is not valid: domain is not running
+$ start vm1
+Domain 'vm1' started
+",
+    );
+    let mut listener = session.virsh_command("libvirt-sock", "event vm1 tunable --loop");
+    let mut listener = listener.stdout(Stdio::piped()).spawn().unwrap();
+    check(
+        &session,
+        "
+$ blkdeviotune vm1 vdc
+error: Unable to get block I/O throttle parameters
+error: invalid argument: disk 'vdc' not found in domain
+$ blkdeviotune vm1 vdb --total-bytes-sec 5 --read-bytes-sec 5
+error: Unable to change block I/O throttle
+error: invalid argument: total and read/write of bytes_sec cannot be set at the same time
+$ blkdeviotune vm1 vdb --total-iops-sec 5 --write-iops-sec 5
+error: Unable to change block I/O throttle
+error: invalid argument: total and read/write of iops_sec cannot be set at the same time
+$ blkdeviotune vm1 vdb --total-bytes-sec-max 5 --write-bytes-sec-max 5
+error: Unable to change block I/O throttle
+error: invalid argument: total and read/write of bytes_sec_max cannot be set at the same time
+$ blkdeviotune vm1 vdb --total-iops-sec-max 5 --write-iops-sec-max 5
+error: Unable to change block I/O throttle
+error: invalid argument: total and read/write of iops_sec_max cannot be set at the same time
+$ blkdeviotune vm1 vdb --total-bytes-sec-max 5
+error: Unable to change block I/O throttle
+error: unsupported configuration: cannot reset 'total_bytes_sec' when 'total_bytes_sec_max' is set
+$ blkdeviotune vm1 vdb --total-bytes-sec 2000000000000000
+error: Unable to change block I/O throttle
+error: argument unsupported: block I/O throttle limit value must be no more than 1000000000000000
+$ blkdeviotune vm1 vdb --total-iops-sec 0 --total-iops-sec-max 0
+$ blkdeviotune vm1 vdb --read-iops-sec 10 --read-iops-sec-max 5
+error: Unable to change block I/O throttle
+error: unsupported configuration: value 'read_iops_sec_max' cannot be smaller than 'read_iops_sec'
+$ blkdeviotune vm1 vdb --read-iops-sec 10 --read-iops-sec-max 20
+$ blkdeviotune vm1 vdb --read-bytes-sec 1000 --write-bytes-sec 2000
+",
+    );
+    let shown =
+        "read_bytes_sec:1000 write_bytes_sec:2000 read_iops_sec:10 read_iops_sec_max:20 read_iops_sec_max_length:1";
+    assert_eq!(limits(&session, "vm1 vdb"), shown);
+    assert_eq!(limits(&session, "vm1 vdb --config"), "read_iops_sec:5 total_iops_sec_max:9");
+    let mut told = [0; 1024];
+    let mut lines = String::new();
+    while !lines.contains("write_bytes_sec: 2000") {
+        let bytes = listener.stdout.as_mut().unwrap().read(&mut told).unwrap();
+        assert!(bytes > 0, "{lines}");
+        lines.push_str(&String::from_utf8_lossy(&told[..bytes]));
+    }
+    listener.kill().unwrap();
+    listener.wait().unwrap();
+    let event = "event 'tunable' for domain 'vm1':\n\tblkdeviotune.disk: vdb\n\tblkdeviotune.read_iops_sec: 10\n\t\
+                 blkdeviotune.read_iops_sec_max: 20\n";
+    assert!(lines.contains(event), "{lines}");
+}
+
+#[test]
+fn disks_of_a_group_change_together_and_a_restarted_daemon_knows_it() {
+    let mut session = Session::start();
+    define(&session, "<iotune><read_bytes_sec>1000</read_bytes_sec><size_iops_sec>0</size_iops_sec></iotune>");
+    session.virsh("start vm1");
+    for line in ["vda --group-name g1", "vdb --group-name g1", "vdb --total-iops-sec 33", "vdb --write-bytes-sec 44"] {
+        assert_eq!(session.virsh(&format!("blkdeviotune vm1 {line}")), "\n", "{line}");
+    }
+    session.kill_daemon();
+    session.start_daemon();
+    for disk in ["vda", "vdb"] {
+        let shown = "write_bytes_sec:44 total_iops_sec:33 group_name:g1";
+        assert_eq!(limits(&session, &format!("vm1 {disk}")), shown);
+    }
+    let document = session.virsh("dumpxml vm1");
+    let iotune = "      <iotune>\n        <write_bytes_sec>44</write_bytes_sec>\n        \
+                  <total_iops_sec>33</total_iops_sec>\n        <group_name>g1</group_name>\n      </iotune>\n";
+    assert_eq!(document.matches(iotune).count(), 2, "{document}");
+    assert!(session.virsh("dumpxml vm1 --inactive").contains("<read_bytes_sec>1000</read_bytes_sec>"));
+    // Who takes back its last limit leaves the group, alone.
+    session.virsh("blkdeviotune vm1 vdb --total-iops-sec 0 --total-bytes-sec 0");
+    assert_eq!(limits(&session, "vm1 vdb"), "");
+    assert!(limits(&session, "vm1 vda").contains("group_name:g1"));
+    let log = fs::read_to_string(session.path("var/log/libvirt/qemu/vm1.log")).unwrap();
+    let last = log.lines().rfind(|line| line.starts_with("throttle ")).unwrap();
+    assert!(last.starts_with(r#"throttle vdb {"group":null,"bytes":{"total":{"rate":0,"#), "{last}");
+    let joined = log.lines().find(|line| line.starts_with("throttle vdb")).unwrap();
+    assert!(
+        joined.contains(r#""group":"g1","bytes":{"total":{"rate":0,"burst_rate":0,"burst_s":0},"read":{"rate":1000"#)
+    );
+}
+
+#[test]
+fn documents_with_limits_that_cannot_be_are_refused_as_libvirt_does() {
+    let session = Session::start();
+    for (iotune, expected) in [
+        (
+            "<total_bytes_sec>5</total_bytes_sec><read_bytes_sec>5</read_bytes_sec>",
+            "XML error: total and read/write bytes_sec cannot be set at the same time",
+        ),
+        (
+            "<total_iops_sec_max>5</total_iops_sec_max><read_iops_sec_max>5</read_iops_sec_max>",
+            "XML error: total and read/write iops_sec_max cannot be set at the same time",
+        ),
+        ("<total_bytes_sec>x</total_bytes_sec>", "XML error: disk iotune field 'total_bytes_sec' must be an integer"),
+        ("<total_bytes_sec>-5</total_bytes_sec>", "XML error: disk iotune field 'total_bytes_sec' must be an integer"),
+        (
+            "<total_bytes_sec>2000000000000000</total_bytes_sec>",
+            "argument unsupported: block I/O throttle limit must be no more than 1000000000000000 using QEMU",
+        ),
+        (
+            "<group_name>g</group_name>",
+            "unsupported configuration: group_name can be configured only together with settings",
+        ),
+    ] {
+        let said = define(&session, &format!("<iotune>{iotune}</iotune>"));
+        assert_eq!(said, format!("error: Failed to define domain from vm1.xml\nerror: {expected}\n"));
+    }
+    define(&session, "<iotune><total_bytes_sec>0</total_bytes_sec></iotune>");
+    assert!(!session.virsh("dumpxml vm1").contains("iotune"));
+}
