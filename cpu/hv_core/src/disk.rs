@@ -34,10 +34,14 @@ pub enum Transfer {
 /// A disk, in bytes. Implementations decide by their error policy whether a failure is held, reported or hidden.
 /// Offsets and lengths come from a guest: a request that reaches past the end is answered with [`DiskFault::Report`].
 pub trait DiskBackend: Send {
-    /// Size in bytes, constant while the machine exists.
+    /// Size in bytes. It changes only while the machine stands, and [`crate::Work::back_end_changed`] is called then.
     fn size_bytes(&self) -> u64;
     /// The guest may not write.
     fn read_only(&self) -> bool;
+    /// A write that is done may be lost until the next flush. Where not, guests need no flushes.
+    fn write_cache(&self) -> bool {
+        true
+    }
     /// Asks whether a request that moves `bytes` may begin now; it is then counted. Asked once for a whole request, before
     /// any part of it, and again after [`DiskFault::Wait`].
     fn admit(&mut self, _transfer: Transfer, _bytes: u64) -> Result<(), DiskFault> {

@@ -20,6 +20,8 @@ pub trait Work: Send {
     }
     /// The machine goes on after a pause: what was held back because of an error may be tried again.
     fn resumed(&mut self) {}
+    /// The back end is another than before: a disk has been resized. The machine stands.
+    fn back_end_changed(&mut self) {}
 }
 
 /// Readiness that a [`Work`] waits for.

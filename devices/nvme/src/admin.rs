@@ -25,8 +25,21 @@ const PHYSICALLY_CONTIGUOUS: u32 = 1;
 const INTERRUPTS_ENABLED: u32 = 2;
 
 /// Features that are kept as they are set: number, value after reset. The cache (6) and the number of queues (7) act.
-const FEATURES: [(u8, u32); 9] =
-    [(0x01, 0), (0x02, 0), (0x04, 353), (0x05, 0), (WRITE_CACHE, 1), (0x08, 0), (0x09, 0), (0x0a, 0), (0x0b, 0)];
+const FEATURES: [(u8, u32); 9] = [
+    (0x01, 0),
+    (0x02, 0),
+    (0x04, 353),
+    (0x05, 0),
+    (WRITE_CACHE, 1),
+    (0x08, 0),
+    (0x09, 0),
+    (0x0a, 0),
+    (EVENT_CONFIGURATION, 0),
+];
+/// Which asynchronous events are wanted.
+pub(crate) const EVENT_CONFIGURATION: u8 = 0x0b;
+/// Log page of changed namespaces.
+pub(crate) const CHANGED_NAMESPACES: u32 = 4;
 /// Volatile write cache.
 pub(crate) const WRITE_CACHE: u8 = 0x06;
 const NUMBER_OF_QUEUES: u8 = 0x07;
@@ -43,7 +56,7 @@ pub(crate) fn execute(controller: &mut Controller, memory: &Memory, command: &Co
         CREATE_SUBMISSION => create_submission(controller, memory, command),
         DELETE_COMPLETION => delete_completion(controller, command),
         CREATE_COMPLETION => create_completion(controller, memory, command),
-        GET_LOG_PAGE => log_page(memory, command),
+        GET_LOG_PAGE => log_page(controller, memory, command),
         IDENTIFY => identify(controller, memory, command),
         // Commands are carried out in order and at once: there is never one to abort. NVME 5.1
         ABORT => Ok(1),
@@ -142,7 +155,7 @@ fn identify(controller: &Controller, memory: &Memory, command: &Command) -> Resu
     let page = match command.dword10() & 0xff {
         0 if command.namespace == 1 => identify::namespace(controller.blocks(), controller.disk.read_only()),
         0 => return Err(Status::INVALID_NAMESPACE),
-        1 => identify::controller(controller.serial()),
+        1 => identify::controller(controller.serial(), controller.disk.write_cache()),
         2 if command.namespace < 0xffff_fffe => identify::namespace_list(command.namespace),
         // The namespace has no identifier of its own: an empty list.
         3 if command.namespace == 1 => vec![0; IDENTIFY_BYTES],
@@ -153,11 +166,12 @@ fn identify(controller: &Controller, memory: &Memory, command: &Command) -> Resu
 }
 
 /// NVME 5.14
-fn log_page(memory: &Memory, command: &Command) -> Result<u32, Status> {
+fn log_page(controller: &mut Controller, memory: &Memory, command: &Command) -> Result<u32, Status> {
     let page = match command.dword10() & 0xff {
         1 => identify::errors(),
         2 => identify::health(),
         3 => identify::firmware(),
+        CHANGED_NAMESPACES => identify::changed_namespaces(controller.take_changed(command)),
         _ => return Err(Status::LOG_PAGE),
     };
     let dwords = u64::from(command.dword10() >> 16) | u64::from(command.dword11() & 0xffff) << 16;

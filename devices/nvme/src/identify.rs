@@ -13,6 +13,8 @@ pub(crate) const BLOCK_SHIFT: u8 = 9;
 pub(crate) const VENDOR: u16 = 0x1af4;
 pub(crate) const DEVICE: u16 = 0x11fe;
 pub(crate) const SUBSYSTEM: u16 = 0x1100;
+/// Notices of changed namespaces, in the events that are offered and in those that are asked for. NVME 5.21.1.11
+pub(crate) const NAMESPACE_NOTICES: u32 = 1 << 8;
 /// Asynchronous event requests that may wait.
 pub(crate) const EVENT_REQUESTS: usize = 4;
 
@@ -48,7 +50,7 @@ pub(crate) fn clean_serial(serial: &str) -> String {
 }
 
 /// Controller. CNS 1
-pub(crate) fn controller(serial: &str) -> Vec<u8> {
+pub(crate) fn controller(serial: &str, write_cache: bool) -> Vec<u8> {
     let mut page = Page::new(IDENTIFY_BYTES);
     page.put(0, &VENDOR.to_le_bytes());
     page.put(2, &VENDOR.to_le_bytes());
@@ -57,6 +59,7 @@ pub(crate) fn controller(serial: &str) -> Vec<u8> {
     page.text(64, 8, FIRMWARE);
     page.put(77, &[MDTS]);
     page.put(80, &VERSION.to_le_bytes());
+    page.put(92, &NAMESPACE_NOTICES.to_le_bytes()); // asynchronous events
     page.put(111, &[1]); // I/O controller
     page.put(258, &[3, EVENT_REQUESTS as u8 - 1]); // abort limit, event request limit
     page.put(260, &[0b11]); // one firmware slot, read-only
@@ -65,7 +68,7 @@ pub(crate) fn controller(serial: &str) -> Vec<u8> {
     page.put(512, &[0x66, 0x44]); // entries of 64 and 16 bytes
     page.put(516, &1u32.to_le_bytes()); // namespaces
     page.put(520, &(1u16 << 2 | 1 << 3).to_le_bytes()); // dataset management, write zeroes
-    page.put(525, &[1]); // volatile write cache
+    page.put(525, &[write_cache.into()]); // volatile write cache
     page.put(768, format!("nqn.2026-01.org.vireo:nvme:{serial}").as_bytes());
     page.put(2048, &2500u16.to_le_bytes()); // power state 0: 25 W
     page.0
@@ -104,6 +107,13 @@ pub(crate) fn firmware() -> Vec<u8> {
     let mut page = Page::new(512);
     page.put(0, &[1]);
     page.text(8, 8, FIRMWARE);
+    page.0
+}
+
+/// Changed namespaces: the one there is, if it has. Log page 4
+pub(crate) fn changed_namespaces(changed: bool) -> Vec<u8> {
+    let mut page = Page::new(4096);
+    page.put(0, &u32::from(changed).to_le_bytes());
     page.0
 }
 

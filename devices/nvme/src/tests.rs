@@ -81,7 +81,7 @@ impl MemoryDisk {
 
 impl DiskBackend for MemoryDisk {
     fn size_bytes(&self) -> u64 {
-        DISK_BYTES as u64
+        self.bytes.lock().len() as u64
     }
     fn read_only(&self) -> bool {
         self.read_only
@@ -555,8 +555,40 @@ fn a_command_that_must_wait_is_tried_again_and_other_queues_go_on() {
         assert_eq!((rig.completion(1), rig.work.interest().readable), (None, true), "it is not time yet");
         *disk.admission.lock() = None;
         rig.work.work();
+        // The answer to the command before the last.
+        rig.next_id -= 1;
         assert_eq!((rig.completion(1), rig.work.interest().readable), (Some((Status::SUCCESS, 0)), false));
     });
+}
+
+#[test]
+fn a_resized_disk_is_noticed_by_a_driver_that_waits_for_it() {
+    let disk = MemoryDisk::new();
+    let mut rig = Rig::new(&disk, false);
+    rig.enable();
+    let features = Sent { opcode: 9, dwords: [0x0b, 1 << 8, 0], ..Sent::default() };
+    assert_eq!(rig.admin(features), (Status::SUCCESS, 0));
+    rig.submit(0, Sent { opcode: 0x0c, ..Sent::default() });
+    assert_eq!(rig.completion(0), None);
+    disk.bytes.lock().resize(2 * DISK_BYTES, 0);
+    rig.work.back_end_changed();
+    rig.work.work();
+    // Notice, namespace attributes, log page 4.
+    assert_eq!(rig.completion(0), Some((Status::SUCCESS, 0x0004_0002)));
+    let log = Sent { opcode: 2, namespace: u32::MAX, prp: [DATA, 0], dwords: [1023 << 16 | 4, 0, 0] };
+    for (dword, expected) in [(1 << 15, 1), (0, 1), (0, 0)] {
+        let log = Sent { dwords: [log.dwords[0] | dword, 0, 0], ..log };
+        assert_eq!(rig.admin(log), (Status::SUCCESS, 0));
+        assert_eq!(rig.data(DATA, 4), [expected, 0, 0, 0]);
+    }
+    rig.admin(Sent { opcode: 6, namespace: 1, prp: [DATA, 0], ..Sent::default() });
+    assert_eq!(rig.data(DATA, 8), (2 * DISK_BYTES as u64 / 512).to_le_bytes());
+    // A driver that did not ask is not told.
+    rig.admin(Sent { dwords: [0x0b, 0, 0], ..features });
+    rig.submit(0, Sent { opcode: 0x0c, ..Sent::default() });
+    rig.work.back_end_changed();
+    rig.work.work();
+    assert_eq!(rig.completion(0), None);
 }
 
 #[test]

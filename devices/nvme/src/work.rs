@@ -6,8 +6,8 @@ use std::sync::Arc;
 use guest_ram::Memory;
 use hv_core::{DiskBackend, Interest, Work};
 
-use crate::command::{COMMAND_BYTES, COMPLETION_BYTES, Outcome};
-use crate::identify::{BLOCK_SHIFT, EVENT_REQUESTS, clean_serial};
+use crate::command::{COMMAND_BYTES, COMPLETION_BYTES, Command, Outcome, Status};
+use crate::identify::{BLOCK_SHIFT, EVENT_REQUESTS, NAMESPACE_NOTICES, clean_serial};
 use crate::interrupt::QUEUES;
 use crate::link::{AdminQueues, Link, Request, SHUTDOWN_COMPLETE};
 use crate::queue::{CompletionQueue, NotMemory, SubmissionQueue, is_ring};
@@ -27,6 +27,11 @@ pub(crate) struct Controller {
     completions: [Option<CompletionQueue>; QUEUES as usize],
     features: Vec<(u8, u32)>,
     event_requests: Vec<u16>,
+    /// The namespace is another than the driver knows. Not saved: what is left to tell is told by the notice, which goes
+    /// out before queues can be given back.
+    changed: bool,
+    /// The driver has not been told.
+    notice_due: bool,
 }
 
 impl Controller {
@@ -85,11 +90,39 @@ impl Controller {
         self.event_requests.push(id);
     }
 
+    /// Whether the namespace has changed since this was asked; asking with the event retained does not count. NVME 5.14
+    pub(crate) fn take_changed(&mut self, command: &Command) -> bool {
+        const RETAIN: u32 = 1 << 15;
+        let changed = self.changed;
+        self.changed &= command.dword10() & RETAIN != 0;
+        changed
+    }
+
+    /// Tells the driver that the namespace has changed, if it wants to know and waits for an event. The vector of the
+    /// completion queue to interrupt. NVME 5.2
+    fn send_notice(&mut self, memory: &Memory) -> Result<Option<u16>, NotMemory> {
+        const NOTICE: u32 = 2;
+        let wanted = self.feature(admin::EVENT_CONFIGURATION).is_some_and(|value| value & NAMESPACE_NOTICES != 0);
+        let room = self.completion(0).is_some_and(|ring| ring.has_room(self.link.head(0)));
+        if !self.notice_due || !wanted || !room || self.event_requests.is_empty() {
+            return Ok(None);
+        }
+        let head = self.submission(0).map_or(0, |queue| queue.head);
+        let id = self.event_requests.remove(0);
+        self.notice_due = false;
+        let Some(ring) = self.completions.first_mut().and_then(Option::as_mut) else { return Ok(None) };
+        // Type, information (namespace attributes changed: 0), log page.
+        ring.post(memory, (0, head), id, Status::SUCCESS, NOTICE | admin::CHANGED_NAMESPACES << 16)?;
+        Ok(ring.vector)
+    }
+
     fn clear(&mut self) {
         self.submissions = Default::default();
         self.completions = Default::default();
         self.features = admin::default_features();
         self.event_requests.clear();
+        self.changed = false;
+        self.notice_due = false;
     }
 
     fn save(&self) -> ControllerStateV1 {
@@ -155,6 +188,8 @@ impl Working {
             completions: Default::default(),
             features: admin::default_features(),
             event_requests: Vec::new(),
+            changed: false,
+            notice_due: false,
         };
         Working { controller, link, memory, held: false, waiting: false }
     }
@@ -280,6 +315,10 @@ impl Work for Working {
                 Err(NotMemory) => return self.fail(),
             }
         }
+        match self.controller.send_notice(&self.memory) {
+            Ok(vector) => vector.into_iter().for_each(|vector| self.link.interrupts.completed(vector)),
+            Err(NotMemory) => return self.fail(),
+        }
         self.show_unseen();
         if more {
             self.link.bell().ring();
@@ -293,5 +332,10 @@ impl Work for Working {
     }
     fn resumed(&mut self) {
         self.held = false;
+    }
+    fn back_end_changed(&mut self) {
+        self.controller.changed = true;
+        self.controller.notice_due = true;
+        self.link.bell().ring();
     }
 }

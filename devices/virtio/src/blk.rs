@@ -7,13 +7,14 @@ use hv_core::{DiskBackend, DiskFault, Interest, Transfer};
 use virtio_queue::DescriptorChain;
 
 use crate::chain::{self, Buffers, Gathered, MAX_SEGMENTS};
-use crate::model::Model;
+use crate::model::{MAX_QUEUES, Model};
 use crate::work::{Device, Served};
 
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
+const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
@@ -35,10 +36,28 @@ const HEADER_BYTES: usize = 16;
 const MAX_RANGES: usize = 16;
 /// Sectors in one such range: 1 GiB, so that one request does not take the thread for long.
 const MAX_RANGE_SECTORS: u32 = 1 << 21;
-const QUEUE_SIZES: &[u16] = &[256];
+/// Requests that a queue holds where nothing else is asked for.
+pub(crate) const QUEUE_SIZE: u16 = 256;
+
+/// How many queues, and how many requests each holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlkQueues {
+    /// 1 to 16.
+    pub count: u16,
+    /// A power of two, 2 to 1024.
+    pub size: u16,
+}
+
+impl Default for BlkQueues {
+    fn default() -> BlkQueues {
+        BlkQueues { count: 1, size: QUEUE_SIZE }
+    }
+}
 
 /// What the driver is told about `disk`.
-pub(crate) fn model(disk: &dyn DiskBackend) -> Model {
+pub(crate) fn model(disk: &dyn DiskBackend, queues: BlkQueues) -> Model {
+    let count = queues.count.clamp(1, MAX_QUEUES);
+    let size = if queues.size.is_power_of_two() { queues.size.clamp(2, 1024) } else { QUEUE_SIZE };
     let read_only = disk.read_only();
     let changes = if read_only { F_RO } else { F_DISCARD | F_WRITE_ZEROES };
     let mut config = vec![0u8; 60];
@@ -48,8 +67,11 @@ pub(crate) fn model(disk: &dyn DiskBackend) -> Model {
         }
     };
     put(0, &(disk.size_bytes() / SECTOR_BYTES).to_le_bytes());
-    put(12, &(MAX_SEGMENTS as u32 - 2).to_le_bytes()); // header and status take two descriptors
+    // Header and status take two descriptors, and no chain is longer than its queue.
+    let segments = (MAX_SEGMENTS as u32).min(size.into()).saturating_sub(2).max(1);
+    put(12, &segments.to_le_bytes());
     put(20, &(SECTOR_BYTES as u32).to_le_bytes());
+    put(34, &count.to_le_bytes());
     if !read_only {
         put(36, &MAX_RANGE_SECTORS.to_le_bytes());
         put(40, &(MAX_RANGES as u32).to_le_bytes());
@@ -58,13 +80,16 @@ pub(crate) fn model(disk: &dyn DiskBackend) -> Model {
         put(52, &(MAX_RANGES as u32).to_le_bytes());
         put(56, &[1]); // write zeroes may unmap
     }
-    let features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | changes;
-    Model { device_type: 2, class: 0x01_0000, features, queue_sizes: QUEUE_SIZES, config }
+    let flush = if disk.write_cache() { F_FLUSH } else { 0 };
+    let several = if count > 1 { F_MQ } else { 0 };
+    let features = F_SEG_MAX | F_BLK_SIZE | flush | several | changes;
+    Model { device_type: 2, class: 0x01_0000, features, queue_sizes: vec![size; count.into()], config }
 }
 
 /// The working half.
 pub(crate) struct Blk {
     disk: Box<dyn DiskBackend>,
+    queues: BlkQueues,
     id: [u8; ID_BYTES],
     /// A request waits for the machine to resume.
     held: bool,
@@ -76,10 +101,10 @@ pub(crate) struct Blk {
 type Outcome = Result<u32, DiskFault>;
 
 impl Blk {
-    pub(crate) fn new(disk: Box<dyn DiskBackend>, serial: &str) -> Blk {
+    pub(crate) fn new(disk: Box<dyn DiskBackend>, queues: BlkQueues, serial: &str) -> Blk {
         let mut id = [0; ID_BYTES];
         id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
-        Blk { disk, id, held: false, waiting: false }
+        Blk { disk, queues, id, held: false, waiting: false }
     }
 
     fn request(&mut self, kind: u32, sector: u64, readable: &mut Buffers<'_>, writable: &Buffers<'_>) -> Outcome {
@@ -184,6 +209,9 @@ impl Device for Blk {
         self.held = false;
         self.waiting = false;
     }
+    fn back_end_changed(&mut self) -> Option<Vec<u8>> {
+        Some(model(&*self.disk, self.queues).config)
+    }
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.disk.wait_fd()
     }
@@ -203,7 +231,10 @@ mod tests {
 
     fn rig(disk: &MemoryDisk, reload: bool) -> Rig {
         let disk = disk.clone();
-        Rig::new(reload, move || (model(&disk), Blk::new(Box::new(disk.clone()), "serial-1")))
+        Rig::new(reload, move || {
+            let queues = BlkQueues::default();
+            (model(&disk, queues), Blk::new(Box::new(disk.clone()), queues, "serial-1"))
+        })
     }
     fn header(kind: u32, sector: u64) -> Vec<u8> {
         [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat()
@@ -341,13 +372,73 @@ mod tests {
     }
 
     #[test]
+    fn a_resized_disk_tells_its_driver() {
+        twice(|reload| {
+            let disk = MemoryDisk::new(DISK_BYTES);
+            let mut rig = rig(&disk, reload);
+            let capacity = |rig: &mut Rig| (rig.read(0x2000, 4), rig.read(0x2004, 4));
+            rig.start(1, 0);
+            assert_eq!((capacity(&mut rig), rig.messages()), ((128, 0), vec![]));
+            let before = rig.read(0x15, 1);
+            disk.bytes.lock().resize(2 * DISK_BYTES, 9);
+            rig.back_end_changed();
+            // Vector 0 is that of the configuration.
+            assert_eq!((capacity(&mut rig), rig.messages()), ((256, 0), vec![0x40]));
+            if !reload {
+                assert_ne!(rig.read(0x15, 1), before);
+            }
+            request(&mut rig, T_IN, 255, &[(BODY, 512, WRITE_ONLY)]);
+            assert_eq!((rig.used(0), rig.get(STATUS, 1)[0]), (None, S_OK));
+            // Nothing has changed: nothing is said.
+            rig.messages();
+            rig.back_end_changed();
+            assert!(rig.messages().is_empty());
+        });
+    }
+
+    #[test]
+    fn several_queues_are_offered_and_each_lane_serves_its_own() {
+        let queues = BlkQueues { count: 4, size: 8 };
+        let disk = MemoryDisk::new(DISK_BYTES);
+        let offered = model(&disk, queues);
+        assert_eq!((offered.features & F_MQ, offered.queue_sizes.as_slice()), (F_MQ, &[8; 4][..]));
+        assert_eq!((offered.config[34..36].to_vec(), offered.config[12]), (vec![4, 0], 6));
+        assert_eq!(model(&disk, BlkQueues::default()).features & F_MQ, 0);
+        for lanes in [1, 2, 4] {
+            let disk = disk.clone();
+            let mut rig =
+                Rig::with_lanes(lanes, move || (model(&disk, queues), Blk::new(Box::new(disk.clone()), queues, "s")));
+            rig.start(4, 0);
+            for queue in 0..4u16 {
+                let at = DATA + 0x100 * u64::from(queue);
+                rig.put(at, &header(T_IN, queue.into()));
+                rig.offer(queue, &[(at, 16, 0), (BODY, 512, WRITE_ONLY), (STATUS, 1, WRITE_ONLY)]);
+                assert_eq!((rig.used(queue), rig.get(BODY, 2)), (Some(513), vec![queue as u8; 2]), "{lanes} lanes");
+                assert_eq!(rig.rung(), [usize::from(queue) % lanes], "only its lane hears of it");
+            }
+            rig.reset_machine();
+            rig.start(4, 0);
+            rig.put(DATA, &header(T_FLUSH, 0));
+            rig.offer(3, &[(DATA, 16, 0), (STATUS, 1, WRITE_ONLY)]);
+            assert_eq!(rig.used(3), Some(1));
+        }
+    }
+
+    #[test]
     fn a_read_only_disk_offers_no_changes_and_refuses_them() {
         let disk = MemoryDisk { read_only: true, ..MemoryDisk::new(DISK_BYTES) };
-        let offered = model(&disk).features;
+        let offered = model(&disk, BlkQueues::default()).features;
         assert_eq!(offered & (F_RO | F_DISCARD | F_WRITE_ZEROES), F_RO);
         let mut rig = rig(&disk, false);
         rig.start(1, 0);
         assert_eq!(request(&mut rig, T_DISCARD, 0, &[(BODY, 16, 0)]), (Some(1), S_IOERR));
+    }
+
+    #[test]
+    fn a_disk_that_writes_through_offers_no_flush() {
+        let cached = MemoryDisk::new(DISK_BYTES);
+        assert_eq!(model(&cached, BlkQueues::default()).features & F_FLUSH, F_FLUSH);
+        assert_eq!(model(&MemoryDisk { writes_through: true, ..cached }, BlkQueues::default()).features & F_FLUSH, 0);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::work::{Device, Served};
 const F_SIZE: u64 = 1;
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
-const QUEUE_SIZES: &[u16] = &[64, 64];
+const QUEUE_SIZES: [u16; 2] = [64, 64];
 /// Bytes moved at once; a larger buffer of the driver is served in pieces.
 const PIECE_BYTES: usize = 4096;
 
@@ -42,7 +42,7 @@ pub(crate) fn model(backend: &dyn ConsoleBackend) -> Model {
         let size = columns.to_le_bytes().into_iter().chain(rows.to_le_bytes());
         config.iter_mut().zip(size).for_each(|(to, from)| *to = from);
     }
-    Model { device_type: 3, class: 0x07_8000, features, queue_sizes: QUEUE_SIZES, config }
+    Model { device_type: 3, class: 0x07_8000, features, queue_sizes: QUEUE_SIZES.to_vec(), config }
 }
 
 /// The working half.

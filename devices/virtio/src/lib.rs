@@ -2,7 +2,8 @@
 //!
 //! A device has two halves that meet in a [`link::Link`]: the register half ([`VirtioPci`], called by vCPU threads) and
 //! the working half ([`work::Working`], owned by one I/O thread), which has the queues while the driver is ready and
-//! gives them back, with their indices, when the register half asks. Queue contents are hostile: chains are gathered
+//! gives them back, with their indices, when the register half asks. A disk with several queues has several working halves
+//! ([`link::Lanes`]), which different threads may own. Queue contents are hostile: chains are gathered
 //! once, bounded, and checked after the copy.
 //!
 //! Invariant: no file and no thread is known here; back ends are traits.
@@ -30,6 +31,7 @@ use hv_core::{DiskBackend, IrqLine, MsiSink, Ring, Work};
 use parking_lot::Mutex;
 use pci::SharedFunction;
 
+pub use blk::BlkQueues;
 pub use console::ConsoleBackend;
 pub use pci_device::VirtioPci;
 pub use rng::RandomSource;
@@ -51,9 +53,25 @@ pub struct Lent {
 /// The two halves of a device.
 pub type Halves = (SharedFunction, Arc<Mutex<dyn Work>>);
 
-/// A disk. `serial` is cut to 20 bytes.
-pub fn blk(disk: Box<dyn DiskBackend>, serial: &str, lent: Lent) -> Halves {
-    halves(blk::model(&*disk), blk::Blk::new(disk, serial), lent)
+/// A further lane of a disk: a back end of the same disk, and what wakes the lane.
+pub type MoreLane = (Box<dyn DiskBackend>, Arc<dyn Ring>);
+
+/// A disk. Each of its lanes serves a share of the queues over a back end of its own; the first one is woken by the bell of
+/// `lent`. `serial` is cut to 20 bytes.
+pub fn blk(
+    disk: Box<dyn DiskBackend>,
+    queues: BlkQueues,
+    serial: &str,
+    lent: Lent,
+    more: Vec<MoreLane>,
+) -> (SharedFunction, Vec<Arc<Mutex<dyn Work>>>) {
+    let model = blk::model(&*disk, queues);
+    let (disks, bells): (Vec<_>, Vec<_>) = more.into_iter().unzip();
+    let disks = std::iter::once(disk).chain(disks);
+    let devices = disks.map(|disk| blk::Blk::new(disk, queues, serial)).collect();
+    let (function, lanes) = pci_device::build_lanes(model, devices, lent, bells);
+    let lanes = lanes.into_iter().map(|lane| Arc::new(Mutex::new(lane)) as Arc<Mutex<dyn Work>>);
+    (Arc::new(Mutex::new(function)), lanes.collect())
 }
 
 /// A console with one port.

@@ -8,7 +8,7 @@ pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
 pub(crate) const F_VERSION_1: u64 = 1 << 32;
 
 /// The most queues a device of this crate has.
-pub(crate) const MAX_QUEUES: u16 = 8;
+pub(crate) const MAX_QUEUES: u16 = 16;
 
 /// The constant part of a device.
 #[derive(Clone, Debug)]
@@ -20,8 +20,8 @@ pub(crate) struct Model {
     /// Device feature bits; the transport adds its own.
     pub(crate) features: u64,
     /// Largest size of each queue, powers of two.
-    pub(crate) queue_sizes: &'static [u16],
-    /// Device-specific configuration; read-only to the driver.
+    pub(crate) queue_sizes: Vec<u16>,
+    /// Device-specific configuration at the start; read-only to the driver.
     pub(crate) config: Vec<u8>,
 }
 

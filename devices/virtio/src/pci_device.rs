@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use guest_ram::{Gpa, Memory};
-use hv_core::{Doorbell, Space, StateError};
+use hv_core::{Doorbell, Ring, Space, StateError};
 use pci::config::COMMAND_INTX_OFF;
 use pci::{BarKind, ConfigSpace, Identity, Msix, PciFunction, Window};
 use virtio_queue::{Queue, QueueT};
 
 use crate::Lent;
 use crate::interrupt::{Interrupts, NO_VECTOR};
-use crate::link::{Link, Moved, Request};
+use crate::link::{Lanes, Link, Moved, Shared};
 use crate::model::{F_EVENT_IDX, F_VERSION_1, MAX_QUEUES, Model};
 use crate::state::{QueueStateV1, VirtioStateV1, check_size};
 use crate::work::{Device, Working};
@@ -98,18 +98,42 @@ pub struct VirtioPci {
     driver_features: u64,
     queue_select: u16,
     queues: Vec<Setup>,
-    link: Arc<Link>,
+    lanes: Lanes,
     memory: Memory,
 }
 
-/// Builds both halves.
+/// Builds both halves of a device that one thread serves.
 pub(crate) fn build<D: Device>(model: Model, device: D, lent: Lent) -> (VirtioPci, Working<D>) {
-    let Lent { memory, messages, interrupt_pin, bell } = lent;
+    let shared = shared(&model, &lent);
+    let link = Arc::new(Link::new(shared.clone(), lent.bell));
+    let working = Working::new(device, link.clone(), lent.memory.clone());
+    (VirtioPci::new(model, Lanes::new(shared, vec![link]), lent.memory), working)
+}
+
+/// Builds a device with several lanes: each has its bell. The bell of `lent` is that of the first.
+pub(crate) fn build_lanes<D: Device>(
+    model: Model,
+    devices: Vec<D>,
+    lent: Lent,
+    more_bells: Vec<Arc<dyn Ring>>,
+) -> (VirtioPci, Vec<Working<D>>) {
+    let shared = shared(&model, &lent);
+    let bells = std::iter::once(lent.bell).chain(more_bells);
+    let lanes: Vec<_> = devices.into_iter().zip(bells).collect();
+    let (links, working) = lanes
+        .into_iter()
+        .map(|(device, bell)| {
+            let link = Arc::new(Link::new(shared.clone(), bell));
+            (link.clone(), Working::new(device, link, lent.memory.clone()))
+        })
+        .unzip();
+    (VirtioPci::new(model, Lanes::new(shared, links), lent.memory), working)
+}
+
+fn shared(model: &Model, lent: &Lent) -> Arc<Shared> {
     let count = (model.queue_sizes.len() as u16).min(MAX_QUEUES);
-    let interrupts = Interrupts::new(count, messages, interrupt_pin);
-    let link = Arc::new(Link::new(interrupts, bell));
-    let working = Working::new(device, link.clone(), memory.clone());
-    (VirtioPci::new(model, link, memory), working)
+    let interrupts = Interrupts::new(count, lent.messages.clone(), lent.interrupt_pin.clone());
+    Shared::new(model.config.clone(), interrupts)
 }
 
 fn capability(kind: u8, offset: u64, bytes: u32, extra: Option<u32>) -> Vec<u8> {
@@ -152,8 +176,8 @@ fn config_space(model: &Model, msix: &Msix) -> (ConfigSpace, u8, u8) {
 }
 
 impl VirtioPci {
-    fn new(model: Model, link: Arc<Link>, memory: Memory) -> VirtioPci {
-        let (config, msix_capability, access_capability) = config_space(&model, &link.interrupts.lock().msix);
+    fn new(model: Model, lanes: Lanes, memory: Memory) -> VirtioPci {
+        let (config, msix_capability, access_capability) = config_space(&model, &lanes.interrupts().lock().msix);
         let queues = model.queue_sizes.iter().map(|&max| Setup::new(max)).collect();
         VirtioPci {
             model,
@@ -167,7 +191,7 @@ impl VirtioPci {
             driver_features: 0,
             queue_select: 0,
             queues,
-            link,
+            lanes,
             memory,
         }
     }
@@ -175,28 +199,28 @@ impl VirtioPci {
     /// Asks for the queues back; they are there when the working half has run.
     pub fn stop_queues(&mut self) {
         if self.status & STATUS_DRIVER_OK != 0 {
-            self.link.send(Request::Stop);
+            self.lanes.stop();
         }
     }
 
     /// Gives queues that [`VirtioPci::stop_queues`] took back to the working half.
     pub fn start_queues(&mut self) {
         self.take_back();
-        if self.status & STATUS_DRIVER_OK == 0 || self.link.broken() {
+        if self.status & STATUS_DRIVER_OK == 0 || self.lanes.broken() {
             return;
         }
         let mut queues = Vec::new();
         for (setup, index) in self.queues.iter().zip(0u16..).filter(|(setup, _)| setup.enabled) {
             match setup.queue(&self.memory, self.driver_features) {
                 Some(queue) => queues.push(Moved { index, queue }),
-                None => return self.link.give_up(),
+                None => return self.lanes.give_up(),
             }
         }
-        self.link.send(Request::Start { queues, features: self.driver_features });
+        self.lanes.start(queues, self.driver_features);
     }
 
     fn take_back(&mut self) {
-        for Moved { index, queue } in self.link.take_returned() {
+        for Moved { index, queue } in self.lanes.take_returned() {
             if let Some(setup) = self.queues.get_mut(usize::from(index)) {
                 setup.next_avail = queue.next_avail();
                 setup.next_used = queue.next_used();
@@ -207,11 +231,11 @@ impl VirtioPci {
     /// What a snapshot carries. The queues are here: [`VirtioPci::stop_queues`], and the working half has run.
     pub fn save(&mut self) -> VirtioStateV1 {
         self.take_back();
-        let VirtioPci { config, status, queues, driver_features, queue_select, link, .. } = self;
+        let VirtioPci { config, status, queues, driver_features, queue_select, lanes, .. } = self;
         let VirtioPci { device_feature_select, driver_feature_select, .. } = self;
         // The model and the capabilities follow from the device; a reset that waits has nothing left to save.
         let VirtioPci { model: _, msix_capability: _, access_capability: _, resetting: _, memory: _, .. } = self;
-        let wires = link.interrupts.lock();
+        let wires = lanes.interrupts().lock();
         let vectors = wires.queue_vectors.iter();
         let queues = queues.iter().zip(vectors).map(|(setup, &vector)| {
             let Setup { size, max_size: _, enabled, descriptors, driver, device, next_avail, next_used } =
@@ -223,7 +247,7 @@ impl VirtioPci {
             msix: wires.msix.save(),
             isr: wires.isr,
             config_vector: wires.config_vector,
-            status: *status | if link.broken() { STATUS_NEEDS_RESET } else { 0 },
+            status: *status | if lanes.broken() { STATUS_NEEDS_RESET } else { 0 },
             device_feature_select: *device_feature_select,
             driver_feature_select: *driver_feature_select,
             driver_features: *driver_features,
@@ -250,8 +274,7 @@ impl VirtioPci {
             return Err(StateError::Value { field: "virtio.driver_features", got: driver_features });
         }
         self.config = self.config.restore(&config)?;
-        let link = self.link.clone();
-        let mut wires = link.interrupts.lock();
+        let mut wires = self.lanes.interrupts().lock();
         wires.msix = Msix::restore(msix, wires.msix.vectors(), messages)?;
         for (index, saved) in queues.into_iter().enumerate() {
             let Some(setup) = self.queues.get_mut(index) else { continue };
@@ -270,7 +293,7 @@ impl VirtioPci {
         wires.drive_pin();
         drop(wires);
         if status & STATUS_NEEDS_RESET != 0 {
-            self.link.give_up();
+            self.lanes.give_up();
         }
         self.status = status & STATUS_WRITABLE;
         self.device_feature_select = device_feature_select;
@@ -282,12 +305,12 @@ impl VirtioPci {
 
     fn shown_status(&mut self) -> u8 {
         if let Some(old) = self.resetting {
-            if !self.link.idle() {
+            if !self.lanes.idle() {
                 return old; // not 0 until the reset is complete. VIRTIO 4.1.4.3.1
             }
             self.resetting = None;
         }
-        self.status | if self.link.broken() { STATUS_NEEDS_RESET } else { 0 }
+        self.status | if self.lanes.broken() { STATUS_NEEDS_RESET } else { 0 }
     }
 
     fn write_status(&mut self, value: u8) {
@@ -313,9 +336,9 @@ impl VirtioPci {
     fn reset_device(&mut self) {
         let shown = self.shown_status();
         if self.status & STATUS_DRIVER_OK != 0 {
-            self.link.send(Request::Forget);
+            self.lanes.forget();
         }
-        self.link.take_returned();
+        self.lanes.take_returned();
         self.resetting = (shown != 0).then_some(shown);
         self.status = 0;
         self.device_feature_select = 0;
@@ -323,8 +346,8 @@ impl VirtioPci {
         self.driver_features = 0;
         self.queue_select = 0;
         self.queues.iter_mut().for_each(|setup| *setup = Setup::new(setup.max_size));
-        self.link.mend();
-        self.link.interrupts.reset_device();
+        self.lanes.mend();
+        self.lanes.interrupts().reset_device();
     }
 
     fn selected(&self) -> Option<&Setup> {
@@ -347,14 +370,14 @@ impl VirtioPci {
                 1 => self.driver_features >> 32,
                 _ => 0,
             },
-            0x10 => self.link.interrupts.lock().config_vector.into(),
+            0x10 => self.lanes.interrupts().lock().config_vector.into(),
             0x12 => self.queues.len() as u64,
             0x14 => self.shown_status().into(),
-            0x15 => 0, // the configuration never changes while a driver may look
+            0x15 => self.lanes.config_generation().into(),
             0x16 => self.queue_select.into(),
             0x18 => queue(|s| s.size.into()),
             0x1a => {
-                let wires = self.link.interrupts.lock();
+                let wires = self.lanes.interrupts().lock();
                 wires.queue_vectors.get(usize::from(self.queue_select)).copied().unwrap_or(NO_VECTOR).into()
             }
             0x1c => queue(|s| s.enabled.into()),
@@ -382,13 +405,13 @@ impl VirtioPci {
                 self.driver_features = self.driver_features & keep | value;
             }
             0x10 => {
-                let mut wires = self.link.interrupts.lock();
+                let mut wires = self.lanes.interrupts().lock();
                 wires.config_vector = wires.valid_vector(value as u16);
             }
             0x14 => self.write_status(value as u8),
             0x16 => self.queue_select = value as u16,
             0x1a => {
-                let mut wires = self.link.interrupts.lock();
+                let mut wires = self.lanes.interrupts().lock();
                 let vector = wires.valid_vector(value as u16);
                 if let Some(place) = wires.queue_vectors.get_mut(usize::from(self.queue_select)) {
                     *place = vector;
@@ -423,17 +446,10 @@ impl VirtioPci {
     }
 
     fn read_isr(&mut self) -> u8 {
-        let mut wires = self.link.interrupts.lock();
+        let mut wires = self.lanes.interrupts().lock();
         let isr = std::mem::take(&mut wires.isr);
         wires.drive_pin();
         isr
-    }
-
-    fn read_device(&self, offset: u64, bytes: u8) -> u64 {
-        (0..u64::from(bytes.min(8))).fold(0, |value, i| {
-            let byte = usize::try_from(offset + i).ok().and_then(|at| self.model.config.get(at)).copied();
-            value | u64::from(byte.unwrap_or(0)) << (8 * i)
-        })
     }
 
     /// The window into BARs through configuration space: BAR 4 only, 1, 2 or 4 bytes.
@@ -456,7 +472,7 @@ impl PciFunction for VirtioPci {
         }
         let status = offset <= 6 && offset + bytes > 6;
         if status {
-            let pending = self.link.interrupts.lock().isr != 0;
+            let pending = self.lanes.interrupts().lock().isr != 0;
             self.config.show_interrupt(pending);
         }
         self.config.read(offset, bytes)
@@ -470,11 +486,11 @@ impl PciFunction for VirtioPci {
             let data = self.config.read(self.access_capability + 16, 4);
             self.window_write(REGISTER_BAR, at, width, data.into());
             if at >= NOTIFY {
-                self.link.bell().ring();
+                self.lanes.ring_all();
             }
         }
         let control = self.config.read(self.msix_capability + 2, 2) as u16;
-        let mut wires = self.link.interrupts.lock();
+        let mut wires = self.lanes.interrupts().lock();
         wires.pin_off = self.config.command() & COMMAND_INTX_OFF != 0;
         wires.msix.write_control(control);
         wires.drive_pin();
@@ -489,29 +505,31 @@ impl PciFunction for VirtioPci {
         let mut windows = Vec::new();
         self.config.windows(&mut windows);
         for window in windows.iter().filter(|w| w.id == REGISTER_BAR) {
-            doorbells.extend((0..self.queues.len() as u64).map(|queue| Doorbell {
-                space: Space::Memory,
-                address: Gpa(window.base + NOTIFY + queue * u64::from(NOTIFY_STEP)),
-                bytes: 0,
-                value: None,
-                target: self.link.bell().clone(),
+            doorbells.extend((0..self.queues.len()).filter_map(|queue| {
+                Some(Doorbell {
+                    space: Space::Memory,
+                    address: Gpa(window.base + NOTIFY + queue as u64 * u64::from(NOTIFY_STEP)),
+                    bytes: 0,
+                    value: None,
+                    target: self.lanes.bell(queue)?.clone(),
+                })
             }));
         }
     }
 
     fn window_read(&mut self, id: u8, offset: u64, bytes: u8) -> u64 {
         match (id, offset & !(REGION_BYTES - 1)) {
-            (MSIX_BAR, _) => self.link.interrupts.lock().msix.read(offset, bytes),
+            (MSIX_BAR, _) => self.lanes.interrupts().lock().msix.read(offset, bytes),
             (REGISTER_BAR, COMMON) => self.read_common(offset),
             (REGISTER_BAR, ISR) if offset == ISR => self.read_isr().into(),
-            (REGISTER_BAR, DEVICE) => self.read_device(offset - DEVICE, bytes),
+            (REGISTER_BAR, DEVICE) => self.lanes.config(offset - DEVICE, bytes),
             _ => 0,
         }
     }
 
     fn window_write(&mut self, id: u8, offset: u64, bytes: u8, value: u64) {
         match (id, offset & !(REGION_BYTES - 1)) {
-            (MSIX_BAR, _) => self.link.interrupts.lock().msix.write(offset, bytes, value),
+            (MSIX_BAR, _) => self.lanes.interrupts().lock().msix.write(offset, bytes, value),
             (REGISTER_BAR, COMMON) => self.write_common(offset, bytes, value),
             _ => {} // doorbells are rung by the bus; nothing else is writable
         }
@@ -525,7 +543,7 @@ impl PciFunction for VirtioPci {
         self.reset_device();
         self.resetting = None;
         self.config.reset();
-        let mut wires = self.link.interrupts.lock();
+        let mut wires = self.lanes.interrupts().lock();
         wires.msix.reset();
         wires.pin_off = false;
         wires.drive_pin();

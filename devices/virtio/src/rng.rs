@@ -18,7 +18,7 @@ pub trait RandomSource: Send {
 
 /// What the driver is told.
 pub(crate) fn model() -> Model {
-    Model { device_type: 4, class: 0x00_ff00, features: 0, queue_sizes: &[8], config: Vec::new() }
+    Model { device_type: 4, class: 0x00_ff00, features: 0, queue_sizes: vec![8], config: Vec::new() }
 }
 
 /// The working half.

@@ -58,6 +58,8 @@ pub(crate) struct MemoryDisk {
     pub(crate) admitted: Arc<Mutex<Vec<(Transfer, u64)>>>,
     pub(crate) log: Arc<Mutex<Vec<String>>>,
     pub(crate) read_only: bool,
+    /// Every write is stable at once.
+    pub(crate) writes_through: bool,
 }
 
 impl MemoryDisk {
@@ -86,6 +88,9 @@ impl DiskBackend for MemoryDisk {
     }
     fn read_only(&self) -> bool {
         self.read_only
+    }
+    fn write_cache(&self) -> bool {
+        !self.writes_through
     }
     fn admit(&mut self, transfer: Transfer, bytes: u64) -> Result<(), DiskFault> {
         self.admitted.lock().push((transfer, bytes));
@@ -128,17 +133,23 @@ pub(crate) type Descriptor = (u64, u32, u16);
 
 type Make = Box<dyn Fn(Lent) -> (VirtioPci, Box<dyn Work>)>;
 
+/// Further lanes of a device: working halves with their bells.
+type MoreLanes = Vec<(Box<dyn Work>, Arc<Bell>)>;
+
 /// A device and its driver.
 pub(crate) struct Rig {
     pub(crate) ram: GuestRam,
     function: Option<VirtioPci>,
     work: Box<dyn Work>,
     bell: Arc<Bell>,
+    more_lanes: MoreLanes,
+    /// Lanes that were rung.
+    rung: Vec<usize>,
     messages: Arc<Messages>,
     make: Make,
     reload: bool,
-    available: [u16; 2],
-    seen: [u16; 2],
+    available: [u16; 4],
+    seen: [u16; 4],
 }
 
 impl Rig {
@@ -155,10 +166,46 @@ impl Rig {
         let (mut function, work) = make(lent);
         function.config_write(0x20, 4, BAR as u32);
         function.config_write(4, 2, 6);
-        let mut rig =
-            Rig { ram, function: Some(function), work, bell, messages, make, reload, available: [0; 2], seen: [0; 2] };
+        let mut rig = Rig {
+            ram,
+            function: Some(function),
+            work,
+            bell,
+            more_lanes: Vec::new(),
+            rung: Vec::new(),
+            messages,
+            make,
+            reload,
+            available: [0; 4],
+            seen: [0; 4],
+        };
         rig.open_vectors();
         rig
+    }
+
+    /// The device that `parts` describes, each lane with a device of its own.
+    pub(crate) fn with_lanes<D: Device + 'static>(lanes: usize, parts: impl Fn() -> (Model, D) + 'static) -> Rig {
+        let parts = Arc::new(parts);
+        let first = parts.clone();
+        let mut rig = Rig::new(false, move || first());
+        let bells: Vec<Arc<Bell>> = (1..lanes).map(|_| Arc::default()).collect();
+        let devices = (0..lanes).map(|_| parts().1).collect();
+        let more = bells.iter().map(|bell| bell.clone() as Arc<dyn Ring>).collect();
+        let lent = lent(&rig.ram, &rig.bell, &rig.messages);
+        let (function, working) = pci_device::build_lanes(parts().0, devices, lent, more);
+        let mut working = working.into_iter().map(|lane| Box::new(lane) as Box<dyn Work>);
+        rig.work = working.next().unwrap();
+        rig.more_lanes = working.zip(bells).collect();
+        rig.function = Some(function);
+        rig.function().config_write(0x20, 4, BAR as u32);
+        rig.function().config_write(4, 2, 6);
+        rig.open_vectors();
+        rig
+    }
+
+    /// Lanes that were rung since last asked.
+    pub(crate) fn rung(&mut self) -> Vec<usize> {
+        std::mem::take(&mut self.rung)
     }
 
     pub(crate) fn function(&mut self) -> &mut VirtioPci {
@@ -181,7 +228,14 @@ impl Rig {
 
     fn settle(&mut self) {
         while self.bell.0.swap(false, Ordering::SeqCst) {
+            self.rung.push(0);
             self.work.work();
+        }
+        for (lane, (work, bell)) in (1..).zip(&mut self.more_lanes) {
+            while bell.0.swap(false, Ordering::SeqCst) {
+                self.rung.push(lane);
+                work.work();
+            }
         }
     }
 
@@ -247,6 +301,8 @@ impl Rig {
         self.write(0x10, 2, 0);
         for queue in 0..u64::from(queues) {
             let base = queue * RING_STEP;
+            // A new driver's rings are empty.
+            self.put(base, &[0; RING_STEP as usize]);
             for (offset, bytes, value) in [
                 (0x16, 2, queue),
                 (0x18, 2, QUEUE_ENTRIES.into()),
@@ -260,8 +316,9 @@ impl Rig {
             }
         }
         self.write(0x14, 1, 15);
-        self.available = [0; 2];
-        self.seen = [0; 2];
+        self.available = [0; 4];
+        self.seen = [0; 4];
+        self.rung.clear();
     }
 
     pub(crate) fn put(&self, at: u64, bytes: &[u8]) {
@@ -331,6 +388,10 @@ impl Rig {
         self.work.resumed();
         self.work.work();
         self.settle();
+    }
+    /// The back end is another.
+    pub(crate) fn back_end_changed(&mut self) {
+        self.work.back_end_changed();
     }
     /// Whether the device waits for its back end.
     pub(crate) fn waits(&self) -> bool {

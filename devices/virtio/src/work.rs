@@ -39,6 +39,10 @@ pub(crate) trait Device: Send {
     fn stop(&mut self) {}
     /// The machine resumes.
     fn resumed(&mut self) {}
+    /// The back end is another: the device's configuration from now on, if it follows from that.
+    fn back_end_changed(&mut self) -> Option<Vec<u8>> {
+        None
+    }
     /// See [`Work::fd`].
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None
@@ -49,7 +53,7 @@ pub(crate) trait Device: Send {
     }
 }
 
-/// The working half.
+/// The working half, or one lane of it.
 pub(crate) struct Working<D> {
     device: D,
     link: Arc<Link>,
@@ -118,7 +122,7 @@ impl<D: Device> Working<D> {
             }
         }
         if used && wants_interrupt(queue, memory)? {
-            link.interrupts.queue_used(*index);
+            link.interrupts().queue_used(*index);
         }
         Ok(more)
     }
@@ -170,5 +174,10 @@ impl<D: Device> Work for Working<D> {
     }
     fn resumed(&mut self) {
         self.device.resumed();
+    }
+    fn back_end_changed(&mut self) {
+        if let Some(config) = self.device.back_end_changed() {
+            self.link.change_config(config, !self.queues.is_empty());
+        }
     }
 }

@@ -66,6 +66,7 @@ impl Guest {
             Command::SetDiskThrottle { target, throttle } => {
                 println!("throttle {target} {}", serde_json::to_string(throttle).unwrap());
             }
+            Command::ResizeDisk { target, bytes } => println!("resize {target} {bytes}"),
             Command::SystemReset => self.emit(Event::Reset { guest: false }),
             Command::Cont | Command::Stop | Command::SystemPowerdown | Command::InjectNmi | Command::Quit => {}
         }

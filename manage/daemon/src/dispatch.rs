@@ -103,7 +103,9 @@ fn route(daemon: &Arc<Daemon>, client: &Arc<Client>, frame: &Frame) -> Result<()
     authorise(daemon, client, program, row)?;
     let ctx = Ctx { daemon: daemon.clone(), client: client.clone(), header: frame.header, api: row.api };
     let handled = if program == REMOTE_PROGRAM {
-        remote_call(&ctx, number, &frame.payload).or_else(|| absent_call(&ctx, number, &frame.payload))
+        remote_call(&ctx, number, &frame.payload)
+            .or_else(|| disk_call(&ctx, number, &frame.payload))
+            .or_else(|| absent_call(&ctx, number, &frame.payload))
     } else {
         qemu_call(&ctx, number, &frame.payload)
     };
@@ -199,8 +201,6 @@ fn remote_call(ctx: &Ctx, number: u32, payload: &[u8]) -> Option<Result<(), Daem
         domain_has_managed_save_image => domain_info::has_managed_save_image,
         domain_get_job_info => domain_info::get_job_info,
         domain_get_job_stats => domain_info::get_job_stats,
-        domain_get_disk_errors => domain_devices::get_disk_errors,
-        domain_get_block_io_tune => block_tune::get_block_io_tune,
         domain_get_metadata => domain_config::get_metadata,
         domain_interface_stats => domain_devices::interface_stats,
         domain_interface_addresses => domain_devices::interface_addresses,
@@ -223,10 +223,6 @@ fn remote_call(ctx: &Ctx, number: u32, payload: &[u8]) -> Option<Result<(), Daem
         connect_get_all_domain_stats => stats::get_all_domain_stats,
         domain_get_vcpus => stats::get_vcpus,
         domain_get_cpu_stats => stats::get_cpu_stats,
-        domain_get_block_info => domain_devices::get_block_info,
-        domain_block_stats => domain_devices::block_stats,
-        domain_block_stats_flags => domain_devices::block_stats_flags,
-        domain_set_block_io_tune => block_tune::set_block_io_tune,
         domain_memory_stats => stats::memory_stats,
         domain_create_xml => domain_run::create_xml,
         domain_define_xml => domain_config::define_xml,
@@ -253,6 +249,23 @@ fn remote_call(ctx: &Ctx, number: u32, payload: &[u8]) -> Option<Result<(), Daem
         domain_destroy => domain_run::destroy,
         domain_destroy_flags => domain_run::destroy_flags,
         domain_inject_nmi => domain_run::inject_nmi,
+    })
+}
+
+/// Calls about one disk.
+#[rustfmt::skip]
+fn disk_call(ctx: &Ctx, number: u32, payload: &[u8]) -> Option<Result<(), DaemonError>> {
+    routes!(ctx, number, payload,
+    now {
+        domain_get_block_io_tune => block_tune::get_block_io_tune,
+        domain_get_disk_errors => domain_devices::get_disk_errors,
+    }
+    later {
+        domain_get_block_info => domain_devices::get_block_info,
+        domain_block_stats => domain_devices::block_stats,
+        domain_block_resize => domain_devices::block_resize,
+        domain_block_stats_flags => domain_devices::block_stats_flags,
+        domain_set_block_io_tune => block_tune::set_block_io_tune,
     })
 }
 

@@ -116,6 +116,12 @@ pub enum DaemonError {
     DiskNotInConfig { path: String },
     #[error("invalid argument: disk '{path}' not found in domain")]
     DiskNotInDomain { path: String },
+    #[error("numerical overflow: size must be less than {limit}")]
+    SizeOverflow { limit: u64 },
+    #[error("invalid argument: disk '{target}' has no block device whose capacity it could take")]
+    ResizeToCapacity { target: String },
+    #[error("Failed to open file '{path}': {source}")]
+    ImageOpen { path: PathBuf, source: io::Error },
     #[error("invalid argument: parameter '{field}' not supported")]
     UnknownParameter { field: String },
     #[error("invalid argument: invalid type '{found}' for parameter '{field}', expected '{expected}'")]
@@ -265,6 +271,9 @@ impl DaemonError {
             E::NoSuchDisk { .. } => (Code::InvalidArg, Origin::Qemu),
             E::DiskNotInConfig { .. } => (Code::InvalidArg, Origin::Qemu),
             E::DiskNotInDomain { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::SizeOverflow { .. } => (Code::Overflow, Origin::Qemu),
+            E::ResizeToCapacity { .. } => (Code::InvalidArg, Origin::Qemu),
+            E::ImageOpen { .. } => (Code::SystemError, Origin::Qemu),
             E::UnknownParameter { .. } => (Code::InvalidArg, Origin::None),
             E::ParameterType { .. } => (Code::InvalidArg, Origin::None),
             E::IoTuneExclusive { .. } => (Code::InvalidArg, Origin::Qemu),
@@ -404,14 +413,6 @@ mod tests {
             E::TooMuchMemory { wanted: 2048, max: 1024 },
             E::LiveChange { what: "the memory" },
             E::NoSuchDisk { path: "vdz".into() },
-            E::DiskNotInConfig { path: "vdz".into() },
-            E::DiskNotInDomain { path: "vdz".into() },
-            E::UnknownParameter { field: "speed".into() },
-            E::ParameterType { field: "group_name".into(), found: "int", expected: "string" },
-            E::IoTuneExclusive { family: "bytes_sec" },
-            E::IoTuneTooLarge { limit: 1_000_000_000_000_000 },
-            E::IoTuneReset { field: "read_iops_sec" },
-            E::IoTuneBurstBelow { field: "read_iops_sec" },
             E::NoSuchInterface { device: "vnet0".into() },
             E::NotRunning,
             E::AlreadyRunning,
@@ -445,9 +446,31 @@ mod tests {
         ]
     }
 
+    /// One of every variant about disks.
+    #[rustfmt::skip] // one row per error
+    fn disk_samples() -> Vec<DaemonError> {
+        use DaemonError as E;
+        let path = || PathBuf::from("/dir/file");
+        let denied = || io::Error::from_raw_os_error(13);
+        vec![
+            E::DiskNotInConfig { path: "vdz".into() },
+            E::DiskNotInDomain { path: "vdz".into() },
+            E::SizeOverflow { limit: 18_014_398_509_481_983 },
+            E::ResizeToCapacity { target: "vda".into() },
+            E::ImageOpen { path: path(), source: denied() },
+            E::UnknownParameter { field: "speed".into() },
+            E::ParameterType { field: "group_name".into(), found: "int", expected: "string" },
+            E::IoTuneExclusive { family: "bytes_sec" },
+            E::IoTuneTooLarge { limit: 1_000_000_000_000_000 },
+            E::IoTuneReset { field: "read_iops_sec" },
+            E::IoTuneBurstBelow { field: "read_iops_sec" },
+        ]
+    }
+
     #[test]
     fn every_error_has_its_number_domain_and_wording() {
-        let samples = samples();
+        let mut samples = samples();
+        samples.extend(disk_samples());
         let kinds: HashSet<_> = samples.iter().map(discriminant).collect();
         let rows = include_str!("error.rs").lines().filter(|line| line.starts_with("            E::")).count();
         // Each variant has a row in the table and a row among the samples.

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use block::Format;
 use monitor::{
-    Accel, Boot, CacheMode, ChainLink, ClockMode, Console, ConsoleTarget, Discard, DiskBus, DiskErrorPolicy,
-    DiskFormat, FdIndex, PowerAction, VmConfig,
+    Accel, Boot, CacheMode, ChainLink, ClockMode, Console, ConsoleTarget, DetectZeroes, Discard, DiskBus,
+    DiskErrorPolicy, DiskFormat, FdIndex, PowerAction, VmConfig,
 };
 use xml::{ClockOffset, DiskSource, DomainConfig, LifecycleAction, LivePty, SerialTarget, VirtType};
 
@@ -60,9 +60,16 @@ pub fn build(domain: &DomainConfig, monitor: OwnedFd, paused: bool) -> Result<Ma
     let boot = open_boot(domain, &mut fds)?;
     let mut disks = Vec::new();
     let mut backing = Vec::new();
+    let threads = IoThreads::new(domain);
     for disk in &domain.disks {
-        let (disk, behind) = open_disk(disk, &mut fds)?;
-        disks.push(disk);
+        let (opened, behind) = open_disk(disk, &mut fds)?;
+        let (queues, queue_size) = (disk.driver.queues.clamp(1, 16) as u16, disk.driver.queue_size as u16);
+        disks.push(monitor::Disk {
+            queues,
+            queue_size: if queue_size == 0 { opened.queue_size } else { queue_size },
+            io_threads: threads.of(disk),
+            ..opened
+        });
         backing.push(behind);
     }
     let mut consoles = Vec::new();
@@ -101,6 +108,30 @@ pub fn build(domain: &DomainConfig, monitor: OwnedFd, paused: bool) -> Result<Ma
     Ok(Machine { config, fds: fds.0, ptys, controllers, backing })
 }
 
+/// Which threads serve which disk. Disks without `iothread` share the first ones: one, or as many as the most queues of one
+/// such disk keep busy on this host. Behind them comes a thread for each of `<iothreads>`.
+struct IoThreads {
+    shared: u16,
+    own: Vec<u32>,
+}
+
+impl IoThreads {
+    fn new(domain: &DomainConfig) -> IoThreads {
+        let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
+        let queues = domain.disks.iter().filter(|disk| disk.driver.iothread.is_none()).map(|disk| disk.driver.queues);
+        let shared = queues.max().unwrap_or(1).clamp(1, cpus.min(16)) as u16;
+        IoThreads { shared, own: domain.iothreads.clone() }
+    }
+
+    fn of(&self, disk: &xml::Disk) -> Vec<u16> {
+        let place = disk.driver.iothread.and_then(|id| self.own.iter().position(|own| *own == id));
+        match place {
+            Some(place) => vec![self.shared + place as u16],
+            None => (0..self.shared).collect(),
+        }
+    }
+}
+
 fn action(action: LifecycleAction) -> PowerAction {
     match action {
         LifecycleAction::Destroy => PowerAction::Destroy,
@@ -137,7 +168,7 @@ fn open_disk(disk: &xml::Disk, fds: &mut Fds) -> Result<(monitor::Disk, Vec<(Str
         let detail = format!("disk '{}' has no file or block device", disk.target);
         return Err(DaemonError::Unsupported { detail });
     };
-    let direct = disk.cache.as_deref() == Some("none");
+    let direct = matches!(disk.cache.as_deref(), Some("none" | "directsync"));
     let mode = OpenMode { read_only: disk.read_only, direct, shared: disk.shareable };
     let images = image_chain::open(Path::new(path), image_chain::format_named(&disk.format), mode)?;
     let mut chain = Vec::new();
@@ -158,29 +189,37 @@ fn open_disk(disk: &xml::Disk, fds: &mut Fds) -> Result<(monitor::Disk, Vec<(Str
         chain.push(ChainLink { file: fds.add(image.file), path, format });
     }
     let on_write_error = error_policy(disk.error_policy.as_deref(), DiskErrorPolicy::Enospace)?;
-    let on_read_error = error_policy(disk.read_error_policy.as_deref(), DiskErrorPolicy::Report)?;
+    // What is said of writes goes for reads too, where it can.
+    let reads = if on_write_error == DiskErrorPolicy::Enospace { DiskErrorPolicy::Report } else { on_write_error };
+    let on_read_error = error_policy(disk.read_error_policy.as_deref(), reads)?;
+    let bus = if disk.bus == "nvme" { DiskBus::Nvme } else { DiskBus::Virtio };
     let disk = monitor::Disk {
-        target: disk.target.clone(),
-        bus: if disk.bus == "nvme" { DiskBus::Nvme } else { DiskBus::Virtio },
-        chain,
         read_only: disk.read_only,
         serial: disk.serial.clone(),
         cache: match disk.cache.as_deref() {
             Some("none") => CacheMode::None,
             Some("unsafe") => CacheMode::Unsafe,
+            Some("writethrough") => CacheMode::Writethrough,
+            Some("directsync") => CacheMode::DirectSync,
             _ => CacheMode::Writeback,
         },
         discard: if disk.discard.as_deref() == Some("unmap") { Discard::Unmap } else { Discard::Ignore },
         on_write_error,
         on_read_error,
+        detect_zeroes: match disk.driver.detect_zeroes.as_deref() {
+            Some("on") => DetectZeroes::On,
+            Some("unmap") => DetectZeroes::Unmap,
+            _ => DetectZeroes::Off,
+        },
         throttle: block_tune::throttle(&disk.iotune),
+        ..monitor::Disk::new(disk.target.clone(), bus, chain)
     };
     Ok((disk, backing))
 }
 
 fn error_policy(text: Option<&str>, default: DiskErrorPolicy) -> Result<DiskErrorPolicy, DaemonError> {
     match text {
-        None => Ok(default),
+        None | Some("default") => Ok(default),
         Some("stop") => Ok(DiskErrorPolicy::Stop),
         Some("report") => Ok(DiskErrorPolicy::Report),
         Some("ignore") => Ok(DiskErrorPolicy::Ignore),

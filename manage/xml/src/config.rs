@@ -2,6 +2,7 @@
 
 use uuid::Uuid;
 
+use crate::disk_driver::{self, DiskDriver};
 use crate::error::DomainXmlError;
 use crate::iotune::IoTune;
 use crate::tree::Element;
@@ -161,6 +162,8 @@ pub struct Disk {
     pub error_policy: Option<String>,
     /// `rerror_policy`, where given.
     pub read_error_policy: Option<String>,
+    /// What else `<driver>` says.
+    pub driver: DiskDriver,
     /// `<iotune>`.
     pub iotune: IoTune,
 }
@@ -246,6 +249,8 @@ pub struct DomainConfig {
     pub char_devices: Vec<CharDevice>,
     /// There is a random number device.
     pub rng: bool,
+    /// Numbers of the threads that disks may be given to.
+    pub iothreads: Vec<u32>,
 }
 
 static EMPTY: Element = Element { name: String::new(), attributes: Vec::new(), children: Vec::new() };
@@ -280,6 +285,7 @@ impl DomainConfig {
             interfaces: devices.all("interface").map(read_interface).collect(),
             char_devices: read_char_devices(devices),
             rng: devices.get("rng").is_some(),
+            iothreads: disk_driver::read_iothreads(root)?,
         })
     }
 }
@@ -404,6 +410,7 @@ fn read_disk(disk: &Element) -> Result<Disk, DomainXmlError> {
         discard: driver("discard"),
         error_policy: driver("error_policy"),
         read_error_policy: driver("rerror_policy"),
+        driver: DiskDriver::read(disk.get("driver").unwrap_or(&EMPTY))?,
         iotune: disk.get("iotune").map(IoTune::read).transpose()?.unwrap_or_default(),
         source,
     })

@@ -3,6 +3,7 @@
 use uuid::Uuid;
 
 use crate::config::{self, DomainConfig};
+use crate::disk_driver;
 use crate::error::DomainXmlError;
 use crate::iotune;
 use crate::normalise;
@@ -40,6 +41,7 @@ impl DomainDefinition {
         normalise::normalise(&mut root, context)?;
         let config = DomainConfig::read(&root)?;
         normalise::check_unique_targets(&config)?;
+        disk_driver::check(&config)?;
         iotune::check(&config.disks)?;
         Ok(DomainDefinition { root, config })
     }

@@ -79,6 +79,18 @@ pub enum DomainXmlError {
     BadMac { mac: String },
     #[error("XML error: expected unicast mac address, found multicast '{mac}'")]
     MulticastMac { mac: String },
+    #[error("XML error: Invalid value for attribute '{attribute}' in element 'driver': '{found}'.{expected}")]
+    DriverAttribute { attribute: &'static str, found: String, expected: &'static str },
+    #[error("XML error: Invalid value for attribute 'iothread' in element 'driver': Zero is not permitted")]
+    IoThreadZero,
+    #[error("unsupported configuration: io='native' needs either no disk cache or directsync cache mode")]
+    NativeNeedsDirect,
+    #[error("unsupported configuration: Invalid disk read error policy: '{found}'")]
+    ReadErrorPolicy { found: String },
+    #[error("unsupported configuration: queues attribute in disk driver element is only supported by virtio-blk")]
+    QueuesNeedVirtio,
+    #[error("unsupported configuration: Disk iothread '{id}' not defined in iothreadid")]
+    NoIoThread { id: u32 },
     #[error("XML error: disk iotune field '{field}' must be an integer")]
     IoTuneNumber { field: String },
     #[error("XML error: total and read/write {family} cannot be set at the same time")]
@@ -115,6 +127,8 @@ pub(crate) fn kind(error: &DomainXmlError) -> XmlErrorKind {
         | E::DuplicateTarget { .. }
         | E::BadMac { .. }
         | E::MulticastMac { .. }
+        | E::DriverAttribute { .. }
+        | E::IoThreadZero
         | E::IoTuneNumber { .. }
         | E::IoTuneExclusive { .. }
         | E::TitleNewline => K::Content,
@@ -124,6 +138,7 @@ pub(crate) fn kind(error: &DomainXmlError) -> XmlErrorKind {
         E::UnknownSuffix { .. } => K::InvalidArgument,
         E::MalformedUuid => K::Internal,
         E::IoTuneTooLarge => K::ArgumentUnsupported,
+        E::NativeNeedsDirect | E::ReadErrorPolicy { .. } | E::QueuesNeedVirtio | E::NoIoThread { .. } => K::Unsupported,
         E::IoTuneGroupAlone | E::IoTuneDiffers { .. } => K::Unsupported,
         E::InvalidType { .. } | E::UnknownArch { .. } | E::NotBuilt { .. } | E::ElementNotBuilt { .. } => {
             K::Unsupported

@@ -12,6 +12,7 @@
 
 mod config;
 mod definition;
+mod disk_driver;
 mod edit;
 mod error;
 mod iotune;
@@ -30,6 +31,7 @@ pub use config::{
     SerialTarget, VirtType,
 };
 pub use definition::{DefineContext, DomainDefinition};
+pub use disk_driver::DiskDriver;
 pub use edit::{LifecycleEvent, VcpuCount};
 pub use error::{DomainXmlError, XmlErrorKind};
 pub use iotune::{IO_TUNE_GROUP, IO_TUNE_LIMITS, IO_TUNE_MAX, IO_TUNE_SIZE, IoTune};

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use crate::config::{self, DomainConfig};
 use crate::definition::DefineContext;
+use crate::disk_driver;
 use crate::error::DomainXmlError;
 use crate::iotune::{self, IoTune};
 use crate::order;
@@ -180,6 +181,7 @@ fn normalise_disk(disk: &mut Element) -> Result<(), DomainXmlError> {
             driver.attributes.insert(at.min(driver.attributes.len()), (name.into(), default.into()));
         }
     }
+    disk_driver::normalise(driver);
     if let Some(target) = disk.get_mut("target")
         && let Some(bus) = target.attribute("dev").map(config::default_bus)
         && target.attribute("bus").is_none()

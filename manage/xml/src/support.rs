@@ -1,6 +1,7 @@
 //! What is refused by name, because leaving it out in silence would give the guest another machine than was asked for.
 
-use crate::config::{CharSource, ClockOffset, CpuMode, DiskSource, DomainConfig, SerialTarget, VirtType};
+use crate::config::{CharSource, ClockOffset, CpuMode, Disk, DiskSource, DomainConfig, SerialTarget, VirtType};
+use crate::disk_driver::{DiskDriver, QUEUE_SIZE_MAX, QUEUES_MAX};
 use crate::error::DomainXmlError;
 use crate::tree::Element;
 
@@ -145,6 +146,23 @@ fn check_devices(devices: &Element) -> Result<(), DomainXmlError> {
     Ok(())
 }
 
+fn check_driver(disk: &Disk) -> Result<(), DomainXmlError> {
+    let DiskDriver { name, queues, queue_size, not_built: missing, .. } = &disk.driver;
+    if let Some(name) = name.as_deref().filter(|name| *name != "qemu") {
+        return not_built("disk driver", name, "use qemu");
+    }
+    if let Some((attribute, value)) = missing {
+        return not_built(attribute, value, "remove the attribute from <driver>");
+    }
+    if *queues > QUEUES_MAX {
+        return not_built("number of disk queues", &queues.to_string(), "at most 16");
+    }
+    if *queue_size > 0 && (!queue_size.is_power_of_two() || !(2..=QUEUE_SIZE_MAX).contains(queue_size)) {
+        return not_built("disk queue_size", &queue_size.to_string(), "it must be a power of 2, at most 1024");
+    }
+    Ok(())
+}
+
 fn check_config(config: &DomainConfig) -> Result<(), DomainXmlError> {
     for disk in &config.disks {
         if disk.device != "disk" {
@@ -164,10 +182,7 @@ fn check_config(config: &DomainConfig) -> Result<(), DomainXmlError> {
             DiskSource::Empty => return not_built("disk without a source", &disk.target, "add <source file='…'/>"),
             DiskSource::Other(kind) => return not_built("disk type", kind, "use file or block"),
         }
-        let cache = disk.cache.as_deref().unwrap_or("default");
-        if !matches!(cache, "default" | "none" | "writeback" | "unsafe") {
-            return not_built("disk cache mode", cache, "use none, writeback or unsafe");
-        }
+        check_driver(disk)?;
         if disk.serial.as_ref().is_some_and(|serial| serial.len() > 20) {
             return not_built("disk serial number", &disk.target, "at most 20 bytes");
         }

@@ -355,7 +355,7 @@ impl Shared<'_> {
                     None => false,
                 };
                 if copied {
-                    return place.finish();
+                    return place.finish().and_then(|()| self.target.written());
                 }
                 self.no_kernel_copy.store(true, Ordering::Relaxed);
                 Way::Mapped(place)
@@ -379,7 +379,7 @@ impl Shared<'_> {
         match way {
             Way::Mapped(place) => {
                 place.file.write_at(place.host, &WriteBufs::from_slice(part)).map_err(failed)?;
-                place.finish()
+                place.finish().and_then(|()| self.target.written())
             }
             _ => self.target.write(offset, part),
         }

@@ -38,8 +38,35 @@ pub enum CacheMode {
     Writeback,
     /// As `Writeback`, and whoever opened the files did so with `O_DIRECT`.
     None,
+    /// As `Writeback`, and each write is on stable storage when it is done.
+    Writethrough,
+    /// As `None`, and each write is on stable storage when it is done.
+    DirectSync,
     /// A flush does nothing. A crash of the host loses the image.
     Unsafe,
+}
+
+impl CacheMode {
+    /// Whether files are opened past the host's page cache.
+    pub fn is_direct(self) -> bool {
+        matches!(self, CacheMode::None | CacheMode::DirectSync)
+    }
+    /// Whether each write is followed by a flush.
+    pub fn writes_through(self) -> bool {
+        matches!(self, CacheMode::Writethrough | CacheMode::DirectSync)
+    }
+}
+
+/// What becomes of a write that holds only zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// It is written as it is.
+    #[default]
+    Off,
+    /// The range is made to read as zeroes; its space stays.
+    On,
+    /// The same, and its space may go back where discards may.
+    Unmap,
 }
 
 /// How a disk is opened.
@@ -51,8 +78,8 @@ pub struct OpenOptions {
     pub format: Format,
     /// What a guest's discard does.
     pub discard: Discard,
-    /// Turn writes that hold only zeroes into `write_zeroes`.
-    pub detect_zeroes: bool,
+    /// What becomes of writes that hold only zeroes.
+    pub detect_zeroes: DetectZeroes,
     /// How the host may cache.
     pub cache: CacheMode,
     /// Bound of the memory for L2 tables, for each qcow2 image of the chain. At least 16 KiB are used.
@@ -68,7 +95,7 @@ impl Default for OpenOptions {
             read_only: false,
             format: Format::Qcow2,
             discard: Discard::Unmap,
-            detect_zeroes: false,
+            detect_zeroes: DetectZeroes::Off,
             cache: CacheMode::Writeback,
             l2_cache_bytes: 1 << 20,
             keys: Vec::new(),
@@ -146,8 +173,8 @@ pub struct Disk {
     path: PathBuf,
     read_only: bool,
     discard: Discard,
-    detect_zeroes: bool,
-    direct: bool,
+    detect_zeroes: DetectZeroes,
+    cache: CacheMode,
     meters: Arc<Meters>,
     /// Jobs that are told of changes.
     taps: SmallVec<[Arc<dyn Tap>; 1]>,
@@ -189,7 +216,7 @@ impl Disk {
             read_only: opts.read_only,
             discard: opts.discard,
             detect_zeroes: opts.detect_zeroes,
-            direct: opts.cache == CacheMode::None,
+            cache: opts.cache,
             meters: Arc::default(),
             taps: SmallVec::new(),
         })
@@ -262,11 +289,13 @@ impl Disk {
     fn write_bufs(&self, offset: u64, bufs: &WriteBufs<'_>) -> Result<(), BlockError> {
         let bytes = bufs.len() as u64;
         self.check_write(offset, bytes)?;
-        if self.detect_zeroes && bufs.is_zero() {
-            return self.write_zeroes(offset, bytes, self.discard == Discard::Unmap);
+        if self.detect_zeroes != DetectZeroes::Off && bufs.is_zero() {
+            let unmap = self.detect_zeroes == DetectZeroes::Unmap && self.discard == Discard::Unmap;
+            return self.write_zeroes(offset, bytes, unmap);
         }
         let (top, below) = self.top()?;
         self.changing(offset, bytes, || top.write(below, offset, bufs))?;
+        self.written()?;
         Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
         Ok(())
     }
@@ -303,6 +332,7 @@ impl Disk {
     pub fn write_packed(&self, offset: u64, packed: &[u8], bytes: u64) -> Result<(), BlockError> {
         self.check_write(offset, bytes)?;
         self.changing(offset, bytes, || self.top()?.0.write_packed(offset, packed))?;
+        self.written()?;
         Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
         Ok(())
     }
@@ -312,6 +342,7 @@ impl Disk {
         self.check_write(offset, bytes)?;
         let (top, below) = self.top()?;
         self.changing(offset, bytes, || top.write_zeroes(below, offset, bytes, may_unmap))?;
+        self.written()?;
         Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
         Ok(())
     }
@@ -322,6 +353,7 @@ impl Disk {
         self.check_write(offset, bytes)?;
         if self.discard == Discard::Unmap {
             self.changing(offset, bytes, || self.top()?.0.discard(offset, bytes))?;
+            self.written()?;
         }
         Meters::count(&self.meters.discards, &self.meters.discarded_bytes, bytes);
         Ok(())
@@ -335,6 +367,11 @@ impl Disk {
         }
         self.meters.flushes.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// A write is in its place: with [`CacheMode::writes_through`] it goes to stable storage now.
+    pub(crate) fn written(&self) -> Result<(), BlockError> {
+        if self.cache.writes_through() { self.top()?.0.flush() } else { Ok(()) }
     }
 
     /// Changes the size of the disk, where the top image's format can; rounded up to 512 bytes. New bytes read as zeroes,
@@ -361,7 +398,7 @@ impl Disk {
 
     /// Whether the host's page cache is bypassed.
     pub(crate) fn is_direct(&self) -> bool {
-        self.direct
+        self.cache.is_direct()
     }
 
     /// Whether the top image can only be written once, compressed, in ascending order.
@@ -435,14 +472,13 @@ impl Disk {
     pub(crate) fn view(&self, depth: usize, read_only: bool) -> Disk {
         let nodes = self.nodes.get(depth..).unwrap_or_default().to_vec();
         let path = nodes.first().map_or_else(PathBuf::new, |top| top.path().to_owned());
-        let Disk { discard, direct, .. } = *self;
+        let Disk { discard, cache, .. } = *self;
         let (meters, taps) = (Arc::default(), SmallVec::new());
-        Disk { nodes, path, read_only, discard, detect_zeroes: false, direct, meters, taps }
+        Disk { nodes, path, read_only, discard, detect_zeroes: DetectZeroes::Off, cache, meters, taps }
     }
 
     /// Goes on with the layers of another disk: no request is under way.
     pub(crate) fn move_to(&mut self, target: Disk) {
-        self.direct = target.direct;
         self.set_nodes(target.nodes);
     }
 

@@ -57,7 +57,7 @@ pub use create::{
     DataFile, Preallocation, Qcow2Create, create_qcow2, create_raw, format_data_file, format_qcow2, format_raw,
     open_for_new,
 };
-pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, Discard, Disk, OpenOptions};
+pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, DetectZeroes, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};
 pub use foreign::{ForeignImage, ForeignInfo, ForeignReport};
 pub use host_file::{HostFile, use_direct_io};

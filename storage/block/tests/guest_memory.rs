@@ -5,7 +5,8 @@ mod support;
 use std::path::Path;
 
 use block::{
-    CacheMode, ChainFile, Disk, ErrorKind, Format, OpenOptions, Qcow2Create, create_qcow2, create_raw, use_direct_io,
+    CacheMode, ChainFile, DetectZeroes, Disk, ErrorKind, Format, OpenOptions, Qcow2Create, create_qcow2, create_raw,
+    use_direct_io,
 };
 use support::{Rng, contents, open_chain, qemu_img};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
@@ -108,7 +109,7 @@ fn raw_files_are_sparse_where_nothing_or_zeroes_were_written() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("a.raw");
     create_raw(&image, 16 << 20).unwrap();
-    let opts = OpenOptions { format: Format::Raw, detect_zeroes: true, ..OpenOptions::default() };
+    let opts = OpenOptions { format: Format::Raw, detect_zeroes: DetectZeroes::Unmap, ..OpenOptions::default() };
     let disk = open_chain(&[(&image, Format::Raw)], &opts);
     disk.write(1 << 20, &vec![1; 8 << 20]).unwrap();
     disk.flush().unwrap();

@@ -4,7 +4,7 @@ mod support;
 
 use std::path::Path;
 
-use block::{CacheMode, Discard, Disk, Format, OpenOptions, Qcow2Create, create_qcow2, create_raw};
+use block::{CacheMode, DetectZeroes, Discard, Disk, Format, OpenOptions, Qcow2Create, create_qcow2, create_raw};
 use support::{Rng, contents, open_chain, qemu_img};
 
 /// One run: how the top image is made, what is below it, how it is opened.
@@ -83,7 +83,7 @@ fn run(case: &Case, seed: u64) {
         let opts = OpenOptions {
             format: case.format,
             l2_cache_bytes: case.l2_cache_bytes,
-            detect_zeroes: round % 2 == 1,
+            detect_zeroes: if round % 2 == 1 { DetectZeroes::Unmap } else { DetectZeroes::Off },
             cache: if round == 2 { CacheMode::Unsafe } else { CacheMode::Writeback },
             discard: if round == 3 { Discard::Ignore } else { Discard::Unmap },
             ..OpenOptions::default()

@@ -63,7 +63,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     }
     let cache = open::cache_named("", parsed.value("cache")?, CacheMode::Writeback)?;
     let named = Named::of(parsed, file, "format")?;
-    if (parsed.has("native") || parsed.value("aio")? == Some("native")) && cache != CacheMode::None {
+    if (parsed.has("native") || parsed.value("aio")? == Some("native")) && !cache.is_direct() {
         return Err(ImgError::OpenRule { name: named.label, reason: Rule::NativeNeedsDirect });
     }
     let disk = open::disk(&named, Access { write: plan.write, share: parsed.has("force-share"), cache })?;
@@ -86,8 +86,8 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     // A request that the host serves from memory keeps a processor busy; more threads would only take turns. One that
     // goes to the disk keeps a thread waiting.
     let most = match cache {
-        CacheMode::None if plan.write => DIRECT_WRITERS_MAX,
-        CacheMode::None => DIRECT_READERS_MAX,
+        CacheMode::None | CacheMode::DirectSync if plan.write => DIRECT_WRITERS_MAX,
+        CacheMode::None | CacheMode::DirectSync => DIRECT_READERS_MAX,
         _ => default_workers() as u64,
     };
     measure(&disk, &plan, plan.depth.min(most)).map_err(|source| ImgError::BenchFailed { source })?;

@@ -194,7 +194,7 @@ impl Opener<'_> {
             FileSpec::Path(path) => {
                 let top = open_alone(path, Some(Format::Raw), !write, !share);
                 let top = top.map_err(|source| self.failed(source))?;
-                if cache == CacheMode::None {
+                if cache.is_direct() {
                     use_direct_io(&top.file).map_err(|_| self.rule(Rule::NoDirect))?;
                 }
                 let file = HostFile::new(top.file).map_err(|source| self.host(source))?;

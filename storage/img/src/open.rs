@@ -123,9 +123,10 @@ pub fn format_named(label: &str, name: &str) -> Result<Format, ImgError> {
 pub fn cache_named(which: &'static str, name: Option<&str>, default: CacheMode) -> Result<CacheMode, ImgError> {
     match name {
         None => Ok(default),
-        // A command ends with a flush, so that whether each write waits for the disk cannot be told afterwards.
-        Some("writeback" | "writethrough") => Ok(CacheMode::Writeback),
-        Some("none" | "off" | "directsync") => Ok(CacheMode::None),
+        Some("writeback") => Ok(CacheMode::Writeback),
+        Some("writethrough") => Ok(CacheMode::Writethrough),
+        Some("none" | "off") => Ok(CacheMode::None),
+        Some("directsync") => Ok(CacheMode::DirectSync),
         Some("unsafe") => Ok(CacheMode::Unsafe),
         Some(other) => Err(ImgError::Cache { cache: which, found: other.to_owned() }),
     }
@@ -245,7 +246,7 @@ pub fn over(named: &Named, chain: Vec<ChainFile>, access: Access) -> Result<Disk
 
 fn over_with(named: &Named, chain: Vec<ChainFile>, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
     let format = chain.first().map_or(Format::Raw, |top| top.format);
-    if access.cache == CacheMode::None {
+    if access.cache.is_direct() {
         for layer in &chain {
             use_direct_io(&layer.file).map_err(|_| ImgError::OpenRule {
                 name: layer.path_label.display().to_string(),

@@ -139,6 +139,10 @@ pub struct Worker {
     pub work: SharedWork,
     /// What wakes it.
     pub bell: Arc<Bell>,
+    /// Which device of the configuration it belongs to, from 0 on.
+    pub device: usize,
+    /// Which lane of it: its queues are those whose number leaves this remainder when divided by the number of lanes.
+    pub lane: usize,
 }
 
 impl Machine {
@@ -245,6 +249,16 @@ fn high_window(ram_top: u64, limit: u64) -> Option<(u64, u64)> {
     (limit > 1 << 33 && start < limit).then_some((start, limit - 1))
 }
 
+/// Bells as the clock wants them.
+fn bells(count: usize, clock: &Clock) -> std::io::Result<Vec<Arc<Bell>>> {
+    let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+    let bell = |_| {
+        let event = rustix::event::eventfd(0, flags)?;
+        Ok(Arc::new(if clock.is_virtual() { Bell::inline(event) } else { Bell::waking(event) }))
+    };
+    (0..count).map(bell).collect()
+}
+
 fn add_devices(
     board: &mut Board,
     ram: &GuestRam,
@@ -256,13 +270,15 @@ fn add_devices(
     }
     let mut workers = Vec::new();
     for (device, spec) in (1u8..).zip(specs) {
-        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-        let event = rustix::event::eventfd(0, flags).map_err(|e| MachineError::Event { device, source: e.into() })?;
-        let bell = Arc::new(if clock.is_virtual() { Bell::inline(event) } else { Bell::waking(event) });
-        let made = devices::make(spec, ram, board.messages(), board.interrupt_pin(device), bell.clone());
-        bell.connect(&made.work);
+        let bells = bells(spec.lanes(), clock).map_err(|source| MachineError::Event { device, source })?;
+        let Some((bell, more)) = bells.split_first() else { continue };
+        let pin = board.interrupt_pin(device);
+        let made = devices::make(spec, ram, board.messages(), pin, bell.clone(), more);
         board.add_function(device, made.function);
-        workers.push(Worker { work: made.work, bell });
+        for (lane, (work, bell)) in made.lanes.into_iter().zip(&bells).enumerate() {
+            bell.connect(&work);
+            workers.push(Worker { work, bell: bell.clone(), device: usize::from(device) - 1, lane });
+        }
     }
     Ok(workers)
 }

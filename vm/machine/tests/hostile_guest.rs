@@ -118,7 +118,12 @@ impl virtio::RandomSource for Random {
 fn build(seed: u64, asked: &[Arc<AtomicU64>; 2]) -> Machine {
     let random = |n| Random(seed.wrapping_add(n));
     let devices = vec![
-        DeviceSpec::VirtioBlk { disk: Box::new(Disk(random(1), asked[0].clone())), serial: "s".into() },
+        DeviceSpec::VirtioBlk {
+            disk: Box::new(Disk(random(1), asked[0].clone())),
+            more_lanes: vec![Box::new(Disk(random(1), asked[0].clone()))],
+            queues: virtio::BlkQueues { count: 3, size: 64 },
+            serial: "s".into(),
+        },
         DeviceSpec::Nvme { disk: Box::new(Disk(random(2), asked[1].clone())), serial: "n".into() },
         DeviceSpec::VirtioConsole { backend: Box::new(Console(random(3))) },
         DeviceSpec::VirtioRng { source: Box::new(random(4)) },

@@ -99,6 +99,15 @@ pub struct Disk {
     pub on_write_error: DiskErrorPolicy,
     /// Failed reads.
     pub on_read_error: DiskErrorPolicy,
+    /// What becomes of writes of zeroes.
+    pub detect_zeroes: DetectZeroes,
+    /// Queues of a virtio disk, 1 to 16.
+    pub queues: u16,
+    /// Requests that each holds: a power of two, 2 to 1024.
+    pub queue_size: u16,
+    /// Threads that serve the queues: queue `n` is served by number `n` modulo their count. 0 is the thread that every
+    /// machine has, others are made. Never empty; an NVMe disk uses the first.
+    pub io_threads: Vec<u16>,
     /// Limits on its transfers.
     #[serde(default)]
     pub throttle: DiskThrottle,
@@ -117,6 +126,10 @@ impl Disk {
             discard: Discard::Unmap,
             on_write_error: DiskErrorPolicy::Enospace,
             on_read_error: DiskErrorPolicy::Report,
+            detect_zeroes: DetectZeroes::Off,
+            queues: 1,
+            queue_size: 256,
+            io_threads: vec![0],
             throttle: DiskThrottle::default(),
         }
     }
@@ -200,6 +213,10 @@ pub enum CacheMode {
     Writeback,
     /// O_DIRECT (the descriptor was opened so), flushes honoured.
     None,
+    /// Page cache, each write flushed.
+    Writethrough,
+    /// O_DIRECT, each write flushed.
+    DirectSync,
     /// Page cache, flushes ignored.
     Unsafe,
 }
@@ -212,6 +229,18 @@ pub enum Discard {
     Unmap,
     /// Nothing.
     Ignore,
+}
+
+/// What becomes of a write that holds only zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DetectZeroes {
+    /// It is written.
+    Off,
+    /// The range reads as zeroes; its space stays.
+    On,
+    /// The same, and space may go back where discards give it back.
+    Unmap,
 }
 
 /// Answer to a failed disk request.

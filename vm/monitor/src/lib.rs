@@ -16,8 +16,8 @@ mod config;
 
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_LINE_BYTES};
 pub use config::{
-    Accel, Boot, CacheMode, ChainLink, ClockMode, Console, ConsoleTarget, Discard, Disk, DiskBus, DiskErrorPolicy,
-    DiskFormat, DiskThrottle, FdIndex, PowerAction, RateLimit, RateLimits, VmConfig,
+    Accel, Boot, CacheMode, ChainLink, ClockMode, Console, ConsoleTarget, DetectZeroes, Discard, Disk, DiskBus,
+    DiskErrorPolicy, DiskFormat, DiskThrottle, FdIndex, PowerAction, RateLimit, RateLimits, VmConfig,
 };
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +96,13 @@ pub enum Command {
     SystemReset,
     /// A non-maskable interrupt to every vCPU.
     InjectNmi,
+    /// Changes the size of a disk; what lies behind a new end is lost.
+    ResizeDisk {
+        /// Target name.
+        target: String,
+        /// The new size; a part of a sector counts as one.
+        bytes: u64,
+    },
     /// Changes the limits of a disk, and of those that share its new group.
     SetDiskThrottle {
         /// Target name.

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use block::{BlockError, ChainFile, Disk, ErrorKind, Format, OpenOptions};
+use block::{BlockError, ChainFile, Disk, ErrorKind, Format, OpenOptions, Preallocation};
 use hv_core::{DiskBackend, DiskFault, GuestBuffer, Transfer};
-use monitor::{CacheMode, Discard, DiskErrorPolicy, DiskFormat, DiskStats};
+use monitor::{CacheMode, DetectZeroes, Discard, DiskErrorPolicy, DiskFormat, DiskStats};
 
 use crate::error::{VmmError, causes};
 use crate::notes::{DiskNote, Note, Notes};
@@ -18,8 +18,9 @@ use crate::throttling::{DiskLimits, ThrottleGroups, Waiter};
 /// A disk as everyone in the process sees it. Only its controller's thread does I/O while the machine runs.
 pub struct SharedDisk {
     target: String,
-    size_bytes: u64,
     read_only: bool,
+    /// A finished write may be lost until the next flush.
+    write_cache: bool,
     disk: Disk,
     limits: DiskLimits,
     /// The top image, to ask the host about it.
@@ -78,7 +79,14 @@ impl SharedDisk {
             cache: match config.cache {
                 CacheMode::Writeback => block::CacheMode::Writeback,
                 CacheMode::None => block::CacheMode::None,
+                CacheMode::Writethrough => block::CacheMode::Writethrough,
+                CacheMode::DirectSync => block::CacheMode::DirectSync,
                 CacheMode::Unsafe => block::CacheMode::Unsafe,
+            },
+            detect_zeroes: match config.detect_zeroes {
+                DetectZeroes::Off => block::DetectZeroes::Off,
+                DetectZeroes::On => block::DetectZeroes::On,
+                DetectZeroes::Unmap => block::DetectZeroes::Unmap,
             },
             ..OpenOptions::default()
         };
@@ -87,8 +95,8 @@ impl SharedDisk {
         let disk = Disk::open(chain, &options).map_err(failed)?;
         Ok(SharedDisk {
             target: config.target.clone(),
-            size_bytes: disk.size_bytes(),
             read_only: config.read_only,
+            write_cache: !options.cache.writes_through(),
             disk,
             limits,
             top: top.into(),
@@ -107,6 +115,11 @@ impl SharedDisk {
     /// What limits it.
     pub fn limits(&self) -> &DiskLimits {
         &self.limits
+    }
+
+    /// Changes its size; `to_bytes` is rounded up to whole sectors. Bytes behind a new end are lost. No request is under way.
+    pub fn resize(&self, to_bytes: u64) -> Result<(), BlockError> {
+        self.disk.resize(to_bytes, true, Preallocation::Off)
     }
 
     /// Puts everything on stable storage; before the process ends.
@@ -129,7 +142,7 @@ impl SharedDisk {
             flushes: of(&self.flushes.requests),
             flush_ns: of(&self.flushes.ns),
             errors: of(&self.errors),
-            capacity_bytes: self.size_bytes,
+            capacity_bytes: self.disk.size_bytes(),
             allocation_bytes: metadata.as_ref().map_or(0, |m| m.blocks().saturating_mul(512)),
             physical_bytes: metadata.as_ref().map_or(0, MetadataExt::size),
         }
@@ -181,10 +194,13 @@ fn length(buffers: &[GuestBuffer<'_>]) -> u64 {
 
 impl DiskBackend for DiskEnd {
     fn size_bytes(&self) -> u64 {
-        self.shared.size_bytes
+        self.shared.disk.size_bytes()
     }
     fn read_only(&self) -> bool {
         self.shared.read_only
+    }
+    fn write_cache(&self) -> bool {
+        self.shared.write_cache
     }
     fn admit(&mut self, transfer: Transfer, bytes: u64) -> Result<(), DiskFault> {
         self.waiter.admit(&self.shared.limits, transfer, bytes)

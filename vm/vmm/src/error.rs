@@ -103,6 +103,15 @@ pub enum VmmError {
         /// The name.
         target: String,
     },
+    /// A disk does not take another size.
+    #[error("disk '{target}' cannot be resized")]
+    Resize {
+        /// Which disk.
+        target: String,
+        /// Details.
+        #[source]
+        source: BlockError,
+    },
     /// An image.
     #[error("disk '{target}' cannot be used")]
     Disk {
@@ -112,8 +121,18 @@ pub enum VmmError {
         #[source]
         source: BlockError,
     },
+    /// Queues of a disk.
+    #[error("disk '{target}': {queues} queues of {size} requests; 1 to 16 of a power of 2 up to 1024 are possible")]
+    DiskQueues {
+        /// Which disk.
+        target: String,
+        /// Asked for.
+        queues: u16,
+        /// Asked for.
+        size: u16,
+    },
     /// Limits of a disk.
-    #[error("disk '{target}': {source}")]
+    #[error("limits of disk '{target}'")]
     Throttle {
         /// Which disk.
         target: String,
@@ -164,10 +183,11 @@ impl VmmError {
             | VmmError::VirtualClock { .. }
             | VmmError::SerialPort { .. }
             | VmmError::SerialTwice { .. }
+            | VmmError::DiskQueues { .. }
             | VmmError::NoDisk { .. }
             | VmmError::Throttle { .. }
             | VmmError::DiskSerial { .. } => FailureClass::Config,
-            VmmError::Disk { .. } => FailureClass::Image,
+            VmmError::Disk { .. } | VmmError::Resize { .. } => FailureClass::Image,
             VmmError::KvmUnusable { .. } => FailureClass::Engine,
             VmmError::VirtualClockOnKvm => FailureClass::Config,
             VmmError::Machine(error) => match error {

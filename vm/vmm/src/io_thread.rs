@@ -1,4 +1,8 @@
-//! The thread that runs queues, consoles and timers.
+//! The threads that run queues, consoles and timers.
+//!
+//! There is always one, `io0`, which has the consoles and the board's timers. A disk's queues may be given to others: each
+//! lane of a disk (a share of its queues, with its own view of the disk) belongs to exactly one thread, so that lanes
+//! work at the same time and no queue is ever locked. All threads stand before the owner changes the machine.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,8 +34,10 @@ pub struct SerialConsole {
     pub leave_key: Option<u8>,
 }
 
-/// What the thread works on.
+/// What a thread works on.
 pub struct IoParts {
+    /// Its number; 0 has the board's timers.
+    pub number: u16,
     /// The board.
     pub board: Arc<Board>,
     /// Working halves.
@@ -68,9 +74,9 @@ impl IoThread {
     pub fn spawn(parts: IoParts) -> io::Result<IoThread> {
         let (orders, receiver) = sync_channel(1);
         let (answers, paused) = sync_channel(1);
-        let wake = parts.wake.clone();
+        let (wake, number) = (parts.wake.clone(), parts.number);
         let mut io = IoLoop::new(parts, receiver, answers)?;
-        let thread = std::thread::Builder::new().name("io0".into()).spawn(move || io.run())?;
+        let thread = std::thread::Builder::new().name(format!("io{number}")).spawn(move || io.run())?;
         Ok(IoThread { orders, paused, wake, thread: Some(thread) })
     }
     fn order(&self, order: Order) {
@@ -172,6 +178,8 @@ struct Feeding {
 
 struct IoLoop {
     board: Arc<Board>,
+    /// The board's deadlines are this thread's.
+    has_timers: bool,
     timer: Arc<OwnedFd>,
     workers: Vec<Waiting>,
     serial: Vec<Feeding>,
@@ -195,15 +203,16 @@ enum Source {
 
 impl IoLoop {
     fn new(parts: IoParts, orders: Receiver<Order>, answers: SyncSender<()>) -> io::Result<IoLoop> {
-        let IoParts { board, workers, serial, ends, wake, notes } = parts;
+        let IoParts { number, board, workers, serial, ends, wake, notes } = parts;
         let timer =
             Arc::new(timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?);
-        if !board.clock().is_virtual() {
+        let has_timers = number == 0;
+        if has_timers && !board.clock().is_virtual() {
             board.set_alarm(Box::new(DeadlineTimer { timer: timer.clone(), clock: board.clock().clone() }));
         }
         let workers = workers.into_iter().map(Waiting::new).collect::<io::Result<_>>()?;
         let serial = serial.into_iter().map(|console| Feeding { console, pending: Vec::new() }).collect();
-        Ok(IoLoop { board, timer, workers, serial, ends, wake, notes, orders, answers })
+        Ok(IoLoop { board, has_timers, timer, workers, serial, ends, wake, notes, orders, answers })
     }
 
     fn run(&mut self) {
@@ -262,7 +271,9 @@ impl IoLoop {
                 Ok(Order::End) | Err(_) => return false,
             }
         }
-        self.board.rearm();
+        if self.has_timers {
+            self.board.rearm();
+        }
         for waiting in &mut self.workers {
             waiting.interest = waiting.worker.work.lock().interest();
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hv_core::{Accel, Halt, Lifecycle as _, PowerEvent, Ring as _};
-use machine::Machine;
+use machine::{Machine, Worker};
 use monitor::{Command, DiskThrottle, Event as MonitorEvent, Failure, Reply, ShutdownCause, Stats, VmConfig};
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -13,7 +13,7 @@ use crate::console::HostEnd;
 use crate::disk::SharedDisk;
 use crate::error::{VmmError, causes};
 use crate::event::Event;
-use crate::io_thread::{IoParts, IoThread};
+use crate::io_thread::{IoParts, IoThread, SerialConsole};
 use crate::lifecycle::{Action, Cause, Lifecycle, Policy};
 use crate::monitor_server::{Asked, MonitorServer};
 use crate::notes::{DiskNote, Note, Notes};
@@ -40,7 +40,8 @@ pub enum End {
 pub struct Owner {
     machine: Machine,
     vcpus: Vec<VcpuThread>,
-    io: IoThread,
+    /// At least one.
+    io: Vec<IoThread>,
     notes: Arc<Notes>,
     lifecycle: Lifecycle,
     disks: Vec<Arc<SharedDisk>>,
@@ -51,6 +52,39 @@ pub struct Owner {
     running: bool,
     /// When a disk failure was last written down.
     failure_said: Option<Instant>,
+}
+
+/// What the first I/O thread has beside devices.
+struct IoRest {
+    serial: Vec<SerialConsole>,
+    ends: Vec<Arc<HostEnd>>,
+    wake: Arc<Event>,
+}
+
+/// Starts the I/O threads and gives each its working halves. Disks come first among the machine's devices.
+fn spawn_io(config: &VmConfig, machine: &Machine, rest: IoRest, notes: &Arc<Notes>) -> Result<Vec<IoThread>, VmmError> {
+    let number_of = |worker: &Worker| {
+        let threads = config.disks.get(worker.device).map_or(&[][..], |disk| &disk.io_threads);
+        threads.get(worker.lane % threads.len().max(1)).copied().unwrap_or(0)
+    };
+    let mut rest = Some(rest);
+    let last = machine.workers().iter().map(number_of).max().unwrap_or(0);
+    let mut threads = Vec::new();
+    for number in 0..=last {
+        let workers = machine.workers().iter().filter(|worker| number_of(worker) == number).cloned().collect();
+        let failed = VmmError::host("start an I/O thread");
+        let own = match rest.take() {
+            Some(rest) => rest,
+            None => {
+                let wake = Arc::new(Event::new().map_err(VmmError::host("make an event descriptor"))?);
+                IoRest { serial: Vec::new(), ends: Vec::new(), wake }
+            }
+        };
+        let (board, notes) = (machine.board().clone(), notes.clone());
+        let IoRest { serial, ends, wake } = own;
+        threads.push(IoThread::spawn(IoParts { number, board, workers, serial, ends, wake, notes }).map_err(failed)?);
+    }
+    Ok(threads)
 }
 
 impl Owner {
@@ -72,15 +106,7 @@ impl Owner {
             listener_notes.leave(Note::Power);
         });
         machine.board().clock().pause();
-        let io = IoThread::spawn(IoParts {
-            board: machine.board().clone(),
-            workers: machine.workers().to_vec(),
-            serial,
-            ends: ends.clone(),
-            wake,
-            notes: notes.clone(),
-        })
-        .map_err(VmmError::host("start the I/O thread"))?;
+        let io = spawn_io(config, &machine, IoRest { serial, ends: ends.clone(), wake }, &notes)?;
         let mut threads = Vec::new();
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let stop = machine.stopper().token(index).cloned().unwrap_or_default();
@@ -118,7 +144,9 @@ impl Owner {
     /// Gives up files and system calls, on every thread, before anything runs. [`Files::NotEnforced`]: the kernel has no
     /// Landlock, and the system call filter alone keeps files away.
     pub fn confine(&mut self) -> Result<Files, VmmError> {
-        self.io.deny_files()?;
+        for io in &self.io {
+            io.deny_files()?;
+        }
         for vcpu in &mut self.vcpus {
             vcpu.deny_files()?;
         }
@@ -184,6 +212,11 @@ impl Owner {
                 self.monitor.answer(peer, request.id, done.map(|()| Reply::Done).map_err(|error| error.failure()));
                 return Ok(None);
             }
+            Command::ResizeDisk { target, bytes } => {
+                let done = self.resize_disk(&target, bytes);
+                self.monitor.answer(peer, request.id, done.map(|()| Reply::Done).map_err(|error| error.failure()));
+                return Ok(None);
+            }
             Command::Cont => Cause::Cont,
             Command::Stop => Cause::Stop,
             Command::SystemPowerdown => Cause::PowerButton,
@@ -212,6 +245,22 @@ impl Owner {
     fn disk(&self, target: &str) -> Result<&Arc<SharedDisk>, VmmError> {
         let found = self.disks.iter().find(|disk| disk.target() == target);
         found.ok_or_else(|| VmmError::NoDisk { target: target.into() })
+    }
+
+    /// Changes the size of a disk. The machine stands for that moment: nothing is in flight, and the guest sees old and new
+    /// in one order only.
+    fn resize_disk(&mut self, target: &str, bytes: u64) -> Result<(), VmmError> {
+        let disk = self.disk(target)?.clone();
+        let ran = self.running;
+        self.halt();
+        let resized = disk.resize(bytes);
+        if resized.is_ok() {
+            self.machine.workers().iter().for_each(|worker| worker.work.lock().back_end_changed());
+        }
+        if ran {
+            self.go();
+        }
+        resized.map_err(|source| VmmError::Resize { target: target.into(), source })
     }
 
     fn set_throttle(&self, target: &str, throttle: &DiskThrottle) -> Result<(), VmmError> {
@@ -336,7 +385,7 @@ impl Owner {
         self.running = false;
         self.machine.stopper().stop();
         self.vcpus.iter_mut().for_each(|vcpu| drop(vcpu.wait_halted()));
-        self.io.pause();
+        self.io.iter().for_each(IoThread::pause);
         self.machine.board().clock().pause();
     }
 
@@ -349,7 +398,7 @@ impl Owner {
         self.machine.board().clock().resume();
         self.machine.stopper().clear();
         self.machine.resume_workers();
-        self.io.resume();
+        self.io.iter().for_each(IoThread::resume);
         self.vcpus.iter_mut().for_each(VcpuThread::run);
     }
 

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use chipset::serial::SerialSink;
-use hv_core::Clock;
+use hv_core::{Clock, DiskBackend};
 use machine::{BootSource, DeviceSpec, Entry, MachineConfig};
 use monitor::{Boot, ClockMode, ConsoleTarget, DiskBus, FdIndex, VmConfig};
+use virtio::BlkQueues;
 
 use crate::console::{HostEnd, HostEndParts, SerialEnd, Slow, VirtioEnd, set_nonblocking};
 use crate::disk::{DiskEnd, SharedDisk};
@@ -23,6 +24,11 @@ use crate::throttling::{ThrottleGroups, Waiter};
 const REPEATABLE_UNIX_S: i64 = 1_767_225_600;
 /// Most bytes of a disk's serial number that a guest sees. VIRTIO 5.2.6, NVME figure 247
 const DISK_SERIAL_BYTES: usize = 20;
+
+/// The most queues of a disk.
+const MAX_QUEUES: u16 = 16;
+/// The most requests that one of them holds.
+const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// Descriptors that came with a configuration.
 pub struct Files(pub Vec<OwnedFd>);
@@ -141,22 +147,36 @@ fn open_disk(
     // Controllers of NVMe are told apart by their serial numbers, so there has to be one.
     let without = if disk.bus == DiskBus::Nvme { target() } else { String::new() };
     let serial = disk.serial.clone().unwrap_or(without);
+    let sound = (1..=MAX_QUEUES).contains(&disk.queues)
+        && (2..=MAX_QUEUE_SIZE).contains(&disk.queue_size)
+        && disk.queue_size.is_power_of_two();
+    if !sound {
+        return Err(VmmError::DiskQueues { target: target(), queues: disk.queues, size: disk.queue_size });
+    }
     if serial.len() > DISK_SERIAL_BYTES {
         return Err(VmmError::DiskSerial { target: target(), bytes: serial.len() });
     }
     let images: Result<Vec<OwnedFd>, VmmError> =
         disk.chain.iter().map(|link| files.get(link.file, "disk image")).collect();
     let shared = Arc::new(SharedDisk::open(disk, images?, throttles)?);
-    let end = Box::new(DiskEnd {
-        shared: shared.clone(),
-        on_write_error: disk.on_write_error,
-        on_read_error: disk.on_read_error,
-        notes: notes.clone(),
-        waiter: Waiter::new().map_err(VmmError::host("make a timer"))?,
-    });
+    let end = || -> Result<Box<dyn DiskBackend>, VmmError> {
+        Ok(Box::new(DiskEnd {
+            shared: shared.clone(),
+            on_write_error: disk.on_write_error,
+            on_read_error: disk.on_read_error,
+            notes: notes.clone(),
+            waiter: Waiter::new().map_err(VmmError::host("make a timer"))?,
+        }))
+    };
+    let queues = BlkQueues { count: disk.queues, size: disk.queue_size };
     let spec = match disk.bus {
-        DiskBus::Virtio => DeviceSpec::VirtioBlk { disk: end, serial },
-        DiskBus::Nvme => DeviceSpec::Nvme { disk: end, serial },
+        DiskBus::Virtio => DeviceSpec::VirtioBlk {
+            disk: end()?,
+            more_lanes: (1..disk.queues.min(MAX_QUEUES)).map(|_| end()).collect::<Result<_, _>>()?,
+            queues,
+            serial,
+        },
+        DiskBus::Nvme => DeviceSpec::Nvme { disk: end()?, serial },
     };
     Ok((shared, spec))
 }

@@ -5,7 +5,6 @@ mod support;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -13,6 +12,7 @@ use monitor::{
     Boot, ChainLink, Command as Ask, Disk, DiskBus, DiskFormat, Event, Reply, RunReason, RunState, ShutdownCause,
     Status,
 };
+use support::blk::{check_written, writer};
 use support::{Guest, Vm, built};
 
 /// A file system of limited size in a mount namespace of its own, reached through its keeper's /proc entry. It goes with
@@ -58,54 +58,7 @@ fn qemu_img(args: &[&str]) -> String {
 }
 
 const REQUESTS: u16 = 48;
-const REQUEST_BYTES: u32 = 64 << 10;
 const DISK_BYTES: u64 = 8 << 20;
-
-/// What request `number` writes.
-fn pattern(number: u16) -> u32 {
-    0x5a00_0001 + u32::from(number) * 0x0101
-}
-
-/// A driver of virtio-blk that writes `REQUESTS` times and waits for each. VIRTIO 3.1.1, 4.1.4, 5.2.6
-fn writer() -> Guest {
-    const REGISTERS: u32 = 0xd000_0000;
-    const TABLE: u32 = 0x30_0000;
-    const AVAILABLE: u32 = 0x30_1000;
-    const USED: u32 = 0x30_2000;
-    const HEADER: u32 = 0x30_3000;
-    const STATUS: u32 = 0x30_4000;
-    const DATA: u32 = 0x40_0000;
-    const NEXT: u16 = 1;
-    const WRITE_ONLY: u16 = 2;
-    let status = |guest: Guest, value| guest.store8(REGISTERS + 0x14, value);
-    // Device 1: its registers are BAR 4; memory decoding and bus mastering on.
-    let guest = Guest::default().configure(1, 0x20, REGISTERS).configure(1, 0x24, 0).configure(1, 4, 6);
-    let guest = status(status(guest, 0), 3);
-    // VIRTIO_F_VERSION_1, and nothing else.
-    let guest = guest.store32(REGISTERS + 8, 1).store32(REGISTERS + 0xc, 1);
-    let guest = status(guest.store32(REGISTERS + 8, 0).store32(REGISTERS + 0xc, 0), 11);
-    let guest = guest.store16(REGISTERS + 0x16, 0).store16(REGISTERS + 0x18, 4);
-    let rings = [(0x20, TABLE), (0x28, AVAILABLE), (0x30, USED)];
-    let guest = rings.into_iter().fold(guest, |guest, (register, ring)| {
-        guest.store32(REGISTERS + register, ring).store32(REGISTERS + register + 4, 0)
-    });
-    let guest = status(guest.store16(REGISTERS + 0x1c, 1), 15);
-    let descriptors = [(HEADER, 16, NEXT), (DATA, REQUEST_BYTES, NEXT), (STATUS, 1, WRITE_ONLY)];
-    let guest = (0u16..).zip(descriptors).fold(guest, |guest, (index, (address, bytes, flags))| {
-        let at = TABLE + 16 * u32::from(index);
-        guest.store32(at, address).store32(at + 8, bytes).store16(at + 12, flags).store16(at + 14, index + 1)
-    });
-    // The type: a write.
-    let guest = guest.store32(HEADER, 1);
-    let guest = (0..REQUESTS).fold(guest, |guest, number| {
-        let sector = u32::from(number) * (REQUEST_BYTES / 512);
-        let guest = guest.fill32(DATA, REQUEST_BYTES, pattern(number)).store32(HEADER + 8, sector);
-        let guest = guest.store16(STATUS, 0xff).store16(AVAILABLE + 2, number + 1).store16(REGISTERS + 0x3000, 0);
-        // The answer, and that it is OK: anything else and the guest waits for ever.
-        guest.wait16(USED + 2, number + 1).wait16(STATUS, 0)
-    });
-    guest.print("written\n").power_off()
-}
 
 fn disk(file: monitor::FdIndex, bus: DiskBus) -> Disk {
     let link = ChainLink { file, path: "small.qcow2".into(), format: DiskFormat::Qcow2 };
@@ -133,7 +86,7 @@ fn the_guest_waits_for_room_and_loses_nothing() {
     qemu_img(&["create", "-q", "-f", "qcow2", image, &DISK_BYTES.to_string()]);
     let filler = small.path("filler");
     std::fs::write(&filler, vec![0; 6 << 20]).unwrap();
-    let mut vm = Vm::start(&writer(), |plan| {
+    let mut vm = Vm::start(&writer(1, REQUESTS), |plan| {
         plan.config.paused = true;
         let file = plan.add(File::options().read(true).write(true).open(&path).unwrap());
         plan.config.disks.push(disk(file, DiskBus::Virtio));
@@ -157,12 +110,7 @@ fn the_guest_waits_for_room_and_loses_nothing() {
     assert!(check.contains("No errors were found"), "{check}");
     let raw = directory.path().join("raw");
     qemu_img(&["convert", "-O", "raw", image, raw.to_str().unwrap()]);
-    let raw = File::open(raw).unwrap();
-    for number in 0..REQUESTS {
-        let mut bytes = vec![0; REQUEST_BYTES as usize];
-        raw.read_exact_at(&mut bytes, u64::from(number) * u64::from(REQUEST_BYTES)).unwrap();
-        assert!(bytes.as_chunks().0.iter().all(|&word| word == pattern(number).to_le_bytes()), "request {number}");
-    }
+    check_written(&File::open(raw).unwrap(), REQUESTS);
 }
 
 /// Makes a file of random bytes in memory, copies it to the disk, reads it back from there.

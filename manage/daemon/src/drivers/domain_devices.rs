@@ -6,16 +6,22 @@ use monitor::DiskStats;
 use rpc_wire::remote::*;
 use rpc_wire::xdr::{List, XStr};
 use rpc_wire::{ParamValue, TypedParam};
-use xml::{Disk, DomainConfig};
+use xml::{Disk, DiskSource, DomainConfig};
 
 use crate::dispatch::Ctx;
 use crate::drivers::domain_info::{affected, live, snapshot};
 use crate::drivers::stats::machine_stats;
 use crate::error::DaemonError;
 use crate::image_chain;
+use crate::owner::{self, Command};
 
 /// Address source: the guest's agent.
 const ADDRESSES_FROM_AGENT: u32 = 1;
+
+/// Resize flag: the size is in bytes.
+const RESIZE_BYTES: u32 = 1;
+/// Resize flag: to what the block device has.
+const RESIZE_CAPACITY: u32 = 2;
 
 /// The disk that a client names by target or by path.
 fn find_disk<'a>(config: &'a DomainConfig, path: &XStr) -> Result<&'a Disk, DaemonError> {
@@ -44,8 +50,16 @@ pub async fn get_block_info(
     };
     let format = image_chain::format_named(&disk.format);
     let (capacity, allocation, physical) =
-        ctx.daemon.blocking(move || image_chain::sizes(Path::new(&path), format)).await?;
+        ctx.daemon.blocking(move || image_chain::sizes(Path::new(&path), format)).await.map_err(opened_for_sizes)?;
     Ok(domain_get_block_info::Reply { allocation, capacity, physical })
+}
+
+/// An image of a domain that does not run, in the words for it.
+fn opened_for_sizes(error: DaemonError) -> DaemonError {
+    match error {
+        DaemonError::StorageFile { path, source } => DaemonError::ImageOpen { path, source },
+        other => other,
+    }
 }
 
 /// Counters of one disk, or of all together where `path` is empty.
@@ -106,6 +120,33 @@ pub async fn block_stats_flags(
     let params =
         values.iter().take(wanted).map(|(field, value)| TypedParam::new(*field, ParamValue::Llong(signed(*value))));
     Ok(domain_block_stats_flags::Reply { params: List(params.collect()), nparams })
+}
+
+/// Size is in KiB without `RESIZE_BYTES`.
+pub async fn block_resize(
+    ctx: Ctx,
+    args: domain_block_resize::Args,
+) -> Result<domain_block_resize::Reply, DaemonError> {
+    ctx.check_flags(args.flags, RESIZE_BYTES | RESIZE_CAPACITY)?;
+    let domain = ctx.daemon.registry.find(&args.dom)?;
+    let unit = if args.flags & RESIZE_BYTES == 0 { 1024 } else { 1 };
+    let bytes = args.size.checked_mul(unit).ok_or(DaemonError::SizeOverflow { limit: u64::MAX / unit })?;
+    let snapshot = domain.snapshot();
+    let live = live(&snapshot)?;
+    let disk = find_disk(&live.definition.config, &args.disk)
+        .map_err(|_| DaemonError::DiskNotInConfig { path: args.disk.lossy().into_owned() })?;
+    if args.flags & RESIZE_CAPACITY != 0 {
+        let DiskSource::Block(device) = &disk.source else {
+            return Err(DaemonError::ResizeToCapacity { target: disk.target.clone() });
+        };
+        let detail =
+            format!("block device '{device}' has the size that its host gives it; restart the domain to see it");
+        return Err(DaemonError::Unsupported { detail });
+    }
+    // A part of a sector is refused by formats that count in sectors.
+    let bytes = if disk.format == "raw" { bytes } else { bytes.checked_next_multiple_of(512).unwrap_or(u64::MAX) };
+    owner::ask(&ctx.daemon, &domain, Command::ResizeDisk { target: disk.target.clone(), bytes }).await?;
+    Ok(domain_block_resize::Reply {})
 }
 
 /// Disks that stopped the machine and have not been tried again.

@@ -66,6 +66,13 @@ pub enum Command {
     Resume,
     /// Interrupt every vCPU.
     InjectNmi,
+    /// Change the size of a disk, named by target.
+    ResizeDisk {
+        /// Target name.
+        target: String,
+        /// New size.
+        bytes: u64,
+    },
 }
 
 impl std::fmt::Debug for Command {
@@ -83,6 +90,7 @@ impl std::fmt::Debug for Command {
             Command::Suspend => "Suspend",
             Command::Resume => "Resume",
             Command::InjectNmi => "InjectNmi",
+            Command::ResizeDisk { .. } => "ResizeDisk",
         })
     }
 }
@@ -104,10 +112,13 @@ pub struct Edit {
     pub machine: Option<MachineChange>,
 }
 
+/// The command that follows from a document.
+pub type CommandOf = Box<dyn Fn(&DomainConfig) -> Result<MonitorCommand, DaemonError> + Send + Sync>;
+
 /// What follows for a running machine from a change of its document.
 pub struct MachineChange {
     /// The command that makes the change, from the new document; a refusal undoes the change.
-    pub command: Box<dyn Fn(&DomainConfig) -> Result<MonitorCommand, DaemonError> + Send + Sync>,
+    pub command: CommandOf,
     /// Sent when the machine has carried it out.
     pub event: Option<DomainEvent>,
 }
@@ -247,6 +258,9 @@ impl Owner {
             Command::PowerButton { reboot } => self.power_button(reboot).await,
             Command::Reset => self.tell_machine(MonitorCommand::SystemReset).await,
             Command::InjectNmi => self.tell_machine(MonitorCommand::InjectNmi).await,
+            Command::ResizeDisk { target, bytes } => {
+                self.tell_machine(MonitorCommand::ResizeDisk { target, bytes }).await
+            }
             Command::Suspend => self.suspend().await,
             Command::Resume => self.resume().await,
         }

@@ -186,3 +186,145 @@ fn documents_with_limits_that_cannot_be_are_refused_as_libvirt_does() {
     define(&session, "<iotune><total_bytes_sec>0</total_bytes_sec></iotune>");
     assert!(!session.virsh("dumpxml vm1").contains("iotune"));
 }
+
+#[test]
+fn a_disk_is_resized_and_described_as_libvirt_does() {
+    let session = Session::start();
+    define(&session, "");
+    check(
+        &session,
+        "
+$ blockresize vm1 vda 2M
+error: Failed to resize block device 'vda'
+error: Requested operation is not valid: domain is not running
+$ domblkinfo vm1 vdz
+error: invalid argument: invalid path vdz not assigned to domain
+$ domblkstat vm1 vda
+error: Requested operation is not valid: domain is not running
+$ domblkerror vm1
+error: Requested operation is not valid: domain is not running
+$ start vm1
+Domain 'vm1' started
+$ blockresize vm1 vdz 2M
+error: Failed to resize block device 'vdz'
+error: invalid argument: disk 'vdz' was not found in the domain config
+$ blockresize vm1 vda 2048
+Block device 'vda' is resized
+$ blockresize vm1 vdb 1000001b
+Block device 'vdb' is resized
+$ blockresize vm1 vdb 0
+Block device 'vdb' is resized
+$ domblkstat vm1 vda
+vda rd_req 2
+vda rd_bytes 4608
+vda wr_req 0
+vda wr_bytes 0
+vda flush_operations 0
+vda rd_total_times 149766
+vda wr_total_times 0
+vda flush_total_times 0
+$ domblkstat vm1 vda --human
+Device: vda
+ number of read operations:      2
+ number of bytes read:           4608
+ number of write operations:     0
+ number of bytes written:        0
+ number of flush operations:     0
+ total duration of reads (ns):   149766
+ total duration of writes (ns):  0
+ total duration of flushes (ns): 0
+$ domblkstat vm1
+ rd_req 4
+ rd_bytes 9216
+ wr_req 0
+ wr_bytes 0
+ flush_operations 0
+ rd_total_times 299532
+ wr_total_times 0
+ flush_total_times 0
+$ domblkinfo vm1 --all
+ Target   Capacity   Allocation   Physical
+--------------------------------------------
+ vda      1048576    4096         8192
+ vdb      1048576    4096         8192
+$ domblkerror vm1
+No errors found
+$ destroy vm1
+Domain 'vm1' destroyed
+",
+    );
+    let log = fs::read_to_string(session.path("var/log/libvirt/qemu/vm1.log")).unwrap();
+    let told: Vec<&str> = log.lines().filter(|line| line.starts_with("resize ")).collect();
+    assert_eq!(told, ["resize vda 2097152", "resize vdb 1000001", "resize vdb 0"]);
+    fs::remove_file(session.path("vdb.raw")).unwrap();
+    let path = session.path("vdb.raw");
+    let expected = format!("error: Failed to open file '{}': No such file or directory\n", path.display());
+    assert_eq!(session.virsh("domblkinfo vm1 vdb"), expected);
+}
+
+/// What a definition whose disk has `driver` in its `<driver>` is answered, and how the element is written back.
+fn driver(session: &Session, driver: &str) -> Result<String, String> {
+    let disk = format!(
+        "<disk><driver name='qemu' type='raw' {driver}/><source file='{}'/><target dev='vda'/></disk>",
+        session.path("vda.raw").display()
+    );
+    fs::write(session.path("vda.raw"), vec![0; 1 << 20]).unwrap();
+    session.virsh("undefine vm1");
+    let file = session.domain_file("vm1", "", &disk);
+    let said = session.virsh(&format!("define {file}"));
+    if let Some(error) = said.strip_prefix("error: Failed to define domain from vm1.xml\nerror: ") {
+        return Err(error.trim_end().to_owned());
+    }
+    let document = session.virsh("dumpxml vm1");
+    let line = document.lines().find_map(|line| line.trim().strip_prefix("<driver name='qemu' type='raw'"));
+    Ok(line.unwrap().strip_suffix("/>").unwrap().trim().to_owned())
+}
+
+#[test]
+fn every_attribute_of_a_disks_driver_is_kept_or_refused_as_libvirt_does() {
+    let session = Session::start();
+    let wrong = |attribute: &str, more: &str| {
+        Err(format!("XML error: Invalid value for attribute '{attribute}' in element 'driver': 'x'.{more}"))
+    };
+    let number = " Expected non-negative integer value";
+    let kept = |attributes: &str| Ok(attributes.to_owned());
+    let refused = |text: &str| Err(format!("unsupported configuration: {text}"));
+    for (attributes, expected) in [
+        ("cache='x'", wrong("cache", "")),
+        ("cache='default'", kept("")),
+        ("cache='writethrough'", kept("cache='writethrough'")),
+        ("io='native' cache='none'", kept("cache='none' io='native'")),
+        ("cache='directsync' io='threads'", kept("cache='directsync' io='threads'")),
+        (
+            "cache='writethrough' io='native'",
+            refused("io='native' needs either no disk cache or directsync cache mode"),
+        ),
+        ("io='x'", wrong("io", "")),
+        ("discard='x'", wrong("discard", "")),
+        ("detect_zeroes='x'", wrong("detect_zeroes", "")),
+        ("detect_zeroes='unmap' discard='unmap'", kept("discard='unmap' detect_zeroes='unmap'")),
+        ("error_policy='x'", wrong("error_policy", "")),
+        ("rerror_policy='x'", wrong("rerror_policy", "")),
+        ("error_policy='enospace' rerror_policy='enospace'", refused("Invalid disk read error policy: 'enospace'")),
+        ("rerror_policy='ignore' error_policy='ignore'", kept("error_policy='ignore' rerror_policy='ignore'")),
+        ("queues='0'", kept("")),
+        ("queues='x'", wrong("queues", number)),
+        ("queue_size='1024' queues='4'", kept("queues='4' queue_size='1024'")),
+        ("iothread='x'", wrong("iothread", number)),
+        (
+            "iothread='0'",
+            Err("XML error: Invalid value for attribute 'iothread' in element 'driver': Zero is not permitted".into()),
+        ),
+        ("iothread='1'", refused("Disk iothread '1' not defined in iothreadid")),
+    ] {
+        assert_eq!(driver(&session, attributes), expected, "{attributes}");
+    }
+    for (attributes, expected) in [
+        ("copy_on_read='on'", "copy_on_read 'on' is not supported: remove the attribute from <driver>"),
+        ("queues='17'", "number of disk queues '17' is not supported: at most 16"),
+        ("queue_size='100'", "disk queue_size '100' is not supported: it must be a power of 2, at most 1024"),
+        ("queue_size='2048'", "disk queue_size '2048' is not supported: it must be a power of 2, at most 1024"),
+    ] {
+        assert_eq!(driver(&session, attributes), refused(expected), "{attributes}");
+    }
+}

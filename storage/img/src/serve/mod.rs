@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use block::nbd::{CLIENTS_UNLIMITED, Listener, NbdError, ServeOptions, Stop, serve};
 use block::spec::{NBD_PORT, NbdAddress};
-use block::{BitmapBits, BlockError, CacheMode, Discard, Disk, MaintenanceError, OpenOptions};
+use block::{BitmapBits, BlockError, CacheMode, DetectZeroes, Discard, Disk, MaintenanceError, OpenOptions};
 use thiserror::Error;
 
 use crate::Command;
@@ -284,7 +284,6 @@ fn serve_options(parsed: &Parsed) -> Result<ServeOptions<'static>, ImgError> {
         offset: offset(parsed)?,
         persistent: parsed.has("persistent"),
         handshake_limit: (limit > 0).then(|| Duration::from_secs(u64::from(limit))),
-        write_through: matches!(parsed.value("cache")?, Some("writethrough" | "directsync")),
         ..ServeOptions::default()
     })
 }
@@ -302,9 +301,9 @@ fn open_disk(parsed: &Parsed, file: &OsStr) -> Result<Disk, ImgError> {
         Some(other) => return Err(ServeError::Mode { what: "discard", found: other.to_owned() }.into()),
     };
     let detect_zeroes = match parsed.value("detect-zeroes")? {
-        None | Some("off") => false,
-        Some("on") => true,
-        Some("unmap") if discard == Discard::Unmap => true,
+        None | Some("off") => DetectZeroes::Off,
+        Some("on") => DetectZeroes::On,
+        Some("unmap") if discard == Discard::Unmap => DetectZeroes::Unmap,
         Some("unmap") => return Err(ServeError::ZeroesNeedUnmap.into()),
         Some(other) => return Err(ServeError::DetectZeroes(other.to_owned()).into()),
     };

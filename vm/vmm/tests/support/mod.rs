@@ -1,6 +1,8 @@
 //! Tiny guests, and a vireo-vmm to run them.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod blk;
+
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -65,6 +67,11 @@ impl Guest {
     pub fn wait16(self, address: u32, value: u16) -> Guest {
         let guest = self.code(&[0x66, 0x81, 0x3d]).code(&address.to_le_bytes()).code(&value.to_le_bytes());
         guest.code(&[0x75, 0xf5])
+    }
+    /// The same for a byte: CMP BYTE PTR [address], value; JNE back to it.
+    pub fn wait8(self, address: u32, value: u8) -> Guest {
+        let guest = self.code(&[0x80, 0x3d]).code(&address.to_le_bytes()).code(&[value]);
+        guest.code(&[0x75, 0xf7])
     }
     /// Writes a dword of the configuration space of function 0 of `device` on bus 0.
     pub fn configure(self, device: u32, offset: u32, value: u32) -> Guest {

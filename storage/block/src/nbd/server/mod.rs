@@ -49,8 +49,6 @@ pub struct ServeOptions<'a> {
     /// What clients can ask which parts of the disk a bitmap marks, by the bitmaps' names; at most 31. The export is
     /// read only, or they say what was marked when it began.
     pub bitmaps: Vec<(String, BitmapBits)>,
-    /// Each write is on stable storage before it is answered.
-    pub write_through: bool,
     /// Go on when the last client has left.
     pub persistent: bool,
     /// How long a client may take to agree on options; `None`: for ever.
@@ -72,7 +70,6 @@ impl Default for ServeOptions<'_> {
             max_clients: 1,
             allocation: true,
             bitmaps: Vec::new(),
-            write_through: false,
             persistent: true,
             handshake_limit: Some(Duration::from_secs(10)),
             workers: 4,

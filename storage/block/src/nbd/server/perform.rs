@@ -34,8 +34,6 @@ pub struct Target<'a> {
     /// What the numbers behind it are.
     pub bitmaps: &'a [(String, BitmapBits)],
     pub structured: bool,
-    /// Each write waits for stable storage.
-    pub write_through: bool,
 }
 
 /// A part of a read.
@@ -137,7 +135,7 @@ impl Target<'_> {
             _ => {}
         }
         let writes = matches!(request.command, command::WRITE | command::TRIM | command::WRITE_ZEROES);
-        if writes && (has(flag::FUA) || self.write_through) {
+        if writes && has(flag::FUA) {
             self.disk.flush()?;
         }
         Ok(Answer::Done)

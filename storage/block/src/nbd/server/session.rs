@@ -62,7 +62,6 @@ pub fn run(
             bitmaps: &options.bitmaps,
             allocation: options.allocation,
             structured: agreed.structured,
-            write_through: options.write_through,
         },
         structured: agreed.structured,
         input: Mutex::new(input),
