@@ -594,7 +594,8 @@ fn a_client_fetches_a_moment_and_what_changed_before_it() {
     let dir = tempfile::tempdir().unwrap();
     let live = counting_disk(dir.path(), "cluster_size=64k");
     live.get().qcow2().unwrap().add_bitmap("b", 65_536, true).unwrap();
-    live.get().write(70_000, &[1; 10]).unwrap();
+    // Behind what the guests use.
+    live.get().write(1 << 20, &[1; 10]).unwrap();
     let bits = live.get().qcow2().unwrap().bitmap_bits("b").unwrap();
     let (socket, scratch) = (dir.path().join("socket"), empty_raw(&dir.path().join("scratch")));
     let options = ServeOptions { bitmaps: vec![("b".to_owned(), bits)], ..ServeOptions::default() };
@@ -612,7 +613,7 @@ fn a_client_fetches_a_moment_and_what_changed_before_it() {
                 let marks =
                     format!("driver=nbd,server.type=unix,server.path={path},x-dirty-bitmap=qemu:dirty-bitmap:b");
                 let map = qemu_img(&["map", "--output=json", "--image-opts", &marks]);
-                assert!(map.contains("\"start\": 65536, \"length\": 65536"), "{map}");
+                assert!(map.contains("\"start\": 1048576, \"length\": 65536"), "{map}");
                 stop.stop();
                 server.join().unwrap()
             })
