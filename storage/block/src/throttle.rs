@@ -428,9 +428,9 @@ mod tests {
         assert_eq!(throttle.admit(1, Write, 1100, 0), Admission::Go);
         assert_eq!(throttle.admit(2, Write, 100, 0), Admission::At(S));
         assert_eq!(throttle.admit(1, Write, 100, 0), Admission::At(S));
-        // Member 2 was reset. Reads wait for no write.
-        assert_eq!(throttle.admit(1, Read, 100, S), Admission::Go);
+        // Member 2 was reset, and is waited for. Reads wait for no write.
         assert_eq!(throttle.admit(1, Write, 100, S), Admission::At(S + TURN_NS));
+        assert_eq!(throttle.admit(1, Read, 10, S), Admission::Go);
         assert_eq!(throttle.admit(1, Write, 100, S + PATIENCE_NS + 1), Admission::Go);
     }
 
