@@ -323,6 +323,15 @@ fn open_image(path: &Path, read_only: bool) -> Result<File, BlockError> {
     opened.map_err(|e| BlockError::io(path, Action::Open, e))
 }
 
+/// Opens a file that an image needs, locked if asked.
+fn open_locked(path: &Path, read_only: bool, locks: bool) -> Result<File, BlockError> {
+    let file = open_image(path, read_only)?;
+    if locks {
+        lock_image(path, &file, read_only)?;
+    }
+    Ok(file)
+}
+
 fn settle_format(path: &Path, file: &File, format: Option<Format>) -> Result<Format, BlockError> {
     let mut first = [0; PROBE_BYTES];
     let got = pread(file, 0, &ReadBufs::from_slice(&mut first)).map_err(|e| BlockError::io(path, Action::Read, e))?;
@@ -374,14 +383,7 @@ fn data_file_of(
     }
     // Not beside the image: QEMU takes the name as it is, both when it creates the file and when it opens it.
     let data_path = PathBuf::from(&name);
-    let open = || {
-        let data = open_image(&data_path, read_only)?;
-        if locks {
-            lock_image(&data_path, &data, read_only)?;
-        }
-        Ok(data)
-    };
-    match open() {
+    match open_locked(&data_path, read_only, locks) {
         Ok(data) => Ok(Some((data, data_path))),
         Err(source) => Err(BlockError::DataFile { path: owned, name, source: Box::new(source) }),
     }
@@ -431,16 +433,9 @@ fn open_extents(
             return Err(BlockError::ExtentConsent { path: path.to_owned(), name });
         }
         let beside = beside(path, &name);
-        let open = || {
-            let extent = open_image(&beside, read_only)?;
-            if locks {
-                lock_image(&beside, &extent, read_only)?;
-            }
-            Ok(extent)
-        };
         let failed =
             |source: BlockError| BlockError::ExtentFile { path: path.to_owned(), name, source: Box::new(source) };
-        extents.push((open().map_err(failed)?, beside.clone()));
+        extents.push((open_locked(&beside, read_only, locks).map_err(failed)?, beside.clone()));
     }
     Ok(extents)
 }

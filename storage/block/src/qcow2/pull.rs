@@ -93,9 +93,6 @@ impl Qcow2Node {
         };
         let bufs = WriteBufs::from_slice(part);
         let filled = MutexGuard::unlocked(tables, || self.write_filled(below, at, &bufs, &fill));
-        match filled.and_then(|()| tables.refer_to(&fill)) {
-            Ok(()) => Ok(taken as u64),
-            Err(error) => tables.abandon(&fill).and(Err(error)),
-        }
+        tables.refer_or_abandon(&fill, filled).map(|()| taken as u64)
     }
 }

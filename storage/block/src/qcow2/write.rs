@@ -113,10 +113,7 @@ impl Qcow2Node {
 
     /// Lets the entries refer to clusters that were filled, or gives the clusters back.
     fn end_fill(&self, tables: &mut Tables, fill: &Fill, filled: Result<(), BlockError>) -> Result<(), BlockError> {
-        let result = match filled.and_then(|()| tables.refer_to(fill)) {
-            Ok(()) => Ok(()),
-            Err(error) => tables.abandon(fill).and(Err(error)),
-        };
+        let result = tables.refer_or_abandon(fill, filled);
         self.settle(tables, &fill.guest_range(self.geometry.cluster_bits));
         tables.noticing(result)
     }
@@ -366,8 +363,13 @@ impl Tables {
         if has_own { Ok(None) } else { self.freed_by(offset).map(Some) }
     }
 
+    /// Lets entries refer to clusters that were filled; without the data or the entries, the clusters go back.
+    pub(super) fn refer_or_abandon(&mut self, fill: &Fill, filled: Result<(), BlockError>) -> Result<(), BlockError> {
+        filled.and_then(|()| self.refer_to(fill)).or_else(|error| self.abandon(fill).and(Err(error)))
+    }
+
     /// The clusters are filled: entries refer to them, what they referred to before goes.
-    pub(super) fn refer_to(&mut self, fill: &Fill) -> Result<(), BlockError> {
+    fn refer_to(&mut self, fill: &Fill) -> Result<(), BlockError> {
         let cluster_bytes = self.geometry.cluster_bytes();
         let bitmap = fill.after.bitmap();
         let entries = (0..fill.count).map(|i| [L2Entry::fresh_data(fill.host + i * cluster_bytes), bitmap]);
