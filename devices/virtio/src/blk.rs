@@ -328,21 +328,30 @@ mod tests {
         });
     }
 
+    /// Starts a rig with a write of sector 3, which the disk must not take yet.
+    fn rig_with_a_write_that_waits(disk: &MemoryDisk, reload: bool) -> Rig {
+        let mut rig = rig(disk, reload);
+        rig.start(1, 0);
+        rig.put(BODY, &[7; 512]);
+        assert_eq!(request(&mut rig, T_OUT, 3, &[(BODY, 512, 0)]), (None, 0xee));
+        rig
+    }
+    fn assert_written(rig: &mut Rig, disk: &MemoryDisk) {
+        assert_eq!((rig.used(0), rig.get(STATUS, 1)[0], rig.messages()), (Some(1), S_OK, vec![0x41]));
+        assert_eq!(disk.bytes.lock()[1536..2048], [7; 512]);
+    }
+
     #[test]
     fn a_held_request_is_tried_again_when_the_machine_resumes() {
         twice(|reload| {
             let disk = MemoryDisk::new(DISK_BYTES);
-            let mut rig = rig(&disk, reload);
-            rig.start(1, 0);
             *disk.fault.lock() = Some(DiskFault::Hold);
-            rig.put(BODY, &[7; 512]);
-            assert_eq!(request(&mut rig, T_OUT, 3, &[(BODY, 512, 0)]), (None, 0xee));
+            let mut rig = rig_with_a_write_that_waits(&disk, reload);
             rig.resume();
             assert_eq!((rig.used(0), rig.messages().len()), (None, 0), "there is still no room");
             *disk.fault.lock() = None;
             rig.resume();
-            assert_eq!((rig.used(0), rig.get(STATUS, 1)[0], rig.messages()), (Some(1), S_OK, vec![0x41]));
-            assert_eq!(disk.bytes.lock()[1536..2048], [7; 512]);
+            assert_written(&mut rig, &disk);
         });
     }
 
@@ -350,17 +359,14 @@ mod tests {
     fn a_request_that_must_wait_is_tried_again_when_the_disk_says_so() {
         twice(|reload| {
             let disk = MemoryDisk::new(DISK_BYTES);
-            let mut rig = rig(&disk, reload);
-            rig.start(1, 0);
             *disk.admission.lock() = Some(DiskFault::Wait);
-            rig.put(BODY, &[7; 512]);
-            assert_eq!(request(&mut rig, T_OUT, 3, &[(BODY, 512, 0)]), (None, 0xee));
+            let mut rig = rig_with_a_write_that_waits(&disk, reload);
             assert!(rig.waits(), "for the disk");
             rig.work();
             assert_eq!((rig.used(0), rig.waits()), (None, true), "it is not time yet");
             *disk.admission.lock() = None;
             rig.work();
-            assert_eq!((rig.used(0), rig.get(STATUS, 1)[0], rig.messages()), (Some(1), S_OK, vec![0x41]));
+            assert_written(&mut rig, &disk);
             assert_eq!((disk.log.lock().join(" "), rig.waits()), ("write 1536+512".into(), false));
             assert!(disk.admitted.lock().iter().all(|asked| *asked == (Transfer::Write, 512)));
             // A reset forgets it.

@@ -120,11 +120,8 @@ pub fn resolve_chain_probing(
 
 /// Opens one image, whatever it says is below it; its format is settled first. What else it needs is not opened.
 pub fn open_alone(path: &Path, format: Option<Format>, read_only: bool, locks: bool) -> Result<ChainFile, BlockError> {
-    let file = open_image(path, read_only)?;
+    let file = open_locked(path, read_only, locks)?;
     let format = settle_format(path, &file, format)?;
-    if locks {
-        lock_image(path, &file, read_only)?;
-    }
     Ok(ChainFile { file, path_label: path.to_owned(), format, extents: Vec::new() })
 }
 

@@ -36,3 +36,54 @@ pub trait FileBackend: Send + Sync {
     /// Bytes of storage in use, at most 512 off.
     fn allocated_bytes(&self) -> io::Result<u64>;
 }
+
+/// What can only be read; [`ReadOnly`] makes a file of it. The calls are those of [`FileBackend`].
+pub trait ReadBackend: Send + Sync {
+    /// See [`FileBackend::read_at`].
+    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()>;
+    /// See [`FileBackend::extent`].
+    fn extent(&self, _offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
+        Ok((bytes, true))
+    }
+    /// See [`FileBackend::len_bytes`].
+    fn len_bytes(&self) -> io::Result<u64>;
+    /// See [`FileBackend::allocated_bytes`].
+    fn allocated_bytes(&self) -> io::Result<u64>;
+}
+
+/// A file that refuses changes (`EROFS`), and so has nothing to bring to stable storage.
+pub struct ReadOnly<B>(pub B);
+
+fn read_only() -> io::Result<()> {
+    Err(io::ErrorKind::ReadOnlyFilesystem.into())
+}
+
+impl<B: ReadBackend> FileBackend for ReadOnly<B> {
+    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        self.0.read_at(offset, bufs)
+    }
+    fn write_at(&self, _: u64, _: &WriteBufs<'_>) -> io::Result<()> {
+        read_only()
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn punch_hole(&self, _: u64, _: u64) -> io::Result<()> {
+        read_only()
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        read_only()
+    }
+    fn extent(&self, offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
+        self.0.extent(offset, bytes)
+    }
+    fn len_bytes(&self) -> io::Result<u64> {
+        self.0.len_bytes()
+    }
+    fn set_len_bytes(&self, _: u64) -> io::Result<()> {
+        read_only()
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        self.0.allocated_bytes()
+    }
+}

@@ -1,44 +1,12 @@
 //! What each cache mode promises: when writes are on stable storage, seen from the file below.
 
-use std::io;
+mod support;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use block::{
-    CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, OpenOptions, Qcow2Create, ReadBufs, WriteBufs,
-    create_qcow2, create_raw,
-};
-
-/// A file that counts its barriers.
-struct Counting(HostFile, Arc<AtomicUsize>);
-
-impl FileBackend for Counting {
-    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
-        self.0.read_at(offset, bufs)
-    }
-    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
-        self.0.write_at(offset, bufs)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.1.fetch_add(1, Ordering::SeqCst);
-        self.0.sync_data()
-    }
-    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.0.punch_hole(offset, bytes)
-    }
-    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
-        self.0.write_zeroes(offset, bytes, may_unmap)
-    }
-    fn len_bytes(&self) -> io::Result<u64> {
-        self.0.len_bytes()
-    }
-    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
-        self.0.set_len_bytes(bytes)
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.0.allocated_bytes()
-    }
-}
+use block::{CacheMode, ChainBackend, Disk, Format, HostFile, OpenOptions, Qcow2Create, create_qcow2, create_raw};
+use support::{Request, Watched};
 
 #[test]
 fn writes_are_stable_when_the_mode_says_so() {
@@ -59,12 +27,13 @@ fn writes_are_stable_when_the_mode_says_so() {
             }
             let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
             let syncs = Arc::new(AtomicUsize::new(0));
-            let backend = ChainBackend {
-                file: Box::new(Counting(HostFile::new(file).unwrap(), syncs.clone())),
-                path_label: path.clone(),
-                format,
-                extents: Vec::new(),
-            };
+            let seen = syncs.clone();
+            let file = Watched::before(HostFile::new(file).unwrap(), move |request| {
+                if request == Request::Sync {
+                    seen.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+            let backend = ChainBackend { file: Box::new(file), path_label: path.clone(), format, extents: Vec::new() };
             let disk =
                 Disk::open_backends(vec![backend], &OpenOptions { format, cache, ..Default::default() }).unwrap();
             type Deed = fn(&Disk);

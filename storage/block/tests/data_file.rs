@@ -2,15 +2,14 @@
 
 mod support;
 
-use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use block::{
-    BlockError, ChainBackend, DataFile, Disk, FileBackend, Format, OpenOptions, Preallocation, Qcow2Create, ReadBufs,
-    WriteBufs, format_data_file, format_qcow2, inspect, resolve_chain, resolve_chain_probing,
+    BlockError, ChainBackend, DataFile, Disk, FileBackend, Format, OpenOptions, Preallocation, Qcow2Create,
+    format_data_file, format_qcow2, inspect, resolve_chain, resolve_chain_probing,
 };
-use support::{MemFile, Op, Pages, Rng, apply_torn, qemu_check, qemu_img};
+use support::{MemFile, Op, Pages, Rng, Watched, apply_torn, qemu_check, qemu_img};
 
 const SIZE_BYTES: u64 = 256 << 10;
 const SECTOR: usize = 512;
@@ -64,48 +63,6 @@ fn only_a_declared_image_opens_what_it_names() {
 /// What reached which of the two files, in order.
 type Log = Arc<Mutex<Vec<(usize, Op)>>>;
 
-/// One of two files that share a log.
-struct Logged {
-    file: MemFile,
-    index: usize,
-    log: Log,
-}
-
-impl Logged {
-    fn noted<T>(&self, done: io::Result<T>) -> io::Result<T> {
-        let mut own = self.file.0.lock().unwrap();
-        self.log.lock().unwrap().extend(own.log.drain(..).map(|op| (self.index, op)));
-        done
-    }
-}
-
-impl FileBackend for Logged {
-    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
-        self.file.read_at(offset, bufs)
-    }
-    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
-        self.noted(self.file.write_at(offset, bufs))
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.noted(self.file.sync_data())
-    }
-    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.noted(self.file.punch_hole(offset, bytes))
-    }
-    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
-        self.noted(self.file.write_zeroes(offset, bytes, may_unmap))
-    }
-    fn len_bytes(&self) -> io::Result<u64> {
-        self.file.len_bytes()
-    }
-    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
-        self.file.set_len_bytes(bytes)
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.file.allocated_bytes()
-    }
-}
-
 /// A new image and its data file.
 fn start(cluster_bits: u32, extended_l2: bool, raw: bool) -> [Pages; 2] {
     start_with("data", cluster_bits, extended_l2, raw)
@@ -126,7 +83,10 @@ fn start_with(name: &str, cluster_bits: u32, extended_l2: bool, raw: bool) -> [P
 
 fn open(files: &[MemFile; 2], log: &Log) -> Disk {
     let [file, data] = [0, 1].map(|index| -> Box<dyn FileBackend> {
-        Box::new(Logged { file: files[index].clone(), index, log: log.clone() })
+        let (own, log) = (files[index].clone(), log.clone());
+        Box::new(Watched::after(files[index].clone(), move |_| {
+            log.lock().unwrap().extend(own.0.lock().unwrap().log.drain(..).map(|op| (index, op)));
+        }))
     });
     let extents = vec![(data, "data".into())];
     let layer = ChainBackend { file, path_label: "memory".into(), format: Format::Qcow2, extents };

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::{ChainBackend, Disk, Format, OpenOptions, Preallocation};
-use support::{Rng, Slow, open_chain, qemu_check, qemu_img, qemu_raw};
+use support::{Rng, open_chain, qemu_check, qemu_img, qemu_raw, slow};
 
 const THREADS: u64 = 4;
 /// Each thread has a share of the disk.
@@ -70,9 +70,8 @@ fn snapshots_of_a_busy_disk_are_moments_of_it() {
         let path = dir.path().join("a.qcow2");
         let size = (THREADS * SHARE_BYTES).to_string();
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &size]);
-        let file = Slow { long_every: 13, turns: 200, ..Slow::over(&path) };
-        let layer =
-            ChainBackend { file: Box::new(file), extents: Vec::new(), path_label: path.clone(), format: Format::Qcow2 };
+        let file = Box::new(slow(&path, 13, false));
+        let layer = ChainBackend { file, extents: Vec::new(), path_label: path.clone(), format: Format::Qcow2 };
         let disk = Disk::open_backends(vec![layer], &OpenOptions::default()).unwrap();
         let mut taken = Vec::new();
         let stop = AtomicBool::new(false);

@@ -8,7 +8,7 @@ mod support;
 use std::path::Path;
 
 use block::{ChainBackend, Disk, Format, OpenOptions};
-use support::{Rng, Slow, open_chain, qemu_img};
+use support::{Rng, open_chain, qemu_img, slow};
 
 const QUEUES: u64 = 8;
 const BLOCK: u64 = 4096;
@@ -91,7 +91,7 @@ fn run(path: &Path, options: &str, steps: u64, seed: u64) {
     let _ = std::fs::remove_file(path);
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &size]);
     // A small cache, so that tables go and come.
-    let file = Box::new(Slow { long_every: 11, turns: 300, reads: true, ..Slow::over(path) });
+    let file = Box::new(slow(path, 11, true));
     let layer = ChainBackend { file, path_label: path.to_owned(), format: Format::Qcow2, extents: Vec::new() };
     let disk = Disk::open_backends(vec![layer], &OpenOptions { l2_cache_bytes: 0, ..OpenOptions::default() }).unwrap();
     let queues: Vec<Queue> = (0..QUEUES)

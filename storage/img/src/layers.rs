@@ -8,7 +8,8 @@ use block::nbd::NbdFile;
 use block::spec::{BackingSpec, FileSpec, ImageSpec, has_protocol};
 use block::{
     BlockError, CHAIN_MAX, CacheMode, ChainBackend, Disk, FileBackend, Format, HostFile, LayerKey, OpenOptions,
-    PROBE_BYTES, ReadBufs, Window, WriteBufs, beside, inspect_backend, open_alone, probe, use_direct_io,
+    PROBE_BYTES, ReadBackend, ReadBufs, ReadOnly, Window, WriteBufs, beside, inspect_backend, open_alone, probe,
+    use_direct_io,
 };
 
 use crate::error::{ImgError, Rule};
@@ -121,7 +122,7 @@ impl Opener<'_> {
             (BackingSpec::None, Format::Qcow2) if self.named_in_header(&image)?.is_some() => {
                 self.layers.push(image);
                 // The image says that something is below it: nothing is.
-                self.layers.push(layer(Box::new(Nothing), PathBuf::from("nothing"), Format::Raw));
+                self.layers.push(layer(Box::new(ReadOnly(Nothing)), PathBuf::from("nothing"), Format::Raw));
                 return Ok(());
             }
             (BackingSpec::None, _) => None,
@@ -247,28 +248,13 @@ fn layer(file: Box<dyn FileBackend>, path_label: PathBuf, format: Format) -> Cha
 /// A file without a byte: reads past its end are zeroes.
 struct Nothing;
 
-impl FileBackend for Nothing {
+impl ReadBackend for Nothing {
     fn read_at(&self, _: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
         bufs.fill_zero();
         Ok(())
     }
-    fn write_at(&self, _: u64, _: &WriteBufs<'_>) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn punch_hole(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(0)
-    }
-    fn set_len_bytes(&self, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
     }
     fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(0)

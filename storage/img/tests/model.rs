@@ -3,25 +3,14 @@
 //!
 //! A failure prints the seed and the operations; the same seed repeats them.
 
+#[path = "../../block/tests/support/rng.rs"]
+mod rng;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-/// xorshift64*.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        (self.next() % end.max(1) as u64) as usize
-    }
-}
+use rng::Rng;
 
 /// How an image is made, and what can be done with it.
 struct Kind {
@@ -119,14 +108,14 @@ impl Model {
 
     /// A command of qemu-img's, by either tool.
     fn image(&mut self, line: &str) {
-        let tool = if self.rng.below(3) == 0 { "qemu-img" } else { OURS };
+        let tool = if self.below(3) == 0 { "qemu-img" } else { OURS };
         self.succeed(tool, &line.split(' ').collect::<Vec<_>>());
     }
 
     /// A command of qemu-io's, by either tool.
     fn io(&mut self, command: &str) {
         let format = self.kind.format;
-        match self.rng.below(3) {
+        match self.below(3) {
             0 => self.succeed("qemu-io", &["-d", "unmap", "-f", format, "-c", command, "image"]),
             _ => self.succeed(OURS, &["io", "-d", "unmap", "-f", format, "-c", command, "image"]),
         }
@@ -135,14 +124,14 @@ impl Model {
     /// A request of a guest.
     fn request(&mut self) {
         let sectors = self.data.len() / SECTOR;
-        let longest = [1, 9, 300, 2000][self.rng.below(4)];
-        let start = self.rng.below(sectors);
-        let count = (1 + self.rng.below(longest)).min(sectors - start);
+        let longest = [1, 9, 300, 2000][self.below(4)];
+        let start = self.below(sectors);
+        let count = (1 + self.below(longest)).min(sectors - start);
         let (range, bytes) = (start * SECTOR..(start + count) * SECTOR, count * SECTOR);
         let at = range.start;
-        match self.rng.below(8) {
+        match self.below(8) {
             0 | 1 => {
-                let unmap = if self.rng.below(2) == 0 { "-u " } else { "" };
+                let unmap = if self.below(2) == 0 { "-u " } else { "" };
                 self.io(&format!("write -z {unmap}{at} {bytes}"));
                 self.data[range].fill(0);
             }
@@ -159,14 +148,14 @@ impl Model {
             3 if self.kind.format == "qcow2" => {
                 let cluster = 64 << 10;
                 let at = at / cluster * cluster;
-                let pattern = 1 + self.rng.below(255) as u8;
+                let pattern = 1 + self.below(255) as u8;
                 // QEMU refuses to compress what is written already.
                 let command = format!("write -c -P {pattern} {at} {cluster}");
                 self.succeed(OURS, &["io", "-f", "qcow2", "-c", &command, "image"]);
                 self.data[at..at + cluster].fill(pattern);
             }
             _ => {
-                let pattern = 1 + self.rng.below(255) as u8;
+                let pattern = 1 + self.below(255) as u8;
                 self.io(&format!("write -P {pattern} {at} {bytes}"));
                 self.data[range].fill(pattern);
             }
@@ -176,7 +165,7 @@ impl Model {
     /// Something about the image as a whole.
     fn maintain(&mut self) {
         let (format, options) = (self.kind.format, self.kind.options);
-        match (format, self.rng.below(10)) {
+        match (format, self.below(10)) {
             ("qcow2", 0) if self.snapshots.len() < 3 => {
                 let name = self.name("s");
                 self.image(&format!("snapshot -c {name} image"));
@@ -221,11 +210,11 @@ impl Model {
                 self.image(&format!("bitmap --remove image {name}"));
             }
             ("qcow2", 7) if !options.contains("0.10") => {
-                let lazy = if self.rng.below(2) == 0 { "on" } else { "off" };
+                let lazy = if self.below(2) == 0 { "on" } else { "off" };
                 self.image(&format!("amend -f qcow2 -o lazy_refcounts={lazy} image"));
             }
             ("qcow2" | "raw", 8) if !options.contains("0.10") || self.snapshots.is_empty() => {
-                let new = SIZE - 65_536 * self.rng.below(8) + 65_536 * self.rng.below(8);
+                let new = SIZE - 65_536 * self.below(8) + 65_536 * self.below(8);
                 let shrink = if new < self.data.len() { "--shrink " } else { "" };
                 // A snapshot of another size keeps qemu-img from shrinking.
                 if shrink.is_empty() || self.snapshots.is_empty() && self.bitmaps.is_empty() {
@@ -241,13 +230,17 @@ impl Model {
         }
     }
 
+    fn below(&mut self, end: usize) -> usize {
+        self.rng.below(end as u64) as usize
+    }
+
     fn name(&mut self, kind: &str) -> String {
         self.next_name += 1;
         format!("{kind}{}", self.next_name)
     }
 
     fn snapshot(&mut self) -> (String, Vec<u8>) {
-        let index = self.rng.below(self.snapshots.len());
+        let index = self.below(self.snapshots.len());
         self.snapshots.iter().nth(index).map(|(name, held)| (name.clone(), held.clone())).unwrap()
     }
 

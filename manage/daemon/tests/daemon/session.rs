@@ -158,6 +158,13 @@ impl Session {
         file
     }
 
+    /// A raw image of 1 MiB in the session's directory, as a disk for [`Session::domain_file`] with `more` elements.
+    pub fn raw_disk(&self, file: &str, target: &str, more: &str) -> String {
+        let path = self.path(file);
+        fs::write(&path, vec![0; 1 << 20]).unwrap();
+        format!("<disk><source file='{}'/><target dev='{target}'/>{more}</disk>", path.display())
+    }
+
     /// Defines a domain with a console and nothing else.
     pub fn define(&self, name: &str, cmdline: &str) {
         let file = self.domain_file(name, cmdline, "");

@@ -70,10 +70,7 @@ error: unsupported configuration: Host SMBIOS information is not available
 
 /// A disk and a document that has it.
 fn disk_domain(session: &Session, name: &str, cmdline: &str) {
-    fs::write(session.path("disk.raw"), vec![0; 1 << 20]).unwrap();
-    let source = session.path("disk.raw");
-    let disk = format!("<disk><source file='{}'/><target dev='vda'/></disk>", source.display());
-    let file = session.domain_file(name, cmdline, &disk);
+    let file = session.domain_file(name, cmdline, &session.raw_disk("disk.raw", "vda", ""));
     assert_eq!(session.virsh(&format!("define {file}")), format!("Domain '{name}' defined from {file}\n"));
 }
 

@@ -13,11 +13,11 @@ use super::blocks::Blocks;
 use super::{CHUNK_BYTES, JobControl, LiveDisk, as_job, copy_range, with_tap};
 use crate::disk::{ChainBackend, Disk, OpenOptions, Tap};
 use crate::error::BlockError;
-use crate::io::FileBackend;
+use crate::io::{ReadBackend, ReadOnly};
 use crate::node::ExtentKind;
 use crate::page_buf::PageBuf;
 use crate::qcow2::BitmapBits;
-use crate::sys::{ReadBufs, WriteBufs};
+use crate::sys::ReadBufs;
 
 /// Smallest range that is copied at once.
 const BLOCK_BYTES: u64 = 65_536;
@@ -202,7 +202,7 @@ pub fn backup_pull<T>(
         let tap: Arc<dyn Tap> = saving.clone();
         with_tap(live, &tap, || {
             let path = PathBuf::from(source.path());
-            let file = Box::new(Moment { source, saving: saving.clone() });
+            let file = Box::new(ReadOnly(Moment { source, saving: saving.clone() }));
             let layer = ChainBackend { file, path_label: path, format: Format::Raw, extents: Vec::new() };
             let options = OpenOptions { read_only: true, format: Format::Raw, ..OpenOptions::default() };
             let disk = Disk::open_backends(vec![layer], &options)?;
@@ -231,7 +231,7 @@ impl Moment {
     }
 }
 
-impl FileBackend for Moment {
+impl ReadBackend for Moment {
     fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
         let inside = self.source.size_bytes().saturating_sub(offset).min(bufs.len() as u64) as usize;
         bufs.range(inside, bufs.len() - inside).fill_zero();
@@ -255,18 +255,6 @@ impl FileBackend for Moment {
         }
         Ok(())
     }
-    fn write_at(&self, _: u64, _: &WriteBufs<'_>) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn punch_hole(&self, _: u64, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
     fn extent(&self, offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
         let inside = self.source.size_bytes().saturating_sub(offset).min(bytes);
         if inside == 0 {
@@ -281,9 +269,6 @@ impl FileBackend for Moment {
     }
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.source.size_bytes())
-    }
-    fn set_len_bytes(&self, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
     }
     fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(self.source.counters().allocated_bytes)

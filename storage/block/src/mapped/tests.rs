@@ -1,5 +1,8 @@
 //! The formats of other vendors against qemu-img, in both directions, and against images that lie.
 
+#[path = "../../tests/support/rng.rs"]
+mod rng;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,22 +19,7 @@ use crate::vdi::{VdiOptions, create_vdi};
 use crate::vhdx::{VhdxOptions, create_vhdx};
 use crate::vmdk::{VmdkOptions, create_vmdk};
 use crate::vpc::{VpcOptions, create_vpc};
-
-/// xorshift64*: the same numbers for the same seed, everywhere.
-pub(crate) struct Rng(pub(crate) u64);
-
-impl Rng {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end.max(1)
-    }
-}
+pub(crate) use rng::Rng;
 
 /// Text-like, random and empty stretches.
 pub(crate) fn source(bytes: usize) -> Vec<u8> {

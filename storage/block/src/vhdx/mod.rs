@@ -15,7 +15,7 @@ use image::vhdx::{ALIGN_BYTES, Bat, Block, HEADERS_BYTES, Header, Metadata, Regi
 
 use crate::error::BlockError;
 use crate::foreign::{ForeignReport, Places};
-use crate::io::FileBackend;
+use crate::io::{FileBackend, ReadOnly};
 use crate::mapped::{
     BlockTable, DirtyPage, Entry, MapOptions, Mapped, MappedNode, Slot, Store, random_uuid, refused, write_new,
 };
@@ -46,7 +46,7 @@ pub(crate) fn open_vhdx(
     if header.needs_replay() {
         let (changes, len_bytes) = log::replay(&store, &header)?;
         if read_only {
-            store.file = Arc::new(ReplayedFile::new(store.file.clone(), changes, len_bytes));
+            store.file = Arc::new(ReadOnly(ReplayedFile::new(store.file.clone(), changes, len_bytes)));
         } else {
             (header, index) = log::apply(&store, &header, index, &changes, len_bytes)?;
         }

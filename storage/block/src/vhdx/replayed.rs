@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use image::vhdx::log::Change;
 
-use crate::io::FileBackend;
-use crate::sys::{ReadBufs, WriteBufs};
+use crate::io::{FileBackend, ReadBackend};
+use crate::sys::ReadBufs;
 
 pub(super) struct ReplayedFile {
     below: Arc<dyn FileBackend>,
@@ -21,11 +21,7 @@ impl ReplayedFile {
     }
 }
 
-fn read_only<T>() -> io::Result<T> {
-    Err(io::ErrorKind::ReadOnlyFilesystem.into())
-}
-
-impl FileBackend for ReplayedFile {
+impl ReadBackend for ReplayedFile {
     fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
         self.below.read_at(offset, bufs)?;
         let end = offset.saturating_add(bufs.len() as u64);
@@ -49,28 +45,8 @@ impl FileBackend for ReplayedFile {
         Ok(())
     }
 
-    fn write_at(&self, _offset: u64, _bufs: &WriteBufs<'_>) -> io::Result<()> {
-        read_only()
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn punch_hole(&self, _offset: u64, _bytes: u64) -> io::Result<()> {
-        read_only()
-    }
-
-    fn write_zeroes(&self, _offset: u64, _bytes: u64, _may_unmap: bool) -> io::Result<()> {
-        read_only()
-    }
-
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.len_bytes)
-    }
-
-    fn set_len_bytes(&self, _bytes: u64) -> io::Result<()> {
-        read_only()
     }
 
     fn allocated_bytes(&self) -> io::Result<u64> {

@@ -1,6 +1,8 @@
 //! What the tests share: a seeded random source, a file in memory that records and fails, qemu-img.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+mod rng;
+
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,67 +13,58 @@ use std::sync::{Arc, Mutex};
 use block::{
     ChainBackend, ChainFile, Disk, FileBackend, Format, HostFile, OpenOptions, Qcow2Image, ReadBufs, WriteBufs,
 };
+pub use rng::Rng;
 
-/// xorshift64*: the same numbers for the same seed, everywhere.
-pub struct Rng(pub u64);
+/// What a test is told of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Request {
+    Read,
+    /// A write, zeroes, or a hole.
+    Change,
+    Sync,
+}
 
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+type Watcher = Box<dyn Fn(Request) + Send + Sync>;
+
+/// A file whose requests a test hears of before they go to the one below, and after.
+pub struct Watched<F> {
+    pub file: F,
+    pub before: Watcher,
+    pub after: Watcher,
+}
+
+impl<F> Watched<F> {
+    pub fn before(file: F, before: impl Fn(Request) + Send + Sync + 'static) -> Watched<F> {
+        Watched { file, before: Box::new(before), after: Box::new(|_| {}) }
     }
 
-    /// 0 to `end` - 1.
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end.max(1)
+    pub fn after(file: F, after: impl Fn(Request) + Send + Sync + 'static) -> Watched<F> {
+        Watched { file, before: Box::new(|_| {}), after: Box::new(after) }
+    }
+
+    fn told<T>(&self, request: Request, act: impl FnOnce(&F) -> io::Result<T>) -> io::Result<T> {
+        (self.before)(request);
+        let done = act(&self.file);
+        (self.after)(request);
+        done
     }
 }
 
-/// A file whose requests let other threads run first, so that what can overtake them does.
-pub struct Slow {
-    pub file: HostFile,
-    pub requests: AtomicU64,
-    /// One request of so many waits,
-    pub long_every: u64,
-    /// for so many turns of the other threads.
-    pub turns: u64,
-    /// Whether reads do too, not only writes.
-    pub reads: bool,
-}
-
-impl Slow {
-    pub fn over(path: &Path) -> Slow {
-        let file = HostFile::new(open_file(path, true)).unwrap();
-        Slow { file, requests: AtomicU64::new(0), long_every: 1, turns: 0, reads: false }
-    }
-
-    fn dawdle(&self) {
-        let long = self.requests.fetch_add(1, Ordering::Relaxed).is_multiple_of(self.long_every);
-        (0..if long { self.turns } else { 0 }).for_each(|_| std::thread::yield_now());
-    }
-}
-
-impl FileBackend for Slow {
+impl<F: FileBackend> FileBackend for Watched<F> {
     fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
-        if self.reads {
-            self.dawdle();
-        }
-        self.file.read_at(offset, bufs)
+        self.told(Request::Read, |file| file.read_at(offset, bufs))
     }
     fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
-        self.dawdle();
-        self.file.write_at(offset, bufs)
+        self.told(Request::Change, |file| file.write_at(offset, bufs))
     }
     fn sync_data(&self) -> io::Result<()> {
-        Ok(())
+        self.told(Request::Sync, F::sync_data)
     }
     fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.file.punch_hole(offset, bytes)
+        self.told(Request::Change, |file| file.punch_hole(offset, bytes))
     }
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
-        self.file.write_zeroes(offset, bytes, may_unmap)
+        self.told(Request::Change, |file| file.write_zeroes(offset, bytes, may_unmap))
     }
     fn len_bytes(&self) -> io::Result<u64> {
         self.file.len_bytes()
@@ -82,6 +75,18 @@ impl FileBackend for Slow {
     fn allocated_bytes(&self) -> io::Result<u64> {
         self.file.allocated_bytes()
     }
+}
+
+/// A file one of whose writes in `every` lets the other threads run first, so that what can overtake it does; with
+/// `reads` one of its reads and writes.
+pub fn slow(path: &Path, every: u64, reads: bool) -> impl FileBackend + 'static {
+    let requests = AtomicU64::new(0);
+    Watched::before(HostFile::new(open_file(path, true)).unwrap(), move |request| {
+        let counts = request == Request::Change || reads && request == Request::Read;
+        if counts && requests.fetch_add(1, Ordering::Relaxed).is_multiple_of(every) {
+            (0..300).for_each(|_| std::thread::yield_now());
+        }
+    })
 }
 
 const PAGE: u64 = 512;
