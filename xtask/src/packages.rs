@@ -41,6 +41,14 @@ pub const TEST: &[Need] = &[
     need("virsh", "libvirt-clients", "driving vireod with an unmodified client"),
     need("strace", "strace", "ending programs before each of their system calls"),
 ];
+/// What calls qemu-img, with ours in its place; after [`QEMU`], which they would take from the stable suite.
+pub const CALLERS: &[Need] = &[
+    need("virt-sparsify", "libguestfs-tools", "libguestfs with our qemu-img"),
+    need("libvirtd", "libvirt-daemon-system", "libvirt's storage driver with our qemu-img"),
+    need("virt-install", "virtinst", "virt-install with our qemu-img"),
+    need("setpriv", "util-linux", "running libvirtd as a user"),
+    need("depmod", "kmod", "the modules of libguestfs' kernel"),
+];
 /// To know the largest resident size of a program.
 pub const TIME: &[Need] = &[need("time", "time", "measuring the memory of a program")];
 /// To measure against QEMU.

@@ -13,6 +13,7 @@ pub fn run(consent: Consent, long: bool) -> Result<()> {
     packages::ensure(&[packages::BUILD, packages::TEST, packages::GUEST], consent)?;
     if long {
         packages::ensure(&[packages::QEMU], consent)?;
+        packages::ensure(&[packages::CALLERS], consent)?;
     }
     say("tidy");
     tidy::run()?;

@@ -232,7 +232,7 @@ fn drop_unstable(value: &mut Value) {
 }
 
 /// Words; single quotes keep blanks and can be empty.
-fn split(line: &str) -> Vec<String> {
+pub fn split(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     let (mut word, mut quoted, mut any) = (String::new(), false, false);
     for c in line.chars() {
