@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use guest_ram::MarksSlice;
+use guest_ram::{MarksSlice, Memory};
 use guest_ram::vm_memory::VolatileSlice;
 
 /// A piece of guest memory that takes part in a transfer.
@@ -31,6 +31,27 @@ pub enum Transfer {
     Write,
 }
 
+/// What became of a transfer that a disk was asked to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begun {
+    /// It is done.
+    Done,
+    /// The disk works on it: [`DiskBackend::next_over`] tells when it is over.
+    UnderWay,
+    /// The disk does not do such a transfer by itself: [`DiskBackend::read`] or [`DiskBackend::write`] does it.
+    Refused,
+}
+
+/// A transfer that is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Over {
+    /// The controller's name for it.
+    pub tag: u64,
+    /// It went well. Where not, any part may have been moved: it is done again with [`DiskBackend::read`] or
+    /// [`DiskBackend::write`], which answer for it.
+    pub good: bool,
+}
+
 /// A disk, in bytes. Implementations decide by their error policy whether a failure is held, reported or hidden.
 /// Offsets and lengths come from a guest: a request that reaches past the end is answered with [`DiskFault::Report`].
 pub trait DiskBackend: Send {
@@ -49,6 +70,26 @@ pub trait DiskBackend: Send {
     }
     /// Becomes readable when a request that had to wait may be tried again.
     fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    /// The memory in which all buffers will lie. A disk that is not told works on nothing by itself. Called once, before
+    /// any request.
+    fn attach(&mut self, _memory: &Memory) {}
+    /// Begins a transfer of a whole request that was admitted; `tag` names it. Several are under way at once and end in
+    /// any order, as on a real disk.
+    fn begin(&mut self, _transfer: Transfer, _offset: u64, _buffers: &[GuestBuffer<'_>], _tag: u64) -> Begun {
+        Begun::Refused
+    }
+    /// What was begun starts now at the latest.
+    fn submit(&mut self) {}
+    /// The next transfer that is over.
+    fn next_over(&mut self) -> Option<Over> {
+        None
+    }
+    /// Submits, and waits until a transfer is over, if any is under way.
+    fn wait(&mut self) {}
+    /// Readable when a transfer is over.
+    fn over_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
     /// Fills `buffers` from `offset` on.

@@ -23,7 +23,7 @@ pub use device::{
     Doorbell, DoorbellError, Lifecycle, MmioDevice, PortDevice, PowerEvent, ResetDevice, Ring, Space, StateError,
     TimedDevice,
 };
-pub use disk::{DiskBackend, DiskFault, GuestBuffer, Transfer};
+pub use disk::{Begun, DiskBackend, DiskFault, GuestBuffer, Over, Transfer};
 pub use guest_ram::Gpa;
 pub use irq::{IrqLine, LineTarget, Msi, MsiSink, NoLine};
 pub use work::{Interest, Work};

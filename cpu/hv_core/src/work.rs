@@ -18,6 +18,13 @@ pub trait Work: Send {
     fn interest(&self) -> Interest {
         Interest::default()
     }
+    /// A second descriptor, whose readability is always a reason to call [`Work::work`]: something that the device began
+    /// is over.
+    fn over_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    /// The machine is about to stand: returns when nothing that the device began is under way.
+    fn settle(&mut self) {}
     /// The machine goes on after a pause: what was held back because of an error may be tried again.
     fn resumed(&mut self) {}
     /// The back end is another than before: a disk has been resized. The machine stands.

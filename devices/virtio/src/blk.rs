@@ -3,12 +3,12 @@
 use std::os::fd::BorrowedFd;
 
 use guest_ram::Memory;
-use hv_core::{DiskBackend, DiskFault, Interest, Transfer};
-use virtio_queue::DescriptorChain;
+use hv_core::{Begun, DiskBackend, DiskFault, GuestBuffer, Interest, Over, Transfer};
+use vm_memory::{Bytes, GuestAddress};
 
-use crate::chain::{self, Buffers, Gathered, MAX_SEGMENTS};
+use crate::chain::{self, Buffers, Chain, Gathered, MAX_SEGMENTS};
 use crate::model::{MAX_QUEUES, Model};
-use crate::work::{Device, Served};
+use crate::work::{Device, Ended, Served};
 
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
@@ -95,39 +95,98 @@ pub(crate) struct Blk {
     held: bool,
     /// A request waits for the disk's limits.
     waiting: bool,
+    /// Requests that the disk works on; a place is the tag of one.
+    under_way: Vec<Option<UnderWay>>,
+    free: Vec<usize>,
 }
 
-/// How a request ended: its status, and data bytes written to the guest.
-type Outcome = Result<u32, DiskFault>;
+/// A request that the disk works on.
+#[derive(Clone, Copy)]
+struct UnderWay {
+    index: u16,
+    head: u16,
+    /// Where its status byte is.
+    status_at: GuestAddress,
+    /// Data bytes that are written to the guest.
+    written: u32,
+}
+
+/// What became of a request that did not fail.
+enum Answer {
+    /// It is done, with so many data bytes written to the guest.
+    Done(u32),
+    /// The disk works on it.
+    UnderWay,
+}
+
+type Outcome = Result<Answer, DiskFault>;
 
 impl Blk {
     pub(crate) fn new(disk: Box<dyn DiskBackend>, queues: BlkQueues, serial: &str) -> Blk {
         let mut id = [0; ID_BYTES];
         id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
-        Blk { disk, queues, id, held: false, waiting: false }
+        Blk { disk, queues, id, held: false, waiting: false, under_way: Vec::new(), free: Vec::new() }
     }
 
-    fn request(&mut self, kind: u32, sector: u64, readable: &mut Buffers<'_>, writable: &Buffers<'_>) -> Outcome {
+    fn request(
+        &mut self,
+        (kind, sector): (u32, u64),
+        readable: &mut Buffers<'_>,
+        writable: &Buffers<'_>,
+        kept: Option<UnderWay>,
+    ) -> Outcome {
         // The back end checks the end of the disk; here only what could not be said in bytes.
         let offset = || sector.checked_mul(SECTOR_BYTES).ok_or(DiskFault::Report);
-        let whole = |bytes: u64| if bytes.is_multiple_of(SECTOR_BYTES) { Ok(bytes) } else { Err(DiskFault::Report) };
+        let done = |()| Answer::Done(0);
         match kind {
-            T_IN => {
-                let bytes = whole(chain::length(writable))?;
-                self.disk.admit(Transfer::Read, bytes)?;
-                self.disk.read(offset()?, writable)?;
-                Ok(u32::try_from(bytes).unwrap_or(u32::MAX))
-            }
-            T_OUT => {
-                let bytes = whole(chain::length(readable))?;
-                self.disk.admit(Transfer::Write, bytes)?;
-                self.disk.write(offset()?, readable).map(|()| 0)
-            }
-            T_FLUSH => self.disk.flush().map(|()| 0),
-            T_GET_ID => Ok(chain::fill(writable, &self.id) as u32),
-            T_DISCARD | T_WRITE_ZEROES => self.ranges(kind, readable).map(|()| 0),
+            T_IN => self.transfer(Transfer::Read, offset, writable, kept),
+            T_OUT => self.transfer(Transfer::Write, offset, readable, kept),
+            T_FLUSH => self.disk.flush().map(done),
+            T_GET_ID => Ok(Answer::Done(chain::fill(writable, &self.id) as u32)),
+            T_DISCARD | T_WRITE_ZEROES => self.ranges(kind, readable).map(done),
             _ => Err(DiskFault::Unsupported),
         }
+    }
+
+    /// A read or a write: the disk works on it by itself, or does it now. Without `kept` it must be done now.
+    fn transfer(
+        &mut self,
+        transfer: Transfer,
+        offset: impl Fn() -> Result<u64, DiskFault>,
+        buffers: &[GuestBuffer<'_>],
+        kept: Option<UnderWay>,
+    ) -> Outcome {
+        let bytes = chain::length(buffers);
+        if !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(DiskFault::Report);
+        }
+        self.disk.admit(transfer, bytes)?;
+        let offset = offset()?;
+        let written = if transfer == Transfer::Read { u32::try_from(bytes).unwrap_or(u32::MAX) } else { 0 };
+        if let Some(kept) = kept {
+            let tag = self.free.pop().unwrap_or_else(|| {
+                self.under_way.push(None);
+                self.under_way.len() - 1
+            });
+            match self.disk.begin(transfer, offset, buffers, tag as u64) {
+                Begun::Done => {
+                    self.free.push(tag);
+                    return Ok(Answer::Done(written));
+                }
+                Begun::UnderWay => {
+                    if let Some(place) = self.under_way.get_mut(tag) {
+                        *place = Some(UnderWay { written, ..kept });
+                    }
+                    return Ok(Answer::UnderWay);
+                }
+                Begun::Refused => self.free.push(tag),
+            }
+        }
+        match transfer {
+            Transfer::Read => self.disk.read(offset, buffers)?,
+            Transfer::Write => self.disk.write(offset, buffers)?,
+        }
+        Ok(Answer::Done(written))
     }
 
     /// Ranges of a discard or write-zeroes request: sector, sectors, flags. VIRTIO 5.2.6
@@ -166,22 +225,28 @@ impl Blk {
 }
 
 impl Device for Blk {
-    fn serve(&mut self, _index: u16, memory: &Memory, chain: DescriptorChain<&Memory>) -> Served {
+    fn serve(&mut self, index: u16, memory: &Memory, chain: Chain, again: bool) -> Served {
         // A chain that cannot be gathered has no status byte to say so: it goes back with nothing written.
-        let Ok(Gathered { mut readable, mut writable }) = chain::gather(memory, chain) else {
+        let Ok(Gathered { mut readable, mut writable, last_byte }) = chain::gather(memory, chain) else {
             return Served::Used(0);
         };
-        let Some(status_at) = chain::take_last_byte(&mut writable) else { return Served::Used(0) };
+        let (Some(status_at), Some(last_byte)) = (chain::take_last_byte(&mut writable), last_byte) else {
+            return Served::Used(0);
+        };
+        let kept = UnderWay { index, head: chain.head, status_at: last_byte, written: 0 };
+        let kept = (!again).then_some(kept);
         let mut header = [0; HEADER_BYTES];
         let outcome = match chain::take_front(&mut readable, &mut header) {
             Some(()) => {
                 let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
-                self.request(u32::from_le_bytes([k0, k1, k2, k3]), u64::from_le_bytes(sector), &mut readable, &writable)
+                let asked = (u32::from_le_bytes([k0, k1, k2, k3]), u64::from_le_bytes(sector));
+                self.request(asked, &mut readable, &writable, kept)
             }
             None => Err(DiskFault::Report),
         };
         let (status, written) = match outcome {
-            Ok(written) => (S_OK, written),
+            Ok(Answer::Done(written)) => (S_OK, written),
+            Ok(Answer::UnderWay) => return Served::UnderWay,
             Err(DiskFault::Report) => (S_IOERR, 0),
             Err(DiskFault::Unsupported) => (S_UNSUPP, 0),
             Err(DiskFault::Hold) => {
@@ -195,6 +260,28 @@ impl Device for Blk {
         };
         status_at.copy_from(&[status]);
         Served::Used(written.saturating_add(1))
+    }
+    fn attach(&mut self, memory: &Memory) {
+        self.disk.attach(memory);
+    }
+    fn submit(&mut self) {
+        self.disk.submit();
+    }
+    fn next_over(&mut self, memory: &Memory) -> Option<Ended> {
+        let Over { tag, good } = self.disk.next_over()?;
+        let tag = usize::try_from(tag).ok()?;
+        let UnderWay { index, head, status_at, written } = self.under_way.get_mut(tag)?.take()?;
+        self.free.push(tag);
+        // The byte was in guest memory when the chain was gathered.
+        let told = good && memory.write_obj(S_OK, status_at).is_ok();
+        Some(Ended { index, head, used: told.then_some(written.saturating_add(1)) })
+    }
+    fn wait(&mut self) -> bool {
+        let any = self.under_way.len() > self.free.len();
+        if any {
+            self.disk.wait();
+        }
+        any
     }
     fn ready(&mut self, _index: u16) -> bool {
         !self.held && !self.waiting
@@ -214,6 +301,9 @@ impl Device for Blk {
     }
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.disk.wait_fd()
+    }
+    fn over_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.disk.over_fd()
     }
     fn interest(&self) -> Interest {
         Interest { readable: self.waiting, writable: false }

@@ -3,8 +3,8 @@
 use guest_ram::Memory;
 use hv_core::GuestBuffer;
 use smallvec::SmallVec;
-use virtio_queue::DescriptorChain;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 /// Buffers of one direction, in order.
 pub(crate) type Buffers<'a> = SmallVec<[GuestBuffer<'a>; 8]>;
@@ -16,17 +16,65 @@ pub(crate) const MAX_SEGMENTS: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BadChain;
 
+/// Where a chain begins. It stays the device's until its head is in the used ring.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chain {
+    /// Descriptor table of the queue.
+    pub(crate) table: GuestAddress,
+    /// Its entries.
+    pub(crate) entries: u16,
+    /// The first descriptor.
+    pub(crate) head: u16,
+}
+
 /// A chain's buffers: first what the device reads, then what it writes.
 pub(crate) struct Gathered<'a> {
     pub(crate) readable: Buffers<'a>,
     pub(crate) writable: Buffers<'a>,
+    /// Where the last byte is that the device writes.
+    pub(crate) last_byte: Option<GuestAddress>,
+}
+
+/// The way along a chain. VIRTIO 2.7.5
+struct Walk<'a> {
+    memory: &'a Memory,
+    table: GuestAddress,
+    entries: u32,
+    /// The table is one that a descriptor of the queue's table refers to.
+    indirect: bool,
+    next: Option<u16>,
+}
+
+impl Walk<'_> {
+    fn next(&mut self) -> Result<Option<Descriptor>, BadChain> {
+        const ENTRY_BYTES: u32 = 16;
+        let Some(index) = self.next.take() else { return Ok(None) };
+        if u32::from(index) >= self.entries {
+            return Err(BadChain);
+        }
+        let at = self.table.checked_add(u64::from(index) * u64::from(ENTRY_BYTES)).ok_or(BadChain)?;
+        let descriptor: Descriptor = self.memory.read_obj(at).map_err(|_| BadChain)?;
+        if !descriptor.refers_to_indirect_table() {
+            self.next = descriptor.has_next().then(|| descriptor.next());
+            return Ok(Some(descriptor));
+        }
+        // Only the queue's own table refers to others. VIRTIO 2.7.5.3.1
+        if self.indirect || !descriptor.len().is_multiple_of(ENTRY_BYTES) {
+            return Err(BadChain);
+        }
+        let (table, entries) = (descriptor.addr(), descriptor.len() / ENTRY_BYTES);
+        *self = Walk { table, entries, indirect: true, next: Some(0), ..*self };
+        self.next()
+    }
 }
 
 /// Walks `chain`. After a failure nothing of it is used.
-pub(crate) fn gather<'a>(memory: &'a Memory, chain: DescriptorChain<&Memory>) -> Result<Gathered<'a>, BadChain> {
-    let mut gathered = Gathered { readable: SmallVec::new(), writable: SmallVec::new() };
+pub(crate) fn gather(memory: &Memory, chain: Chain) -> Result<Gathered<'_>, BadChain> {
+    let mut gathered = Gathered { readable: SmallVec::new(), writable: SmallVec::new(), last_byte: None };
+    let Chain { table, entries, head } = chain;
+    let mut walk = Walk { memory, table, entries: entries.into(), indirect: false, next: Some(head) };
     let mut count = 0;
-    for descriptor in chain {
+    while let Some(descriptor) = walk.next()? {
         count += 1;
         if count > MAX_SEGMENTS {
             return Err(BadChain);
@@ -41,6 +89,9 @@ pub(crate) fn gather<'a>(memory: &'a Memory, chain: DescriptorChain<&Memory>) ->
         let length = descriptor.len() as usize;
         if length == 0 {
             continue;
+        }
+        if descriptor.is_write_only() {
+            gathered.last_byte = Some(descriptor.addr().checked_add(length as u64 - 1).ok_or(BadChain)?);
         }
         // A buffer may cross from one memory region into the next.
         for slice in memory.get_slices(GuestAddress(descriptor.addr().0), length) {

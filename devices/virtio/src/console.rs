@@ -4,9 +4,8 @@ use std::os::fd::BorrowedFd;
 
 use guest_ram::Memory;
 use hv_core::Interest;
-use virtio_queue::DescriptorChain;
 
-use crate::chain::{self, Gathered};
+use crate::chain::{self, Chain, Gathered};
 use crate::model::Model;
 use crate::work::{Device, Served};
 
@@ -87,7 +86,7 @@ impl Console {
 }
 
 impl Device for Console {
-    fn serve(&mut self, index: u16, memory: &Memory, chain: DescriptorChain<&Memory>) -> Served {
+    fn serve(&mut self, index: u16, memory: &Memory, chain: Chain, _again: bool) -> Served {
         let Ok(gathered) = chain::gather(memory, chain) else { return Served::Used(0) };
         if index == TRANSMIT {
             return self.transmit(&gathered);

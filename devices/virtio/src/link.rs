@@ -13,6 +13,8 @@ use crate::interrupt::Interrupts;
 pub(crate) struct Moved {
     pub(crate) index: u16,
     pub(crate) queue: Queue,
+    /// Heads of chains that were taken from the queue and are to be served again, the oldest first.
+    pub(crate) unfinished: Vec<u16>,
 }
 
 /// What the register half asks of the working half.

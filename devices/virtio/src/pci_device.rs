@@ -52,6 +52,8 @@ struct Setup {
     device: u64,
     next_avail: u16,
     next_used: u16,
+    /// See [`Moved::unfinished`].
+    unfinished: Vec<u16>,
 }
 
 impl Setup {
@@ -65,6 +67,7 @@ impl Setup {
             device: 0,
             next_avail: 0,
             next_used: 0,
+            unfinished: Vec::new(),
         }
     }
 
@@ -212,7 +215,7 @@ impl VirtioPci {
         let mut queues = Vec::new();
         for (setup, index) in self.queues.iter().zip(0u16..).filter(|(setup, _)| setup.enabled) {
             match setup.queue(&self.memory, self.driver_features) {
-                Some(queue) => queues.push(Moved { index, queue }),
+                Some(queue) => queues.push(Moved { index, queue, unfinished: setup.unfinished.clone() }),
                 None => return self.lanes.give_up(),
             }
         }
@@ -220,10 +223,11 @@ impl VirtioPci {
     }
 
     fn take_back(&mut self) {
-        for Moved { index, queue } in self.lanes.take_returned() {
+        for Moved { index, queue, unfinished } in self.lanes.take_returned() {
             if let Some(setup) = self.queues.get_mut(usize::from(index)) {
                 setup.next_avail = queue.next_avail();
                 setup.next_used = queue.next_used();
+                setup.unfinished = unfinished;
             }
         }
     }
@@ -238,9 +242,9 @@ impl VirtioPci {
         let wires = lanes.interrupts().lock();
         let vectors = wires.queue_vectors.iter();
         let queues = queues.iter().zip(vectors).map(|(setup, &vector)| {
-            let Setup { size, max_size: _, enabled, descriptors, driver, device, next_avail, next_used } =
+            let Setup { size, max_size: _, enabled, descriptors, driver, device, next_avail, next_used, unfinished } =
                 setup.clone();
-            QueueStateV1 { size, enabled, descriptors, driver, device, vector, next_avail, next_used }
+            QueueStateV1 { size, enabled, descriptors, driver, device, vector, next_avail, next_used, unfinished }
         });
         VirtioStateV1 {
             config: config.save(),
@@ -278,10 +282,15 @@ impl VirtioPci {
         wires.msix = Msix::restore(msix, wires.msix.vectors(), messages)?;
         for (index, saved) in queues.into_iter().enumerate() {
             let Some(setup) = self.queues.get_mut(index) else { continue };
-            let QueueStateV1 { size, enabled, descriptors, driver, device, vector, next_avail, next_used } = saved;
+            let QueueStateV1 { size, enabled, descriptors, driver, device, vector, .. } = saved;
+            let QueueStateV1 { next_avail, next_used, unfinished, .. } = saved;
             let max_size = setup.max_size;
             let size = check_size(size, max_size)?;
-            *setup = Setup { size, max_size, enabled, descriptors, driver, device, next_avail, next_used };
+            if unfinished.len() > usize::from(size) {
+                let (want, got) = (size.into(), unfinished.len());
+                return Err(StateError::Length { field: "virtio.queue.unfinished", want, got });
+            }
+            *setup = Setup { size, max_size, enabled, descriptors, driver, device, next_avail, next_used, unfinished };
             let vector = wires.valid_vector(vector);
             if let Some(place) = wires.queue_vectors.get_mut(index) {
                 *place = vector;

@@ -1,9 +1,8 @@
 //! Entropy device. VIRTIO 5.4
 
 use guest_ram::Memory;
-use virtio_queue::DescriptorChain;
 
-use crate::chain;
+use crate::chain::{self, Chain};
 use crate::model::Model;
 use crate::work::{Device, Served};
 
@@ -33,7 +32,7 @@ impl Rng {
 }
 
 impl Device for Rng {
-    fn serve(&mut self, _index: u16, memory: &Memory, chain: DescriptorChain<&Memory>) -> Served {
+    fn serve(&mut self, _index: u16, memory: &Memory, chain: Chain, _again: bool) -> Served {
         let Ok(gathered) = chain::gather(memory, chain) else { return Served::Used(0) };
         let bytes = (chain::length(&gathered.writable) as usize).min(REQUEST_BYTES);
         let mut random = [0; REQUEST_BYTES];

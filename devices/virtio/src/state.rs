@@ -26,6 +26,10 @@ pub struct QueueStateV1 {
     /// Next entry of the used ring.
     #[n(7)]
     pub next_used: u16,
+    /// Heads of chains that were taken from the available ring and are to be served again.
+    #[n(8)]
+    #[cbor(default, skip_if = "Vec::is_empty")]
+    pub unfinished: Vec<u16>,
 }
 
 /// A device.

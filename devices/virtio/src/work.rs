@@ -6,9 +6,10 @@ use std::sync::atomic::{Ordering, fence};
 
 use guest_ram::Memory;
 use hv_core::{Interest, Work};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::chain::Chain;
 use crate::link::{Link, Moved, Request};
 
 /// Chains served before other devices get their turn.
@@ -21,14 +22,39 @@ pub(crate) enum Served {
     Used(u32),
     /// Not now: it is offered again. The queue rests until the back end is ready or the machine resumes.
     Later,
+    /// The device keeps it: [`Device::next_over`] returns it.
+    UnderWay,
+}
+
+/// A chain that was under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ended {
+    /// Its queue.
+    pub(crate) index: u16,
+    /// Its head.
+    pub(crate) head: u16,
+    /// Bytes written; `None`: it is to be served again.
+    pub(crate) used: Option<u32>,
 }
 
 /// What a device does with chains.
 pub(crate) trait Device: Send {
     /// Something has happened: a bell, a message, or what [`Device::fd`] waits for.
     fn woken(&mut self) {}
-    /// Serves one chain of queue `index`.
-    fn serve(&mut self, index: u16, memory: &Memory, chain: DescriptorChain<&Memory>) -> Served;
+    /// Serves one chain of queue `index`. One that is served again does not go under way.
+    fn serve(&mut self, index: u16, memory: &Memory, chain: Chain, again: bool) -> Served;
+    /// What was begun starts now at the latest.
+    fn submit(&mut self) {}
+    /// The next chain that was under way and is over.
+    fn next_over(&mut self, _memory: &Memory) -> Option<Ended> {
+        None
+    }
+    /// Waits until a chain that is under way is over. False: none is.
+    fn wait(&mut self) -> bool {
+        false
+    }
+    /// Queues will work on this memory.
+    fn attach(&mut self, _memory: &Memory) {}
     /// Whether queue `index` has something to do now; a queue that waits for its back end has not.
     fn ready(&mut self, _index: u16) -> bool {
         true
@@ -47,6 +73,10 @@ pub(crate) trait Device: Send {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+    /// See [`Work::over_fd`].
+    fn over_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
     /// See [`Work::interest`]; asked while queues are here.
     fn interest(&self) -> Interest {
         Interest::default()
@@ -58,14 +88,34 @@ pub(crate) struct Working<D> {
     device: D,
     link: Arc<Link>,
     memory: Memory,
-    queues: Vec<Moved>,
+    queues: Vec<Serving>,
+}
+
+/// A queue that is being served.
+struct Serving {
+    moved: Moved,
+    /// Chains went back to the driver, and it has not been told.
+    used: bool,
+}
+
+impl Serving {
+    fn give_back(&mut self, memory: &Memory, head: u16, bytes: u32) -> Result<(), Broken> {
+        self.moved.queue.add_used(memory, head, bytes).map_err(|_| Broken)?;
+        self.used = true;
+        Ok(())
+    }
+    fn chain(&self, head: u16) -> Chain {
+        let queue = &self.moved.queue;
+        Chain { table: GuestAddress(queue.desc_table()), entries: queue.size(), head }
+    }
 }
 
 /// The driver has put into a ring what cannot be there.
 struct Broken;
 
 impl<D: Device> Working<D> {
-    pub(crate) fn new(device: D, link: Arc<Link>, memory: Memory) -> Working<D> {
+    pub(crate) fn new(mut device: D, link: Arc<Link>, memory: Memory) -> Working<D> {
+        device.attach(&memory);
         Working { device, link, memory, queues: Vec::new() }
     }
 
@@ -74,57 +124,106 @@ impl<D: Device> Working<D> {
             match request {
                 Request::Start { queues, features } => {
                     self.device.start(features);
-                    self.queues = queues;
+                    self.queues = queues.into_iter().map(|moved| Serving { moved, used: false }).collect();
                     self.link.done(Vec::new());
                 }
                 Request::Stop => {
+                    self.settle();
                     self.device.stop();
-                    self.link.done(std::mem::take(&mut self.queues));
+                    self.link.done(self.queues.drain(..).map(|serving| serving.moved).collect());
                 }
                 Request::Forget => {
-                    self.device.stop();
                     self.queues.clear();
+                    self.settle();
+                    self.device.stop();
                     self.link.done(Vec::new());
                 }
             }
         }
     }
 
+    /// Everything that there is to do. True: there is more than one turn allows.
+    fn pass(&mut self) -> Result<bool, Broken> {
+        self.take_over()?;
+        let mut more = false;
+        for place in 0..self.queues.len() {
+            more |= self.turn(place)?;
+        }
+        self.device.submit();
+        // Some were over at once.
+        self.take_over()?;
+        for Serving { moved, .. } in &self.queues {
+            more |= !moved.unfinished.is_empty() && self.device.ready(moved.index);
+        }
+        self.tell()?;
+        Ok(more)
+    }
+
+    /// Gives chains that were under way and are over back to the driver.
+    fn take_over(&mut self) -> Result<(), Broken> {
+        while let Some(Ended { index, head, used }) = self.device.next_over(&self.memory) {
+            // The queues of a driver that broke one are gone.
+            let Some(serving) = self.queues.iter_mut().find(|serving| serving.moved.index == index) else { continue };
+            match used {
+                Some(bytes) => serving.give_back(&self.memory, head, bytes)?,
+                None => serving.moved.unfinished.push(head),
+            }
+        }
+        Ok(())
+    }
+
     /// Serves one queue. True: there is more than its turn allowed.
     fn turn(&mut self, place: usize) -> Result<bool, Broken> {
-        let Working { device, link, memory, queues } = self;
+        let Working { device, memory, queues, .. } = self;
         let memory: &Memory = memory;
-        let Some(Moved { index, queue }) = queues.get_mut(place) else { return Ok(false) };
-        let (mut used, mut left, mut more) = (false, TURN_CHAINS, false);
-        'turn: while device.ready(*index) {
-            queue.disable_notification(memory).map_err(|_| Broken)?;
-            while device.ready(*index) {
+        let Some(serving) = queues.get_mut(place) else { return Ok(false) };
+        let index = serving.moved.index;
+        while let Some(&head) = serving.moved.unfinished.first()
+            && device.ready(index)
+        {
+            let Served::Used(bytes) = device.serve(index, memory, serving.chain(head), true) else { break };
+            serving.moved.unfinished.remove(0);
+            serving.give_back(memory, head, bytes)?;
+        }
+        let mut left = TURN_CHAINS;
+        while device.ready(index) {
+            serving.moved.queue.disable_notification(memory).map_err(|_| Broken)?;
+            while device.ready(index) {
                 if left == 0 {
-                    more = true;
-                    break 'turn;
+                    return Ok(true);
                 }
                 left -= 1;
-                let Some(chain) = next_chain(queue, memory)? else { break };
-                let head = chain.head_index();
-                match device.serve(*index, memory, chain) {
-                    Served::Used(bytes) => {
-                        queue.add_used(memory, head, bytes).map_err(|_| Broken)?;
-                        used = true;
-                    }
+                let Some(head) = next_head(&mut serving.moved.queue, memory)? else { break };
+                match device.serve(index, memory, serving.chain(head), false) {
+                    Served::Used(bytes) => serving.give_back(memory, head, bytes)?,
+                    Served::UnderWay => {}
                     Served::Later => {
-                        queue.go_to_previous_position();
-                        break 'turn;
+                        serving.moved.queue.go_to_previous_position();
+                        return Ok(false);
                     }
                 }
             }
-            if !queue.enable_notification(memory).map_err(|_| Broken)? {
+            if !serving.moved.queue.enable_notification(memory).map_err(|_| Broken)? {
                 break;
             }
         }
-        if used && wants_interrupt(queue, memory)? {
-            link.interrupts().queue_used(*index);
+        Ok(false)
+    }
+
+    /// Tells the driver what went back to it.
+    fn tell(&mut self) -> Result<(), Broken> {
+        for Serving { moved, used } in &mut self.queues {
+            if std::mem::take(used) && wants_interrupt(&mut moved.queue, &self.memory)? {
+                self.link.interrupts().queue_used(moved.index);
+            }
         }
-        Ok(more)
+        Ok(())
+    }
+
+    /// What is in the queues means nothing any more; the driver resets the device to go on.
+    fn give_up(&mut self) {
+        self.queues.clear();
+        self.link.give_up();
     }
 }
 
@@ -142,32 +241,35 @@ fn wants_interrupt(queue: &mut Queue, memory: &Memory) -> Result<bool, Broken> {
     Ok(u16::from_le(flags) & NO_INTERRUPT == 0)
 }
 
-fn next_chain<'m>(queue: &mut Queue, memory: &'m Memory) -> Result<Option<DescriptorChain<&'m Memory>>, Broken> {
-    Ok(queue.iter(memory).map_err(|_| Broken)?.next())
+fn next_head(queue: &mut Queue, memory: &Memory) -> Result<Option<u16>, Broken> {
+    Ok(queue.iter(memory).map_err(|_| Broken)?.next().map(|chain| chain.head_index()))
 }
 
 impl<D: Device> Work for Working<D> {
     fn work(&mut self) {
         self.receive();
         self.device.woken();
-        let mut more = false;
-        for place in 0..self.queues.len() {
-            match self.turn(place) {
-                Ok(unfinished) => more |= unfinished,
-                Err(Broken) => {
-                    // What is in the queues means nothing any more; the driver resets the device to go on.
-                    self.queues.clear();
-                    self.link.give_up();
-                    return;
-                }
+        match self.pass() {
+            Ok(true) => self.link.bell().ring(),
+            Ok(false) => {}
+            Err(Broken) => self.give_up(),
+        }
+    }
+    fn settle(&mut self) {
+        while self.device.wait() {
+            if self.take_over().is_err() {
+                self.give_up();
             }
         }
-        if more {
-            self.link.bell().ring();
+        if self.tell().is_err() {
+            self.give_up();
         }
     }
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.device.fd()
+    }
+    fn over_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.device.over_fd()
     }
     fn interest(&self) -> Interest {
         if self.queues.is_empty() { Interest::default() } else { self.device.interest() }

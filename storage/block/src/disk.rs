@@ -17,10 +17,11 @@ use crate::foreign::{ForeignImage, open_foreign};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
 use crate::luks::{LayerKey, open_luks};
-use crate::node::{Below, Extent, ExtentKind, Mapped, Node, read_chain};
+use crate::node::{Below, Extent, ExtentKind, Mapped, Node, Place, Placed, read_chain};
 use crate::qcow2::{DataFile, Qcow2Image, Qcow2Node, Qcow2Options, Sealing};
 use crate::raw::RawNode;
 use crate::sys::{ReadBufs, WriteBufs};
+use crate::throttle::Direction;
 
 /// What a guest's discard does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -282,7 +283,7 @@ impl Disk {
     fn read_bufs(&self, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {
         self.check_range(offset, bufs.len() as u64)?;
         read_chain(&self.nodes, offset, bufs)?;
-        Meters::count(&self.meters.reads, &self.meters.read_bytes, bufs.len() as u64);
+        self.count(Direction::Read, bufs.len() as u64);
         Ok(())
     }
 
@@ -296,7 +297,7 @@ impl Disk {
         let (top, below) = self.top()?;
         self.changing(offset, bytes, || top.write(below, offset, bufs))?;
         self.written()?;
-        Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
+        self.count(Direction::Write, bytes);
         Ok(())
     }
 
@@ -327,13 +328,60 @@ impl Disk {
         if self.taps.is_empty() { self.top()?.0.map_write(offset, bytes) } else { Ok(None) }
     }
 
+    /// Where all of a request lies in a file as it is, if moving its data is all there is to do, and the layer to tell
+    /// when it is over.
+    pub(crate) fn place(
+        &self,
+        direction: Direction,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Option<(&Arc<dyn Node>, Place<'_>)>, BlockError> {
+        let layers = match direction {
+            Direction::Read => {
+                self.check_range(offset, bytes)?;
+                &self.nodes[..]
+            }
+            Direction::Write => {
+                self.check_write(offset, bytes)?;
+                let more_to_do =
+                    !self.taps.is_empty() || self.detect_zeroes != DetectZeroes::Off || self.cache.writes_through();
+                if more_to_do {
+                    return Ok(None);
+                }
+                self.nodes.get(..1).unwrap_or_default()
+            }
+        };
+        let end = offset.saturating_add(bytes);
+        for node in layers {
+            let placed = match direction {
+                _ if end > node.size_bytes() => Placed::Nowhere,
+                Direction::Read => node.place_read(offset, bytes)?,
+                Direction::Write => node.place_write(offset, bytes)?,
+            };
+            match placed {
+                Placed::Here(place) => return Ok(Some((node, place))),
+                Placed::Below => {}
+                Placed::Nowhere => return Ok(None),
+            }
+        }
+        Ok(None)
+    }
+
+    /// A request has succeeded.
+    pub(crate) fn count(&self, direction: Direction, bytes: u64) {
+        match direction {
+            Direction::Read => Meters::count(&self.meters.reads, &self.meters.read_bytes, bytes),
+            Direction::Write => Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes),
+        }
+    }
+
     /// Stores one cluster from what [`Disk::pack`] made of it. `offset` is at a cluster; `bytes` is what the
     /// cluster covers of the disk.
     pub fn write_packed(&self, offset: u64, packed: &[u8], bytes: u64) -> Result<(), BlockError> {
         self.check_write(offset, bytes)?;
         self.changing(offset, bytes, || self.top()?.0.write_packed(offset, packed))?;
         self.written()?;
-        Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
+        self.count(Direction::Write, bytes);
         Ok(())
     }
 
@@ -343,7 +391,7 @@ impl Disk {
         let (top, below) = self.top()?;
         self.changing(offset, bytes, || top.write_zeroes(below, offset, bytes, may_unmap))?;
         self.written()?;
-        Meters::count(&self.meters.writes, &self.meters.written_bytes, bytes);
+        self.count(Direction::Write, bytes);
         Ok(())
     }
 

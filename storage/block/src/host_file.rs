@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
-use crate::io::FileBackend;
+use crate::io::{FileBackend, RingFile};
 use crate::page_buf::PageBuf;
 use crate::sys::{ReadBufs, WriteBufs, pread, pwrite};
 use crate::zeroes::{PIECE_BYTES, write_zero_data};
@@ -196,6 +196,12 @@ impl FileBackend for HostFile {
 
     fn as_host_file(&self) -> Option<&File> {
         Some(&self.file).filter(|_| !self.direct)
+    }
+
+    fn ring_file(&self, offset: u64, _bytes: u64, is_aligned: &dyn Fn(usize) -> bool) -> Option<RingFile<'_>> {
+        // Pieces that are aligned add up to a length that is.
+        let bounces = self.direct && self.must_bounce(offset, is_aligned(DIRECT_ALIGN as usize));
+        (!bounces).then_some(RingFile { file: &self.file, is_direct: self.direct })
     }
 
     fn len_bytes(&self) -> io::Result<u64> {

@@ -6,6 +6,14 @@ use std::io;
 use crate::blkdebug::Event;
 use crate::sys::{ReadBufs, WriteBufs};
 
+/// A file of the host that a ring works on.
+pub struct RingFile<'a> {
+    /// The file.
+    pub file: &'a File,
+    /// It bypasses the host's page cache.
+    pub is_direct: bool,
+}
+
 /// A file, as the engine needs it. Calls may block, and come from several threads.
 pub trait FileBackend: Send + Sync {
     /// Fills all of `bufs`; bytes past the end of the file are zeroes.
@@ -27,6 +35,11 @@ pub trait FileBackend: Send + Sync {
     fn event(&self, _event: Event) {}
     /// The file as one of the host, for copies from file to file.
     fn as_host_file(&self) -> Option<&File> {
+        None
+    }
+    /// The file of the host in which a ring may read or write a range by itself; `is_aligned` tells whether the memory is
+    /// aligned to some size. `None`: [`FileBackend::read_at`] and [`FileBackend::write_at`] do more than that.
+    fn ring_file(&self, _offset: u64, _bytes: u64, _is_aligned: &dyn Fn(usize) -> bool) -> Option<RingFile<'_>> {
         None
     }
     /// Length in bytes.

@@ -2,7 +2,7 @@
 //!
 //! A [`Disk`] is opened from file descriptors and opens nothing by path; [`resolve_chain`] does that for the
 //! daemon and the command line, with locks that exclude QEMU. Requests carry the guest's own buffers down to
-//! `preadv` and `pwritev`. Any number of threads use a disk at once; they block in system calls, and an image's
+//! `preadv` and `pwritev`. Any number of threads use a disk at once; they block in system calls, unless a [`Ring`] takes what is plain data, and an image's
 //! one lock is held only while its tables are looked at. The engine reaches files only through [`FileBackend`], which tests replace by one that records, fails or loses writes.
 //!
 //! Durability of qcow2: refcounts and data are on disk before the tables that refer to them, and a cluster
@@ -11,7 +11,7 @@
 //! one switch of its header: [`Qcow2Image`].
 //!
 //! Errors are one enum, [`BlockError`]; [`BlockError::kind`] is what a device or the daemon decides on.
-//! `unsafe` lives in `sys` alone: guest memory as I/O vectors, and open file description locks.
+//! `unsafe` lives in `sys` alone: guest memory as I/O vectors, the ring over it, and open file description locks.
 #![deny(unsafe_code)]
 
 pub mod blkdebug;
@@ -33,6 +33,7 @@ mod page_buf;
 mod qcow2;
 mod random;
 mod raw;
+mod ring;
 mod runs;
 mod slice_cache;
 pub mod spec;
@@ -80,6 +81,7 @@ pub use qcow2::{
     Amend, BitmapBits, BitmapInfo, MaintenanceError, Qcow2Image, Repair, Repaired, SnapshotTime, repair_backend,
     repair_image,
 };
+pub use ring::{Begun, Over, Ring};
 pub use sys::{ReadBufs, WriteBufs};
 pub use throttle::{Admission, Direction, LIMIT_MAX, Limit, Limits, Throttle, ThrottleError, ThrottleLimits};
 pub use vdi::{VdiOptions, create_vdi};

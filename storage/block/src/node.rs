@@ -47,6 +47,30 @@ pub(crate) struct Mapped<'a> {
     pub(crate) landing: Landing<'a>,
 }
 
+/// Where all of a request lies in a file, as it is.
+pub(crate) struct Place<'a> {
+    /// The file.
+    pub(crate) file: &'a dyn FileBackend,
+    /// Where in it.
+    pub(crate) host: u64,
+    /// For [`Node::land`].
+    pub(crate) ticket: Ticket,
+}
+
+/// The answer of a layer that is asked for the place of a request.
+pub(crate) enum Placed<'a> {
+    /// There; it stays the request's until [`Node::land`].
+    Here(Place<'a>),
+    /// The layer says nothing about any of it.
+    Below,
+    /// It has no single place, or more must be done than to move data.
+    Nowhere,
+}
+
+/// What a layer must be told when a request that it found a place for is over.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Ticket(pub(crate) u64);
+
 /// What has to follow when mapped data was moved.
 pub(crate) enum Landing<'a> {
     /// Nothing.
@@ -95,6 +119,16 @@ pub(crate) trait Node: Send + Sync {
     fn map_write(&self, _offset: u64, _bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
         Ok(None)
     }
+    /// Where a read finds all of its bytes.
+    fn place_read(&self, _offset: u64, _bytes: u64) -> Result<Placed<'_>, BlockError> {
+        Ok(Placed::Nowhere)
+    }
+    /// Where a write puts all of its bytes, if no table changes.
+    fn place_write(&self, _offset: u64, _bytes: u64) -> Result<Placed<'_>, BlockError> {
+        Ok(Placed::Nowhere)
+    }
+    /// A request that was [`Placed::Here`] is over.
+    fn land(&self, _ticket: Ticket) {}
     /// Makes a range read as zeroes. `may_unmap` allows its space to go back.
     fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError>;
     /// The range is not needed any more. It reads as zeroes or unchanged afterwards.

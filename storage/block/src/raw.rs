@@ -8,7 +8,7 @@ use crate::blkdebug::Event;
 use crate::create::{Preallocation, preallocate};
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
-use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node};
+use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node, Place, Placed, Ticket};
 use crate::qcow2::MaintenanceError;
 use crate::sys::{ReadBufs, WriteBufs};
 
@@ -57,6 +57,14 @@ impl Node for RawNode {
 
     fn map_write(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
         Ok(Some(Mapped { file: &*self.file, host: offset, bytes, landing: Landing::Nothing }))
+    }
+
+    fn place_read(&self, offset: u64, _bytes: u64) -> Result<Placed<'_>, BlockError> {
+        Ok(Placed::Here(Place { file: &*self.file, host: offset, ticket: Ticket::default() }))
+    }
+
+    fn place_write(&self, offset: u64, bytes: u64) -> Result<Placed<'_>, BlockError> {
+        self.place_read(offset, bytes)
     }
 
     fn write_zeroes(&self, _below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {

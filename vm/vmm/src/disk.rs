@@ -1,14 +1,15 @@
 //! Guest disks over the block engine, with the domain's answer to failures.
 
 use std::fs::File;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use block::{BlockError, ChainFile, Disk, ErrorKind, Format, OpenOptions, Preallocation};
-use hv_core::{DiskBackend, DiskFault, GuestBuffer, Transfer};
+use block::{BlockError, ChainFile, Direction, Disk, ErrorKind, Format, OpenOptions, Preallocation, Ring};
+use guest_ram::{Memory, PageMarks};
+use hv_core::{Begun, DiskBackend, DiskFault, GuestBuffer, Over, Transfer};
 use monitor::{CacheMode, DetectZeroes, Discard, DiskErrorPolicy, DiskFormat, DiskStats};
 
 use crate::error::{VmmError, causes};
@@ -112,6 +113,13 @@ impl SharedDisk {
         &self.target
     }
 
+    fn meter(&self, transfer: Transfer) -> &Meter {
+        match transfer {
+            Transfer::Read => &self.reads,
+            Transfer::Write => &self.writes,
+        }
+    }
+
     /// What limits it.
     pub fn limits(&self) -> &DiskLimits {
         &self.limits
@@ -161,6 +169,46 @@ pub struct DiskEnd {
     pub notes: Arc<Notes>,
     /// How it waits for its limits.
     pub waiter: Waiter,
+    /// Requests that go on by themselves.
+    pub flights: Flights,
+}
+
+/// How many requests of one lane are under way at most; more are done one by one.
+const RING_REQUESTS: u16 = 256;
+
+/// The requests of a lane that the kernel works on.
+#[derive(Default)]
+pub struct Flights {
+    /// Every request is done when the call that makes it returns.
+    alone: bool,
+    /// There is none where the kernel has no io_uring or forbids it.
+    ring: Option<Ring<PageMarks>>,
+    /// When each began, by its tag.
+    began: Vec<Option<Instant>>,
+}
+
+impl Flights {
+    /// No request goes on by itself: what happens is the same in every run.
+    pub fn never() -> Flights {
+        Flights { alone: true, ..Flights::default() }
+    }
+
+    fn began(&mut self, tag: u64, at: Instant) {
+        let index = tag as usize;
+        if self.began.len() <= index {
+            self.began.resize(index + 1, None);
+        }
+        if let Some(place) = self.began.get_mut(index) {
+            *place = Some(at);
+        }
+    }
+}
+
+/// The ring's queues are set up as the kernel wants them, so it takes what is handed over.
+fn in_order(result: std::io::Result<()>) {
+    if let Err(error) = result {
+        panic!("the kernel takes no requests from a disk's ring any more: {error}");
+    }
 }
 
 impl DiskEnd {
@@ -208,11 +256,58 @@ impl DiskBackend for DiskEnd {
     fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.waiter.fd())
     }
+    fn attach(&mut self, memory: &Memory) {
+        if !self.flights.alone {
+            self.flights.ring = Ring::new(RING_REQUESTS, memory.clone()).ok();
+        }
+    }
+    fn begin(&mut self, transfer: Transfer, offset: u64, buffers: &[GuestBuffer<'_>], tag: u64) -> Begun {
+        let Some(ring) = &mut self.flights.ring else { return Begun::Refused };
+        let start = Instant::now();
+        let disk = &self.shared.disk;
+        let begun = match transfer {
+            Transfer::Read => ring.read(disk, offset, buffers, tag),
+            Transfer::Write => ring.write(disk, offset, buffers, tag),
+        };
+        match begun {
+            block::Begun::Done => {
+                self.shared.meter(transfer).add(length(buffers), start);
+                Begun::Done
+            }
+            block::Begun::UnderWay => {
+                self.flights.began(tag, start);
+                Begun::UnderWay
+            }
+            block::Begun::Refused => Begun::Refused,
+        }
+    }
+    fn submit(&mut self) {
+        if let Some(ring) = &mut self.flights.ring {
+            in_order(ring.submit());
+        }
+    }
+    fn next_over(&mut self) -> Option<Over> {
+        let block::Over { tag, direction, bytes, good } = self.flights.ring.as_mut()?.next_over(&self.shared.disk)?;
+        let began = self.flights.began.get_mut(tag as usize).and_then(Option::take);
+        if let Some(began) = began.filter(|_| good) {
+            let transfer = if direction == Direction::Read { Transfer::Read } else { Transfer::Write };
+            self.shared.meter(transfer).add(bytes, began);
+        }
+        Some(Over { tag, good })
+    }
+    fn wait(&mut self) {
+        if let Some(ring) = &mut self.flights.ring {
+            in_order(ring.wait());
+        }
+    }
+    fn over_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.flights.ring.as_ref().map(AsFd::as_fd)
+    }
     fn read(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
         let start = Instant::now();
         let result = self.shared.disk.read_at(offset, buffers);
         if result.is_ok() {
-            self.shared.reads.add(length(buffers), start);
+            self.shared.meter(Transfer::Read).add(length(buffers), start);
         }
         self.answer(result, self.on_read_error, "read")
     }
@@ -220,7 +315,7 @@ impl DiskBackend for DiskEnd {
         let start = Instant::now();
         let result = self.shared.disk.write_at(offset, buffers);
         if result.is_ok() {
-            self.shared.writes.add(length(buffers), start);
+            self.shared.meter(Transfer::Write).add(length(buffers), start);
         }
         self.answer(result, self.on_write_error, "write")
     }
@@ -259,7 +354,8 @@ mod tests {
         let config = monitor::Disk::new("vda", monitor::DiskBus::Virtio, vec![link]);
         let shared = Arc::new(SharedDisk::open(&config, vec![file.into()], &ThrottleGroups::default()).unwrap());
         let waiter = Waiter::new().unwrap();
-        DiskEnd { shared, on_write_error: Enospace, on_read_error: Report, notes: notes.clone(), waiter }
+        let flights = Flights::default();
+        DiskEnd { shared, on_write_error: Enospace, on_read_error: Report, notes: notes.clone(), waiter, flights }
     }
     fn full() -> BlockError {
         BlockError::NoSpace { path: "d.img".into(), action: block::Action::Write, source: Error::from(StorageFull) }

@@ -5,7 +5,7 @@
 //! work at the same time and no queue is ever locked. All threads stand before the owner changes the machine.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
@@ -136,13 +136,18 @@ impl Alarm for DeadlineTimer {
 struct Waiting {
     worker: Worker,
     fd: Option<OwnedFd>,
+    /// Readable when something that the device began is over.
+    over_fd: Option<OwnedFd>,
     interest: Interest,
 }
 
 impl Waiting {
     fn new(worker: Worker) -> io::Result<Waiting> {
-        let fd = worker.work.lock().fd().map(|fd| fd.try_clone_to_owned()).transpose()?;
-        Ok(Waiting { worker, fd, interest: Interest::default() })
+        let work = worker.work.lock();
+        let owned = |fd: Option<BorrowedFd<'_>>| fd.map(|fd| fd.try_clone_to_owned()).transpose();
+        let (fd, over_fd) = (owned(work.fd())?, owned(work.over_fd())?);
+        drop(work);
+        Ok(Waiting { worker, fd, over_fd, interest: Interest::default() })
     }
     fn flags(&self) -> PollFlags {
         let mut flags = PollFlags::empty();
@@ -249,6 +254,7 @@ impl IoLoop {
     fn obey(&mut self) -> bool {
         match self.orders.try_recv() {
             Ok(Order::Pause) => {
+                self.workers.iter().for_each(|waiting| waiting.worker.work.lock().settle());
                 let _ = self.answers.send(());
                 self.stand()
             }
@@ -291,6 +297,10 @@ impl IoLoop {
             if let Some(fd) = waiting.fd.as_ref().filter(|_| !waiting.flags().is_empty()) {
                 sources.push(Source::Back(i));
                 fds.push(PollFd::new(fd, waiting.flags()));
+            }
+            if let Some(fd) = &waiting.over_fd {
+                sources.push(Source::Back(i));
+                fds.push(PollFd::new(fd, PollFlags::IN));
             }
         }
         for (i, feeding) in self.serial.iter().enumerate() {

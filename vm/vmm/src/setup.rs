@@ -12,7 +12,7 @@ use monitor::{Boot, ClockMode, ConsoleTarget, DiskBus, FdIndex, VmConfig};
 use virtio::BlkQueues;
 
 use crate::console::{HostEnd, HostEndParts, SerialEnd, Slow, VirtioEnd, set_nonblocking};
-use crate::disk::{DiskEnd, SharedDisk};
+use crate::disk::{DiskEnd, Flights, SharedDisk};
 use crate::error::VmmError;
 use crate::event::Event;
 use crate::io_thread::SerialConsole;
@@ -95,7 +95,7 @@ pub fn prepare(
     let mut disks = Vec::new();
     let throttles = ThrottleGroups::default();
     for disk in &config.disks {
-        let (shared, spec) = open_disk(disk, files, notes, &throttles)?;
+        let (shared, spec) = open_disk(disk, files, notes, &throttles, repeatable)?;
         disks.push(shared);
         devices.push(spec);
     }
@@ -142,6 +142,7 @@ fn open_disk(
     files: &Files,
     notes: &Arc<Notes>,
     throttles: &ThrottleGroups,
+    repeatable: bool,
 ) -> Result<(Arc<SharedDisk>, DeviceSpec), VmmError> {
     let target = || disk.target.clone();
     // Controllers of NVMe are told apart by their serial numbers, so there has to be one.
@@ -166,6 +167,7 @@ fn open_disk(
             on_read_error: disk.on_read_error,
             notes: notes.clone(),
             waiter: Waiter::new().map_err(VmmError::host("make a timer"))?,
+            flights: if repeatable { Flights::never() } else { Flights::default() },
         }))
     };
     let queues = BlkQueues { count: disk.queues, size: disk.queue_size };

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::node::Ticket;
+
 /// Requests in flight, by the parity of the generation they joined. A generation opens only when the one before
 /// the last has landed, so two counters tell all of them apart.
 #[derive(Default)]
@@ -16,6 +18,17 @@ impl Flights {
         let counter = &self.0[(generation & 1) as usize];
         counter.fetch_add(1, Ordering::Relaxed);
         Flight(counter)
+    }
+
+    /// As [`Flights::enter`], for a request that outlives its caller: [`Flights::land`] must follow.
+    pub(super) fn take_off(&self, generation: u64) -> Ticket {
+        std::mem::forget(self.enter(generation));
+        Ticket(generation & 1)
+    }
+
+    /// A request that took off has landed.
+    pub(super) fn land(&self, ticket: Ticket) {
+        drop(Flight(&self.0[(ticket.0 & 1) as usize]));
     }
 
     /// Whether no request of a generation's parity is in flight.

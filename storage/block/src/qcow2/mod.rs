@@ -67,7 +67,7 @@ use crate::create::Preallocation;
 use crate::error::{Action, BlockError, ErrorKind};
 use crate::io::FileBackend;
 use crate::luks::LayerKey;
-use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node};
+use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node, Place, Placed, Ticket};
 use crate::page_buf::PageBuf;
 use crate::slice_cache::SliceCache;
 use crate::sys::{ReadBufs, WriteBufs};
@@ -389,6 +389,14 @@ impl Qcow2Node {
         self.flights.enter(tables.generation)
     }
 
+    /// A request with its data at an offset of the file that holds data.
+    fn place(&self, tables: &Tables, host: u64) -> Placed<'_> {
+        if !self.sealing.is_plain() {
+            return Placed::Nowhere;
+        }
+        Placed::Here(Place { file: &*self.data.file, host, ticket: self.flights.take_off(tables.generation) })
+    }
+
     /// The tables, with no write filling clusters of the range: they may be changed by the caller.
     fn lock_settled(&self, offset: u64, bytes: u64) -> MutexGuard<'_, Tables> {
         let mut tables = self.tables.lock();
@@ -478,6 +486,31 @@ impl Node for Qcow2Node {
 
     fn map_write(&self, offset: u64, bytes: u64) -> Result<Option<Mapped<'_>>, BlockError> {
         if self.sealing.is_plain() { self.map_new_data(offset, bytes) } else { Ok(None) }
+    }
+
+    fn place_read(&self, offset: u64, bytes: u64) -> Result<Placed<'_>, BlockError> {
+        let mut tables = self.tables.lock();
+        let found = tables.run(offset, bytes);
+        match tables.noticing(found)? {
+            (_, run) if run < bytes => Ok(Placed::Nowhere),
+            (L2Entry::Data { host, .. }, _) => Ok(self.place(&tables, host + self.geometry.in_cluster(offset))),
+            (L2Entry::Unallocated, _) => Ok(Placed::Below),
+            _ => Ok(Placed::Nowhere),
+        }
+    }
+
+    fn place_write(&self, offset: u64, bytes: u64) -> Result<Placed<'_>, BlockError> {
+        let mut tables = self.lock_settled(offset, bytes);
+        tables.begin_change(offset, bytes)?;
+        let found = tables.in_place(offset, bytes);
+        match tables.noticing(found)? {
+            Some((host, run)) if run == bytes => Ok(self.place(&tables, host)),
+            _ => Ok(Placed::Nowhere),
+        }
+    }
+
+    fn land(&self, ticket: Ticket) {
+        self.flights.land(ticket);
     }
 
     fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {

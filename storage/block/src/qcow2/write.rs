@@ -218,18 +218,16 @@ impl Drop for Filling<'_> {
 impl Tables {
     /// Decides how the first of `max` bytes at a guest offset are written, and takes clusters for them.
     pub(super) fn plan(&mut self, offset: u64, max: u64) -> Result<Plan, BlockError> {
-        let cluster_bytes = self.geometry.cluster_bytes();
         if self.geometry.extended_l2 {
             return self.plan_extended(offset, max);
         }
+        if let Some((host, bytes)) = self.in_place(offset, max)? {
+            return Ok(Plan { bytes: bytes as usize, target: Target::InPlace(host) });
+        }
+        let cluster_bytes = self.geometry.cluster_bytes();
         let within = self.geometry.in_cluster(offset);
         let entry = self.entry(offset)?;
         match plan_write(entry, &self.geometry) {
-            WritePlan::InPlace { host } if self.l1_entry(offset)?.copied => {
-                let bytes = self.in_place_bytes(host, offset, max)?;
-                self.refuse_tables(offset, host, within + bytes)?;
-                Ok(Plan { bytes: bytes as usize, target: Target::InPlace(host + within) })
-            }
             WritePlan::Reserved { host } if self.l1_entry(offset)?.copied => {
                 self.refuse_tables(offset, host, cluster_bytes)?;
                 let bytes = (cluster_bytes - within).min(max);
@@ -245,6 +243,29 @@ impl Tables {
                 Ok(Plan { bytes: bytes as usize, target: Target::Fill(fill) })
             }
             _ => self.plan_new(offset, max),
+        }
+    }
+
+    /// Where the first of `max` bytes go in place, and how many; `None`: a table has to change.
+    pub(super) fn in_place(&mut self, offset: u64, max: u64) -> Result<Option<(u64, u64)>, BlockError> {
+        let cluster_bytes = self.geometry.cluster_bytes();
+        let within = self.geometry.in_cluster(offset);
+        let table_owned = self.l1_entry(offset)?.copied;
+        if self.geometry.extended_l2 {
+            let bytes = (cluster_bytes - within).min(max);
+            let entry = self.extended_entry(offset)?;
+            let plan = plan_subcluster_write(entry, &self.geometry, table_owned, within, bytes);
+            let SubclusterWrite::InPlace { host } = plan else { return Ok(None) };
+            self.refuse_tables(offset, host, cluster_bytes)?;
+            return Ok(Some((host + within, bytes)));
+        }
+        match plan_write(self.entry(offset)?, &self.geometry) {
+            WritePlan::InPlace { host } if table_owned => {
+                let bytes = self.in_place_bytes(host, offset, max)?;
+                self.refuse_tables(offset, host, within + bytes)?;
+                Ok(Some((host + within, bytes)))
+            }
+            _ => Ok(None),
         }
     }
 

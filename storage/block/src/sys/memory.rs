@@ -12,12 +12,12 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 /// `IOV_MAX` of Linux: vectors that one call takes.
-const IOV_MAX: usize = 1024;
+pub(super) const IOV_MAX: usize = 1024;
 
 /// Pieces up to this many need no heap.
-type Pieces = SmallVec<[libc::iovec; 16]>;
+pub(super) type Pieces = SmallVec<[libc::iovec; 16]>;
 
-fn total(pieces: &[libc::iovec]) -> usize {
+pub(super) fn total(pieces: &[libc::iovec]) -> usize {
     pieces.iter().map(|piece| piece.iov_len).sum()
 }
 
@@ -200,7 +200,7 @@ impl<'a> WriteBufs<'a> {
     }
 }
 
-fn aligned(pieces: &[libc::iovec], align: usize) -> bool {
+pub(super) fn aligned(pieces: &[libc::iovec], align: usize) -> bool {
     pieces.iter().all(|piece| (piece.iov_base as usize | piece.iov_len).is_multiple_of(align))
 }
 

@@ -3,9 +3,11 @@
 mod descriptor;
 mod lock;
 mod memory;
+mod ring;
 
 pub use memory::{ReadBufs, WriteBufs};
 
 pub(crate) use descriptor::duplicate;
 pub(crate) use lock::{lock_byte_held_elsewhere, lock_shared, unlock};
 pub(crate) use memory::{pread, pwrite};
+pub(crate) use ring::{GuestRing, Move};

@@ -1,0 +1,159 @@
+//! Requests that go on while their thread does other things: what lies in a file as it is moves through an io_uring.
+//!
+//! Only transfers that change no table are taken: reads of data, and writes of clusters that the image owns. They are
+//! what a guest does nearly all the time; the caller carries everything else out by itself, with [`Disk::read_at`] and
+//! [`Disk::write_at`]. A request that a ring has counts as in flight to the image: its clusters go to no other owner.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use vm_memory::bitmap::{Bitmap, BitmapSlice};
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
+
+use crate::disk::Disk;
+use crate::node::{Node, Place, Ticket};
+use crate::sys::{GuestRing, Move};
+use crate::throttle::Direction;
+
+/// What became of a request that was offered to a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begun {
+    /// It is done.
+    Done,
+    /// The ring has it: [`Ring::next_over`] tells when it is over. It starts with [`Ring::submit`] at the latest.
+    UnderWay,
+    /// Nothing was done: the caller does it.
+    Refused,
+}
+
+/// A request that is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Over {
+    /// The caller's name for it.
+    pub tag: u64,
+    /// Which way it went.
+    pub direction: Direction,
+    /// Its length.
+    pub bytes: u64,
+    /// It went well. Where not, any part may have been moved: the caller does it again by itself, and hears why.
+    pub good: bool,
+}
+
+/// What is known of a request while it is under way. Dropping it ends its flight.
+struct Flying {
+    node: Arc<dyn Node>,
+    ticket: Ticket,
+    tag: u64,
+    direction: Direction,
+    bytes: u64,
+}
+
+impl Drop for Flying {
+    fn drop(&mut self) {
+        self.node.land(self.ticket);
+    }
+}
+
+/// Requests on disks whose data lies in one guest's memory. Belongs to one thread at a time. Dropping it waits for what
+/// is under way.
+pub struct Ring<B: Bitmap + 'static> {
+    ring: GuestRing<B, Flying>,
+}
+
+impl<B: Bitmap + 'static> Ring<B> {
+    /// A ring for up to `requests` (1 to 4096) at once over `memory`. Fails where the kernel has no io_uring or forbids
+    /// it.
+    pub fn new(requests: u16, memory: GuestMemoryMmap<B>) -> io::Result<Ring<B>> {
+        Ok(Ring { ring: GuestRing::new(requests, memory)? })
+    }
+
+    /// Requests that are under way.
+    pub fn under_way(&self) -> usize {
+        self.ring.under_way()
+    }
+
+    /// System calls made so far to hand requests over and to wait for them.
+    pub fn calls(&self) -> u64 {
+        self.ring.calls()
+    }
+
+    /// Begins to fill guest memory from `offset`. The slices are marked dirty in their bitmaps when it is over.
+    pub fn read<S: BitmapSlice>(&mut self, disk: &Disk, offset: u64, bufs: &[VolatileSlice<'_, S>], tag: u64) -> Begun {
+        self.begin(disk, Direction::Read, offset, bufs, tag)
+    }
+
+    /// Begins to write guest memory to `offset`.
+    pub fn write<S: BitmapSlice>(
+        &mut self,
+        disk: &Disk,
+        offset: u64,
+        bufs: &[VolatileSlice<'_, S>],
+        tag: u64,
+    ) -> Begun {
+        self.begin(disk, Direction::Write, offset, bufs, tag)
+    }
+
+    fn begin<S: BitmapSlice>(
+        &mut self,
+        disk: &Disk,
+        direction: Direction,
+        offset: u64,
+        bufs: &[VolatileSlice<'_, S>],
+        tag: u64,
+    ) -> Begun {
+        let Some(prepared) = self.ring.prepare(bufs) else { return Begun::Refused };
+        let bytes = prepared.bytes() as u64;
+        if bytes == 0 {
+            return Begun::Refused;
+        }
+        // An error is found again, and told, by who does the request instead.
+        let Ok(Some((node, place))) = disk.place(direction, offset, bytes) else { return Begun::Refused };
+        let Place { file, host, ticket } = place;
+        let flying = Flying { node: node.clone(), ticket, tag, direction, bytes };
+        let Some(target) = file.ring_file(host, bytes, &|align| prepared.is_aligned(align)) else {
+            return Begun::Refused;
+        };
+        let moves = match direction {
+            Direction::Read if !target.is_direct && prepared.read_now(target.file, host) => {
+                disk.count(direction, bytes);
+                return Begun::Done;
+            }
+            Direction::Read => Move::Read,
+            // A write to the page cache waits for nothing, and costs more when the kernel hands it to a thread.
+            Direction::Write if !target.is_direct => return Begun::Refused,
+            Direction::Write => Move::Write,
+        };
+        match prepared.push(moves, target.file, host, flying) {
+            Ok(()) => Begun::UnderWay,
+            Err(_no_room) => Begun::Refused,
+        }
+    }
+
+    /// Hands what was begun to the kernel. An error means that the ring is of no use any more; what it has stays under way.
+    pub fn submit(&mut self) -> io::Result<()> {
+        self.ring.submit()
+    }
+
+    /// Submits, and waits until a request is over, if any is under way.
+    pub fn wait(&mut self) -> io::Result<()> {
+        self.ring.wait()
+    }
+
+    /// The next request that is over; `disk` is the one it was begun on.
+    pub fn next_over(&mut self, disk: &Disk) -> Option<Over> {
+        let over = self.ring.next_over()?;
+        let Flying { tag, direction, bytes, .. } = over.keep;
+        if over.whole {
+            disk.count(direction, bytes);
+        }
+        Some(Over { tag, direction, bytes, good: over.whole })
+    }
+}
+
+impl<B: Bitmap + 'static> AsFd for Ring<B> {
+    /// Readable when a request is over.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+}
