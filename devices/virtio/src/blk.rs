@@ -313,7 +313,8 @@ impl Device for Blk {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{DATA, Descriptor, INDIRECT, MemoryDisk, RAM_BYTES, RING_FEATURES, Rig, WRITE_ONLY, twice};
+    use crate::model::F_EVENT_IDX;
+    use crate::testing::{DATA, Descriptor, Flights, INDIRECT, MemoryDisk, RAM_BYTES, RING_FEATURES, Rig, WRITE_ONLY, twice};
 
     const DISK_BYTES: usize = 64 << 10;
     const STATUS: u64 = DATA + 0x8000;
@@ -465,6 +466,115 @@ mod tests {
             rig.start(1, 0);
             assert!(!rig.waits());
         });
+    }
+
+    /// A disk that works by itself, without event indices, so that every interrupt counts.
+    fn busy_rig(disk: &MemoryDisk) -> Rig {
+        *disk.flights.lock() = Some(Flights::default());
+        let mut rig = rig(disk, false);
+        rig.start(1, F_EVENT_IDX);
+        rig
+    }
+    fn body(head: u16) -> u64 {
+        DATA + 0x1000 * u64::from(head) + 0x200
+    }
+    fn status(rig: &Rig, head: u16) -> u8 {
+        rig.get(body(head) + 0x400, 1)[0]
+    }
+    /// Makes a request for a sector available, with everything it needs in a page of its own.
+    fn offer(rig: &mut Rig, head: u16, kind: u32, sector: u64) {
+        let at = DATA + 0x1000 * u64::from(head);
+        rig.put(at, &header(kind, sector));
+        rig.put(at + 0x600, &[0xee]);
+        let flags = if kind == T_IN { WRITE_ONLY } else { 0 };
+        rig.put_table(at + 0x800, &[(at, 16, 0), (at + 0x200, 512, flags), (at + 0x600, 1, WRITE_ONLY)]);
+        rig.offer_table(0, head, at + 0x800, 3);
+    }
+
+    #[test]
+    fn requests_that_the_disk_works_on_end_in_any_order() {
+        let disk = MemoryDisk::new(DISK_BYTES);
+        let mut rig = busy_rig(&disk);
+        (0..4).for_each(|head| offer(&mut rig, head, T_IN, 10 + u64::from(head)));
+        assert_eq!((rig.used_chain(0), rig.messages().len()), (None, 0));
+        // What ends together is told once.
+        for place in [2, 0] {
+            disk.flights.lock().as_mut().unwrap().end(place, true);
+        }
+        rig.work();
+        assert_eq!((rig.used_chain(0), rig.used_chain(0)), (Some((0, 513)), Some((2, 513))));
+        assert_eq!((rig.used_chain(0), rig.messages()), (None, vec![0x41]));
+        assert_eq!([0, 1, 2, 3].map(|head| status(&rig, head)), [S_OK, 0xee, S_OK, 0xee]);
+        assert_eq!(rig.get(body(2), 2), [12, 12]);
+        // A request that is done at once overtakes them.
+        rig.put(DATA, &header(T_FLUSH, 0));
+        rig.put_table(DATA + 0x800, &[(DATA, 16, 0), (DATA + 0x600, 1, WRITE_ONLY)]);
+        rig.offer_table(0, 0, DATA + 0x800, 2);
+        assert_eq!((rig.used_chain(0), rig.used_chain(0)), (Some((0, 1)), None));
+        // A machine that is about to stand waits for the others.
+        rig.save();
+        let ended = [rig.used_chain(0), rig.used_chain(0), rig.used_chain(0)];
+        assert_eq!(ended, [Some((1, 513)), Some((3, 513)), None]);
+        assert_eq!(rig.messages().len(), 2);
+    }
+
+    #[test]
+    fn a_request_that_failed_under_way_is_done_again_and_answered() {
+        let disk = MemoryDisk::new(DISK_BYTES);
+        let mut rig = busy_rig(&disk);
+        (0..3).for_each(|head| offer(&mut rig, head, T_OUT, u64::from(head)));
+        disk.log.lock().clear();
+        for (place, fault) in [(1, None), (1, Some(DiskFault::Report)), (0, Some(DiskFault::Unsupported))] {
+            *disk.fault.lock() = fault;
+            disk.flights.lock().as_mut().unwrap().end(place, false);
+            rig.work();
+        }
+        assert_eq!(disk.log.lock().join(" "), "write 512+512 write 1024+512 write 0+512");
+        let ended = [rig.used_chain(0), rig.used_chain(0), rig.used_chain(0)];
+        assert_eq!(ended, [Some((1, 1)), Some((2, 1)), Some((0, 1))]);
+        assert_eq!([0, 1, 2].map(|head| status(&rig, head)), [S_UNSUPP, S_OK, S_IOERR]);
+    }
+
+    #[test]
+    fn a_request_that_is_held_after_it_was_under_way_travels_with_its_queue() {
+        let disk = MemoryDisk::new(DISK_BYTES);
+        let mut rig = busy_rig(&disk);
+        *disk.fault.lock() = Some(DiskFault::Hold);
+        (0..3).for_each(|head| offer(&mut rig, head, T_OUT, u64::from(head)));
+        disk.flights.lock().as_mut().unwrap().end(1, false);
+        rig.work();
+        assert_eq!(rig.used_chain(0), None);
+        let state = rig.save();
+        assert_eq!((state.queues[0].next_avail, state.queues[0].unfinished.as_slice()), (3, &[1, 0, 2][..]));
+        let mut long = state.clone();
+        long.queues[0].unfinished = vec![0; 9];
+        let refused = rig.restore(long).unwrap_err();
+        assert!(refused.to_string().contains("unfinished"), "{refused}");
+        *disk.fault.lock() = None;
+        disk.log.lock().clear();
+        rig.restore(hv_null::golden::recode(&state)).unwrap();
+        assert_eq!(disk.log.lock().join(" "), "write 512+512 write 0+512 write 1024+512");
+        let ended = [rig.used_chain(0), rig.used_chain(0), rig.used_chain(0)];
+        assert_eq!(ended, [Some((1, 1)), Some((0, 1)), Some((2, 1))]);
+        assert_eq!([0, 1, 2].map(|head| status(&rig, head)), [S_OK; 3]);
+    }
+
+    #[test]
+    fn a_reset_forgets_what_is_under_way() {
+        let disk = MemoryDisk::new(DISK_BYTES);
+        let mut rig = busy_rig(&disk);
+        for fault in [None, Some(DiskFault::Hold)] {
+            *disk.fault.lock() = fault;
+            (0..3).for_each(|head| offer(&mut rig, head, T_IN, u64::from(head)));
+            rig.start(1, F_EVENT_IDX);
+            *disk.fault.lock() = None;
+            rig.work();
+            assert_eq!(rig.used_chain(0), None);
+            offer(&mut rig, 2, T_IN, 5);
+            disk.flights.lock().as_mut().unwrap().end(0, true);
+            rig.work();
+            assert_eq!((rig.used_chain(0), rig.used_chain(0)), (Some((2, 513)), None));
+        }
     }
 
     #[test]

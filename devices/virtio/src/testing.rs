@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_ram::{Gpa, GuestRam};
-use hv_core::{DiskBackend, DiskFault, GuestBuffer, IrqLine, Msi, MsiSink, Ring, Transfer, Work};
+use hv_core::{Begun, DiskBackend, DiskFault, GuestBuffer, IrqLine, Msi, MsiSink, Over, Ring, Transfer, Work};
 use parking_lot::Mutex;
 use pci::PciFunction;
 
@@ -60,6 +60,23 @@ pub(crate) struct MemoryDisk {
     pub(crate) read_only: bool,
     /// Every write is stable at once.
     pub(crate) writes_through: bool,
+    /// What goes on by itself; `None`: nothing does.
+    pub(crate) flights: Arc<Mutex<Option<Flights>>>,
+}
+
+/// Transfers of a disk that go on by themselves. Their data moves when they begin.
+#[derive(Default)]
+pub(crate) struct Flights {
+    under_way: Vec<u64>,
+    over: Vec<Over>,
+}
+
+impl Flights {
+    /// Lets the transfer that is `place`th end.
+    pub(crate) fn end(&mut self, place: usize, good: bool) {
+        let tag = self.under_way.remove(place);
+        self.over.push(Over { tag, good });
+    }
 }
 
 impl MemoryDisk {
@@ -95,6 +112,28 @@ impl DiskBackend for MemoryDisk {
     fn admit(&mut self, transfer: Transfer, bytes: u64) -> Result<(), DiskFault> {
         self.admitted.lock().push((transfer, bytes));
         self.admission.lock().map_or(Ok(()), Err)
+    }
+    fn begin(&mut self, transfer: Transfer, offset: u64, buffers: &[GuestBuffer<'_>], tag: u64) -> Begun {
+        let flights = self.flights.clone();
+        let mut flights = flights.lock();
+        let Some(flights) = &mut *flights else { return Begun::Refused };
+        let fault = self.fault.lock().take();
+        let begun = match transfer {
+            Transfer::Read => self.read(offset, buffers),
+            Transfer::Write => self.write(offset, buffers),
+        };
+        *self.fault.lock() = fault;
+        assert!(begun.is_ok());
+        flights.under_way.push(tag);
+        Begun::UnderWay
+    }
+    fn next_over(&mut self) -> Option<Over> {
+        self.flights.lock().as_mut()?.over.pop()
+    }
+    fn wait(&mut self) {
+        if let Some(flights) = &mut *self.flights.lock() {
+            flights.end(0, self.fault.lock().is_none());
+        }
     }
     fn read(&mut self, offset: u64, buffers: &[GuestBuffer<'_>]) -> Result<(), DiskFault> {
         let range = self.request(format!("read {offset}+{}", length(buffers)), offset, length(buffers))?;
@@ -256,19 +295,20 @@ impl Rig {
     }
 
     fn before_access(&mut self) {
-        if !self.reload {
-            return;
+        if self.reload {
+            let state = hv_null::golden::recode(&self.save());
+            self.restore(state).unwrap();
         }
-        let mut old = self.function.take().unwrap();
-        old.stop_queues();
-        self.settle();
-        let state = hv_null::golden::recode(&old.save());
+    }
+
+    /// Goes on with a new device that takes a saved state.
+    pub(crate) fn restore(&mut self, state: crate::VirtioStateV1) -> Result<(), hv_core::StateError> {
         let (function, work) = (self.make)(lent(&self.ram, &self.bell, &self.messages));
-        self.work = work;
-        let mut function = function.restore(state, self.messages.clone()).unwrap();
+        let mut function = function.restore(state, self.messages.clone())?;
         function.start_queues();
-        self.function = Some(function);
+        (self.work, self.function) = (work, Some(function));
         self.settle();
+        Ok(())
     }
 
     pub(crate) fn read(&mut self, offset: u64, bytes: u8) -> u64 {
@@ -367,8 +407,24 @@ impl Rig {
         u16::from_le_bytes(self.get(at, 2).try_into().unwrap())
     }
 
+    /// Makes the chain in an indirect table available as the one with the head `head`.
+    pub(crate) fn offer_table(&mut self, queue: u16, head: u16, table: u64, entries: u32) {
+        let base = u64::from(queue) * RING_STEP;
+        self.put_table(base + 16 * u64::from(head), &[(table, 16 * entries, INDIRECT)]);
+        let index = self.available[usize::from(queue)];
+        self.put(base + AVAILABLE, &[0, 0]);
+        self.put(base + AVAILABLE + 4 + 2 * u64::from(index % QUEUE_ENTRIES), &head.to_le_bytes());
+        self.available[usize::from(queue)] = index.wrapping_add(1);
+        self.put(base + AVAILABLE + 2, &index.wrapping_add(1).to_le_bytes());
+        self.write(0x3000 + 4 * u64::from(queue), 2, queue.into());
+    }
+
     /// Length of the next used element of `queue`; `None` if there is none.
     pub(crate) fn used(&mut self, queue: u16) -> Option<u32> {
+        self.used_chain(queue).map(|(_, bytes)| bytes)
+    }
+    /// The same with its head.
+    pub(crate) fn used_chain(&mut self, queue: u16) -> Option<(u32, u32)> {
         let base = u64::from(queue) * RING_STEP + USED;
         let index = u16::from_le_bytes(self.get(base + 2, 2).try_into().unwrap());
         let seen = &mut self.seen[usize::from(queue)];
@@ -377,7 +433,8 @@ impl Rig {
         }
         let at = base + 4 + 8 * u64::from(*seen % QUEUE_ENTRIES);
         *seen = seen.wrapping_add(1);
-        Some(u32::from_le_bytes(self.get(at + 4, 4).try_into().unwrap()))
+        let word = |at| u32::from_le_bytes(self.get(at, 4).try_into().unwrap());
+        Some((word(at), word(at + 4)))
     }
     /// Data of the messages signalled since last asked.
     pub(crate) fn messages(&self) -> Vec<u32> {
