@@ -2,8 +2,8 @@
 
 use std::os::fd::BorrowedFd;
 
-use guest_ram::{MarksSlice, Memory};
 use guest_ram::vm_memory::VolatileSlice;
+use guest_ram::{MarksSlice, Memory};
 
 /// A piece of guest memory that takes part in a transfer.
 pub type GuestBuffer<'a> = VolatileSlice<'a, MarksSlice<'a>>;

@@ -314,7 +314,9 @@ impl Device for Blk {
 mod tests {
     use super::*;
     use crate::model::F_EVENT_IDX;
-    use crate::testing::{DATA, Descriptor, Flights, INDIRECT, MemoryDisk, RAM_BYTES, RING_FEATURES, Rig, WRITE_ONLY, twice};
+    use crate::testing::{
+        DATA, Descriptor, Flights, INDIRECT, MemoryDisk, RAM_BYTES, RING_FEATURES, Rig, WRITE_ONLY, twice,
+    };
 
     const DISK_BYTES: usize = 64 << 10;
     const STATUS: u64 = DATA + 0x8000;

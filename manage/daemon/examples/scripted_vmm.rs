@@ -155,6 +155,12 @@ fn main() {
             start.send(&StartReply::Failed(failure), &[]).expect("an answer");
             exit(1)
         }
+        if word == "show=disks" {
+            let disks = config.disks.iter().map(|disk| format!("{} {:?} {:?}", disk.target, disk.cache, disk.io));
+            let failure = Failure { class: FailureClass::Boot, text: disks.collect::<Vec<_>>().join(", ") };
+            start.send(&StartReply::Failed(failure), &[]).expect("an answer");
+            exit(1)
+        }
         if let Some(text) = word.strip_prefix("say=") {
             eprintln!("{}", text.replace('_', " "));
         }

@@ -9,7 +9,7 @@ use std::path::Path;
 use block::Format;
 use monitor::{
     Accel, Boot, CacheMode, ChainLink, ClockMode, Console, ConsoleTarget, DetectZeroes, Discard, DiskBus,
-    DiskErrorPolicy, DiskFormat, FdIndex, PowerAction, VmConfig,
+    DiskErrorPolicy, DiskFormat, DiskIo, FdIndex, PowerAction, VmConfig,
 };
 use xml::{ClockOffset, DiskSource, DomainConfig, LifecycleAction, LivePty, SerialTarget, VirtType};
 
@@ -210,6 +210,11 @@ fn open_disk(disk: &xml::Disk, fds: &mut Fds) -> Result<(monitor::Disk, Vec<(Str
             Some("on") => DetectZeroes::On,
             Some("unmap") => DetectZeroes::Unmap,
             _ => DetectZeroes::Off,
+        },
+        io: match disk.driver.io.as_deref() {
+            Some("threads") => DiskIo::Threads,
+            Some("native" | "io_uring") => DiskIo::Ring,
+            _ => DiskIo::Auto,
         },
         throttle: block_tune::throttle(&disk.iotune),
         ..monitor::Disk::new(disk.target.clone(), bus, chain)

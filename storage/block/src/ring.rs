@@ -59,13 +59,20 @@ impl Drop for Flying {
 /// is under way.
 pub struct Ring<B: Bitmap + 'static> {
     ring: GuestRing<B, Flying>,
+    takes_all: bool,
 }
 
 impl<B: Bitmap + 'static> Ring<B> {
     /// A ring for up to `requests` (1 to 4096) at once over `memory`. Fails where the kernel has no io_uring or forbids
     /// it.
     pub fn new(requests: u16, memory: GuestMemoryMmap<B>) -> io::Result<Ring<B>> {
-        Ok(Ring { ring: GuestRing::new(requests, memory)? })
+        Ok(Ring { ring: GuestRing::new(requests, memory)?, takes_all: false })
+    }
+
+    /// Takes writes to the host's page cache too, which cost more in a ring: the kernel hands most of them to a thread. The
+    /// caller is never held up by a host that has too much to write.
+    pub fn take_all(&mut self) {
+        self.takes_all = true;
     }
 
     /// Requests that are under way.
@@ -120,8 +127,7 @@ impl<B: Bitmap + 'static> Ring<B> {
                 return Begun::Done;
             }
             Direction::Read => Move::Read,
-            // A write to the page cache waits for nothing, and costs more when the kernel hands it to a thread.
-            Direction::Write if !target.is_direct => return Begun::Refused,
+            Direction::Write if !target.is_direct && !self.takes_all => return Begun::Refused,
             Direction::Write => Move::Write,
         };
         match prepared.push(moves, target.file, host, flying) {

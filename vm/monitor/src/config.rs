@@ -108,6 +108,9 @@ pub struct Disk {
     /// Threads that serve the queues: queue `n` is served by number `n` modulo their count. 0 is the thread that every
     /// machine has, others are made. Never empty; an NVMe disk uses the first.
     pub io_threads: Vec<u16>,
+    /// Who waits for its transfers.
+    #[serde(default)]
+    pub io: DiskIo,
     /// Limits on its transfers.
     #[serde(default)]
     pub throttle: DiskThrottle,
@@ -130,9 +133,23 @@ impl Disk {
             queues: 1,
             queue_size: 256,
             io_threads: vec![0],
+            io: DiskIo::Auto,
             throttle: DiskThrottle::default(),
         }
     }
+}
+
+/// Who waits for the transfers of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskIo {
+    /// The kernel, with an io_uring, where that is cheaper: all but writes to the host's page cache.
+    #[default]
+    Auto,
+    /// The threads of its queues, one transfer each at a time.
+    Threads,
+    /// The kernel, whatever it costs.
+    Ring,
 }
 
 /// Limits on a disk's transfers; all zeroes: none.

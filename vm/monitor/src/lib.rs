@@ -17,7 +17,7 @@ mod config;
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_LINE_BYTES};
 pub use config::{
     Accel, Boot, CacheMode, ChainLink, ClockMode, Console, ConsoleTarget, DetectZeroes, Discard, Disk, DiskBus,
-    DiskErrorPolicy, DiskFormat, DiskThrottle, FdIndex, PowerAction, RateLimit, RateLimits, VmConfig,
+    DiskErrorPolicy, DiskFormat, DiskIo, DiskThrottle, FdIndex, PowerAction, RateLimit, RateLimits, VmConfig,
 };
 use serde::{Deserialize, Serialize};
 

@@ -10,7 +10,7 @@ use std::time::Instant;
 use block::{BlockError, ChainFile, Direction, Disk, ErrorKind, Format, OpenOptions, Preallocation, Ring};
 use guest_ram::{Memory, PageMarks};
 use hv_core::{Begun, DiskBackend, DiskFault, GuestBuffer, Over, Transfer};
-use monitor::{CacheMode, DetectZeroes, Discard, DiskErrorPolicy, DiskFormat, DiskStats};
+use monitor::{CacheMode, DetectZeroes, Discard, DiskErrorPolicy, DiskFormat, DiskIo, DiskStats};
 
 use crate::error::{VmmError, causes};
 use crate::notes::{DiskNote, Note, Notes};
@@ -179,8 +179,7 @@ const RING_REQUESTS: u16 = 256;
 /// The requests of a lane that the kernel works on.
 #[derive(Default)]
 pub struct Flights {
-    /// Every request is done when the call that makes it returns.
-    alone: bool,
+    io: DiskIo,
     /// There is none where the kernel has no io_uring or forbids it.
     ring: Option<Ring<PageMarks>>,
     /// When each began, by its tag.
@@ -188,9 +187,9 @@ pub struct Flights {
 }
 
 impl Flights {
-    /// No request goes on by itself: what happens is the same in every run.
-    pub fn never() -> Flights {
-        Flights { alone: true, ..Flights::default() }
+    /// None yet. With [`DiskIo::Threads`] no request ever goes on by itself.
+    pub fn new(io: DiskIo) -> Flights {
+        Flights { io, ..Flights::default() }
     }
 
     fn began(&mut self, tag: u64, at: Instant) {
@@ -257,8 +256,12 @@ impl DiskBackend for DiskEnd {
         Some(self.waiter.fd())
     }
     fn attach(&mut self, memory: &Memory) {
-        if !self.flights.alone {
-            self.flights.ring = Ring::new(RING_REQUESTS, memory.clone()).ok();
+        if self.flights.io == DiskIo::Threads {
+            return;
+        }
+        self.flights.ring = Ring::new(RING_REQUESTS, memory.clone()).ok();
+        if let Some(ring) = self.flights.ring.as_mut().filter(|_| self.flights.io == DiskIo::Ring) {
+            ring.take_all();
         }
     }
     fn begin(&mut self, transfer: Transfer, offset: u64, buffers: &[GuestBuffer<'_>], tag: u64) -> Begun {

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use chipset::serial::SerialSink;
 use hv_core::{Clock, DiskBackend};
 use machine::{BootSource, DeviceSpec, Entry, MachineConfig};
-use monitor::{Boot, ClockMode, ConsoleTarget, DiskBus, FdIndex, VmConfig};
+use monitor::{Boot, ClockMode, ConsoleTarget, DiskBus, DiskIo, FdIndex, VmConfig};
 use virtio::BlkQueues;
 
 use crate::console::{HostEnd, HostEndParts, SerialEnd, Slow, VirtioEnd, set_nonblocking};
@@ -167,7 +167,8 @@ fn open_disk(
             on_read_error: disk.on_read_error,
             notes: notes.clone(),
             waiter: Waiter::new().map_err(VmmError::host("make a timer"))?,
-            flights: if repeatable { Flights::never() } else { Flights::default() },
+            // What happens must be the same in every run on the virtual clock.
+            flights: Flights::new(if repeatable { DiskIo::Threads } else { disk.io }),
         }))
     };
     let queues = BlkQueues { count: disk.queues, size: disk.queue_size };

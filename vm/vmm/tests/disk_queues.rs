@@ -6,7 +6,8 @@ use std::fs::File;
 use std::process::Command;
 
 use monitor::{
-    ChainLink, Command as Ask, Disk, DiskBus, DiskFormat, Event, FailureClass, Reply, ShutdownCause, StartReply,
+    CacheMode, ChainLink, Command as Ask, Disk, DiskBus, DiskFormat, DiskIo, Event, FailureClass, Reply, ShutdownCause,
+    StartReply,
 };
 use support::blk::{REQUEST_BYTES, check_written, writer};
 use support::{Guest, Vm, plan, start};
@@ -16,21 +17,45 @@ const REQUESTS: u16 = 64;
 #[test]
 fn four_queues_write_at_once_and_nothing_is_lost() {
     let directory = tempfile::tempdir().unwrap();
-    for (format, name, io_threads) in [
-        (DiskFormat::Raw, "raw", vec![0]),
-        (DiskFormat::Qcow2, "qcow2", vec![0, 1]),
-        (DiskFormat::Qcow2, "qcow2", vec![1, 2, 3, 4]),
+    for (format, name, cache, io, io_threads) in [
+        (DiskFormat::Raw, "raw", CacheMode::Writeback, DiskIo::Auto, vec![0]),
+        (DiskFormat::Qcow2, "qcow2", CacheMode::Writeback, DiskIo::Threads, vec![0, 1]),
+        (DiskFormat::Qcow2, "qcow2", CacheMode::Writeback, DiskIo::Ring, vec![1, 2, 3, 4]),
+        // Requests that go on while the threads do other things.
+        (DiskFormat::Raw, "raw", CacheMode::None, DiskIo::Auto, vec![0]),
+        (DiskFormat::Qcow2, "qcow2", CacheMode::None, DiskIo::Ring, vec![0, 1]),
+        (DiskFormat::Qcow2, "qcow2", CacheMode::None, DiskIo::Auto, vec![1, 2, 3, 4]),
+        (DiskFormat::Qcow2, "qcow2", CacheMode::None, DiskIo::Threads, vec![0]),
     ] {
         let path = directory.path().join(name);
         let size = (u64::from(REQUESTS) * u64::from(REQUEST_BYTES)).to_string();
-        let made = Command::new("qemu-img").args(["create", "-q", "-f", name]).arg(&path).arg(&size).status();
+        let direct = cache == CacheMode::None;
+        // Only what has its place is written without the thread that was asked.
+        let room = if direct { "preallocation=full" } else { "preallocation=off" };
+        let made =
+            Command::new("qemu-img").args(["create", "-q", "-f", name, "-o", room]).arg(&path).arg(&size).status();
         assert!(made.expect("qemu-img (Debian package qemu-utils)").success());
         let mut vm = Vm::start(&writer(4, REQUESTS), |plan| {
             let file = File::options().read(true).write(true).open(&path).unwrap();
+            if direct {
+                block::use_direct_io(&file).unwrap();
+            }
             let link = ChainLink { file: plan.add(file), path: name.into(), format };
             let disk = Disk::new("vda", DiskBus::Virtio, vec![link]);
-            plan.config.disks.push(Disk { queues: 4, queue_size: 64, io_threads: io_threads.clone(), ..disk });
+            plan.config.disks.push(Disk {
+                queues: 4,
+                queue_size: 64,
+                cache,
+                io,
+                io_threads: io_threads.clone(),
+                ..disk
+            });
         });
+        assert_eq!(
+            rings(&vm),
+            if io == DiskIo::Threads { 0 } else { 4 },
+            "one for each lane"
+        );
         // Pauses and a size that changes hold all threads, and lose none of their requests.
         let bytes = u64::from(REQUESTS) * u64::from(REQUEST_BYTES);
         for command in [Ask::Stop, Ask::Cont, Ask::ResizeDisk { target: "vda".into(), bytes: bytes + 512 }] {
@@ -53,6 +78,14 @@ fn four_queues_write_at_once_and_nothing_is_lost() {
         }
         std::fs::remove_file(path).unwrap();
     }
+}
+
+/// How many rings a machine has.
+fn rings(vm: &Vm) -> usize {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", vm.child.id())).unwrap();
+    let names: Vec<_> = files.filter_map(|file| std::fs::read_link(file.unwrap().path()).ok()).collect();
+    // The thread of a queue waits for a descriptor of its own.
+    names.iter().filter(|name| name.to_string_lossy() == "anon_inode:[io_uring]").count() / 2
 }
 
 #[test]

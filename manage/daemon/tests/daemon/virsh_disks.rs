@@ -309,3 +309,22 @@ fn every_attribute_of_a_disks_driver_is_kept_or_refused_as_libvirt_does() {
         assert_eq!(driver(&session, attributes), refused(expected), "{attributes}");
     }
 }
+
+#[test]
+fn io_says_who_waits_for_a_disk() {
+    let session = Session::start();
+    for (attributes, given) in [
+        ("", "vda Writeback Auto"),
+        ("io='threads'", "vda Writeback Threads"),
+        ("io='io_uring'", "vda Writeback Ring"),
+        ("cache='none' io='native'", "vda None Ring"),
+    ] {
+        assert!(driver(&session, attributes).is_ok());
+        let document = session.virsh("dumpxml vm1").replace("</kernel>", "</kernel><cmdline>show=disks</cmdline>");
+        let file = session.path("shown.xml");
+        fs::write(&file, document).unwrap();
+        session.virsh(&format!("define {}", file.display()));
+        let said = session.virsh("start vm1");
+        assert!(said.trim_end().ends_with(given), "{attributes}: {said}");
+    }
+}
