@@ -17,7 +17,7 @@ use crate::foreign::{ForeignImage, open_foreign};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
 use crate::luks::{LayerKey, open_luks};
-use crate::node::{Below, Extent, ExtentKind, Mapped, Node, Place, Placed, read_chain};
+use crate::node::{Below, Extent, ExtentKind, Found, Mapped, Node, Placed, read_chain};
 use crate::qcow2::{DataFile, Qcow2Image, Qcow2Node, Qcow2Options, Sealing};
 use crate::raw::RawNode;
 use crate::sys::{ReadBufs, WriteBufs};
@@ -328,14 +328,8 @@ impl Disk {
         if self.taps.is_empty() { self.top()?.0.map_write(offset, bytes) } else { Ok(None) }
     }
 
-    /// Where all of a request lies in a file as it is, if moving its data is all there is to do, and the layer to tell
-    /// when it is over.
-    pub(crate) fn place(
-        &self,
-        direction: Direction,
-        offset: u64,
-        bytes: u64,
-    ) -> Result<Option<(&Arc<dyn Node>, Place<'_>)>, BlockError> {
+    /// Where all of a request lies in a file as it is, if moving its data is all there is to do.
+    pub(crate) fn place(&self, direction: Direction, offset: u64, bytes: u64) -> Result<Option<Found<'_>>, BlockError> {
         let layers = match direction {
             Direction::Read => {
                 self.check_range(offset, bytes)?;
@@ -359,7 +353,7 @@ impl Disk {
                 Direction::Write => node.place_write(offset, bytes)?,
             };
             match placed {
-                Placed::Here(place) => return Ok(Some((node, place))),
+                Placed::Here(place) => return Ok(Some(Found { node, place })),
                 Placed::Below => {}
                 Placed::Nowhere => return Ok(None),
             }

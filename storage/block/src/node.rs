@@ -57,6 +57,14 @@ pub(crate) struct Place<'a> {
     pub(crate) ticket: Ticket,
 }
 
+/// The place of a request in a chain.
+pub(crate) struct Found<'a> {
+    /// The layer to tell when the request is over.
+    pub(crate) node: &'a Arc<dyn Node>,
+    /// Where in that layer.
+    pub(crate) place: Place<'a>,
+}
+
 /// The answer of a layer that is asked for the place of a request.
 pub(crate) enum Placed<'a> {
     /// There; it stays the request's until [`Node::land`].

@@ -12,7 +12,7 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice};
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use crate::disk::Disk;
-use crate::node::{Node, Place, Ticket};
+use crate::node::{Found, Node, Place, Ticket};
 use crate::sys::{GuestRing, Move};
 use crate::throttle::Direction;
 
@@ -115,8 +115,8 @@ impl<B: Bitmap + 'static> Ring<B> {
             return Begun::Refused;
         }
         // An error is found again, and told, by who does the request instead.
-        let Ok(Some((node, place))) = disk.place(direction, offset, bytes) else { return Begun::Refused };
-        let Place { file, host, ticket } = place;
+        let Ok(Some(found)) = disk.place(direction, offset, bytes) else { return Begun::Refused };
+        let Found { node, place: Place { file, host, ticket } } = found;
         let flying = Flying { node: node.clone(), ticket, tag, direction, bytes };
         let Some(target) = file.ring_file(host, bytes, &|align| prepared.is_aligned(align)) else {
             return Begun::Refused;

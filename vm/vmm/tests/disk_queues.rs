@@ -51,11 +51,7 @@ fn four_queues_write_at_once_and_nothing_is_lost() {
                 ..disk
             });
         });
-        assert_eq!(
-            rings(&vm),
-            if io == DiskIo::Threads { 0 } else { 4 },
-            "one for each lane"
-        );
+        assert_eq!(rings(&vm), if io == DiskIo::Threads { 0 } else { 4 }, "one for each lane");
         // Pauses and a size that changes hold all threads, and lose none of their requests.
         let bytes = u64::from(REQUESTS) * u64::from(REQUEST_BYTES);
         for command in [Ask::Stop, Ask::Cont, Ask::ResizeDisk { target: "vda".into(), bytes: bytes + 512 }] {
