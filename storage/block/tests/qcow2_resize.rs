@@ -159,3 +159,24 @@ fn any_cut_leaves_the_old_size_or_the_new() {
         });
     }
 }
+
+#[test]
+fn the_file_of_a_shrunken_disk_is_as_short_as_with_qemu() {
+    for options in OPTIONS {
+        let dir = tempfile::tempdir().unwrap();
+        let [ours, qemus] = ["ours", "qemus"].map(|name| dir.path().join(name));
+        create(&ours, options, 8 << 20);
+        open_disk(&ours).write(0, &pattern(8 << 20, 5)).unwrap();
+        std::fs::copy(&ours, &qemus).unwrap();
+        qemu_img(&["resize", "-q", "--shrink", "-f", "qcow2", qemus.to_str().unwrap(), "2M"]);
+        let disk = open_disk(&ours);
+        disk.resize(2 << 20, true, Preallocation::Off).unwrap();
+        assert!(support::contents(&disk) == pattern(2 << 20, 5), "{options}");
+        // What was free all along is taken first, and that may be a few clusters apart.
+        let slack = 4 * disk.cluster_bytes();
+        drop(disk);
+        let [ours_bytes, qemus_bytes] = [&ours, &qemus].map(|path| std::fs::metadata(path).unwrap().len());
+        qemu_check(&ours, options);
+        assert!(ours_bytes <= qemus_bytes + slack, "{options}: {ours_bytes}, QEMU {qemus_bytes}");
+    }
+}

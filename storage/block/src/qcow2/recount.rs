@@ -229,6 +229,17 @@ impl<'f> Recount<'f> {
         Ok(())
     }
 
+    /// Has every block written to a new place, whether its counts change or not.
+    pub(super) fn renew(&mut self) -> Result<(), BlockError> {
+        for index in 0..self.table.len() {
+            if self.table.get(index).is_some_and(|offset| *offset != 0) {
+                self.load(index as u64)?;
+                self.relieve()?;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn is_unchanged(&self) -> bool {
         self.changed.is_empty()
     }

@@ -100,8 +100,28 @@ impl Qcow2Node {
             rewrite.set_active(l1, false)?;
             rewrite.resize_bitmaps(false)
         })?;
-        if self.geometry.data_file && to_bytes < before_bytes {
-            Rewrite::shrink_data(&self.data, self.size_bytes())?;
+        if to_bytes < before_bytes {
+            if self.geometry.data_file {
+                Rewrite::shrink_data(&self.data, self.size_bytes())?;
+            }
+            // The disk has its size. A file that stays longer than it must be is a loss and no failure.
+            let _ = self.rewrite(|rewrite| rewrite.sink_tables()).and_then(|()| self.trim_file());
+        }
+        Ok(())
+    }
+
+    /// Ends the file behind the last cluster in use.
+    fn trim_file(&self) -> Result<(), BlockError> {
+        let mut tables = self.quiet()?;
+        let failed = |e| BlockError::io(&self.path, Action::Write, e);
+        let file_bytes = tables.file.len_bytes().map_err(failed)?;
+        let cluster_bytes = self.geometry.cluster_bytes();
+        let mut end = file_bytes.div_ceil(cluster_bytes);
+        while end > 0 && tables.refcount(end - 1)? == 0 {
+            end -= 1;
+        }
+        if end * cluster_bytes < file_bytes {
+            tables.file.set_len_bytes(end * cluster_bytes).map_err(failed)?;
         }
         Ok(())
     }
@@ -130,6 +150,36 @@ impl Rewrite<'_> {
             Some(offset) => self.counts.drop(offset, self.geometry.cluster_bytes()),
             None => Ok(()),
         }
+    }
+
+    /// Moves the tables of the disk down to where there is room. A shrunken disk has its new ones behind the data that
+    /// it had, since nothing of the old state is written over.
+    fn sink_tables(&mut self) -> Result<(), BlockError> {
+        let mut l1 = self.old_l1.clone();
+        for (index, offset) in self.l2_tables(&l1)? {
+            if self.counts.get(offset >> self.geometry.cluster_bits)? == 1 {
+                let table = self.read_l2(offset)?;
+                let lower = self.sink(offset, &table)?;
+                l1.get_mut(index).into_iter().for_each(|raw| *raw = lower | COPIED);
+                self.counts.relieve()?;
+            }
+        }
+        self.counts.renew()?;
+        let raw: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        if l1 == self.old_l1 {
+            self.header.l1_offset = self.sink(self.header.l1_offset, &raw)?;
+            return Ok(());
+        }
+        let old = self.header.l1_offset;
+        self.header.l1_offset = self.place(&raw)?;
+        self.drop_table(old, raw.len() as u64)
+    }
+
+    /// Copies a table that is referred to once to free room further down, if there is any; returns where it is then.
+    fn sink(&mut self, offset: u64, table: &[u8]) -> Result<u64, BlockError> {
+        let copy = self.place(table)?;
+        self.counts.drop(copy.max(offset), table.len() as u64)?;
+        Ok(copy.min(offset))
     }
 
     /// Removes every mapping from a guest offset, at a cluster, on.

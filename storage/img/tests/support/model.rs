@@ -68,7 +68,9 @@ pub struct Model {
 
 impl Model {
     pub fn new(kind: Kind, seed: u64) -> Model {
-        let (dir, rng) = (tempfile::tempdir().unwrap(), Rng(seed));
+        // Images of different kinds get different numbers.
+        let mixed = kind.options.bytes().fold(seed, |mixed, byte| mixed.wrapping_mul(31).wrapping_add(byte.into()));
+        let (dir, rng) = (tempfile::tempdir().unwrap(), Rng(mixed.max(1)));
         let mut model = Model {
             dir,
             kind,
@@ -335,6 +337,17 @@ fn runs(map: Vec<serde_json::Value>) -> Vec<Run> {
 }
 
 pub const OURS: &str = env!("CARGO_BIN_EXE_vireo-img");
+
+/// The seeds of a run: always the same one, or with `VIREO_TEST_LONG` as many, which are others each time.
+/// `VIREO_TEST_SEED` is the one to repeat.
+pub fn seeds(long: u64) -> std::ops::Range<u64> {
+    let (first, count) = match (std::env::var("VIREO_TEST_SEED"), std::env::var_os("VIREO_TEST_LONG")) {
+        (Ok(seed), _) => (seed.parse().expect("VIREO_TEST_SEED is a number"), 1),
+        (Err(_), Some(_)) => (std::time::UNIX_EPOCH.elapsed().unwrap().as_secs(), long),
+        (Err(_), None) => (1, 1),
+    };
+    first..first + count
+}
 
 /// Whether the installed QEMU is of the release whose texts and maps are compared.
 pub fn has_peer() -> bool {
