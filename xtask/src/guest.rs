@@ -148,7 +148,8 @@ fn depends(module: &[u8]) -> Vec<String> {
 const APPLETS: &[&str] =
     &["sh", "mount", "insmod", "switch_root", "sleep", "cat", "mkdir", "reboot", "poweroff", "echo"];
 
-fn skeleton(busybox: &[u8]) -> Archive {
+/// An archive with a shell.
+pub fn skeleton(busybox: &[u8]) -> Archive {
     let mut archive = Archive::new();
     for dir in ["bin", "dev", "proc", "sys", "root", "modules"] {
         archive.dir(dir);
@@ -262,7 +263,8 @@ fn disk(dir: &Path, image: &Path, busybox: &[u8], modules: &Modules) -> Result<(
     Ok(())
 }
 
-fn path_with_sbin() -> String {
+/// Where administrators' programs are found too.
+pub fn path_with_sbin() -> String {
     format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
 }
 

@@ -16,10 +16,10 @@ use crate::run::{cargo, output, run, say, target};
 const MODULES: &[&str] = &["irqbypass", "ccp", "kvm", "kvm_amd", "virtio_pci", "virtio_blk"];
 const APPLETS: &[&str] = &[
     "sh", "mount", "insmod", "mkdir", "mkfifo", "cat", "echo", "grep", "tail", "sleep", "kill", "poweroff", "sed",
-    "awk", "tr", "sync", "wc",
+    "awk", "tr", "sync", "wc", "rm",
 ];
 
-/// Longest run of the lab.
+/// Longest run of the lab for a check.
 const LIMIT: Duration = Duration::from_secs(300);
 
 const INIT: &str = "\
@@ -77,6 +77,22 @@ pub enum Job {
     Exits,
 }
 
+/// What the lab is given, beside its kernel and the demo guest's files.
+pub struct Lab<'a> {
+    /// Programs, with the libraries they need.
+    pub programs: &'a [PathBuf],
+    /// Further files by their names inside.
+    pub files: &'a [(String, Vec<u8>)],
+    /// Further modules.
+    pub modules: &'a [&'a str],
+    /// What is run.
+    pub script: &'a str,
+    /// A raw disk: `/dev/vda`.
+    pub disk: Option<&'a Path>,
+    /// When it is ended.
+    pub limit: Duration,
+}
+
 /// Builds and boots the lab and does `job` in it.
 pub fn go(consent: Consent, job: &Job) -> Result<String> {
     packages::ensure(&[packages::BUILD, packages::QEMU], consent)?;
@@ -87,17 +103,23 @@ pub fn go(consent: Consent, job: &Job) -> Result<String> {
         Job::Check => format!("vireo-vmm --probe-kvm || exit 1\nasm-guests kvm || exit 1\n{DEMO}"),
         Job::Exits => COUNT_EXITS.to_owned(),
     };
-    let dir = target().join("lab");
-    fs::create_dir_all(&dir)?;
-    let initrd = dir.join("initrd.img");
     let programs = ["vireo-vmm", "asm-guests"].map(|name| target().join("debug").join(name));
-    fs::write(&initrd, l1(&guest, &programs, &script)?)?;
-    say("booting the lab (about 20 s)");
-    let said = boot(&guest, &initrd, &dir.join("serial.log"))?;
+    let lab = Lab { programs: &programs, files: &[], modules: &[], script: &script, disk: None, limit: LIMIT };
+    let said = run_in(&guest, &lab)?;
     Ok(match job {
         Job::Check => format!("{said}\n{}", summary(&said)),
         Job::Exits => said,
     })
+}
+
+/// Boots the lab and returns what its script said.
+pub fn run_in(guest: &Guest, lab: &Lab<'_>) -> Result<String> {
+    let dir = target().join("lab");
+    fs::create_dir_all(&dir)?;
+    let initrd = dir.join("initrd.img");
+    fs::write(&initrd, l1(guest, lab)?)?;
+    say("booting the lab (about 20 s)");
+    boot(guest, lab, &initrd, &dir.join("serial.log"))
 }
 
 /// What a check that passed has shown.
@@ -119,7 +141,7 @@ fn summary(said: &str) -> String {
     )
 }
 
-fn l1(guest: &Guest, programs: &[PathBuf], script: &str) -> Result<Vec<u8>> {
+fn l1(guest: &Guest, lab: &Lab<'_>) -> Result<Vec<u8>> {
     let modules = Modules::scan(&guest.kernel_tree.join("lib/modules"))?;
     let mut archive = Archive::new();
     for dir in ["bin", "dev", "proc", "sys", "tmp", "modules", "l2", "lib64", "lib"] {
@@ -129,15 +151,15 @@ fn l1(guest: &Guest, programs: &[PathBuf], script: &str) -> Result<Vec<u8>> {
     archive.file("bin/busybox", true, &fs::read(&guest.busybox)?);
     APPLETS.iter().for_each(|applet| archive.link(&format!("bin/{applet}"), "busybox"));
     let mut order = String::new();
-    for (name, bytes) in modules.closure(MODULES)? {
+    for (name, bytes) in modules.closure(&[MODULES, lab.modules].concat())? {
         archive.file(&format!("modules/{name}.ko"), false, &bytes);
         order.push_str(&format!("{name}\n"));
     }
     archive.file("modules/order", false, order.as_bytes());
     archive.file("init", true, INIT.as_bytes());
-    archive.file("cmd", false, script.as_bytes());
+    archive.file("cmd", false, lab.script.as_bytes());
     let mut libraries = Vec::new();
-    for program in programs {
+    for program in lab.programs {
         let name = program.file_name().context("a program without a name")?.to_string_lossy();
         archive.file(&format!("bin/{name}"), true, &fs::read(program)?);
         for library in libraries_of(program)? {
@@ -147,14 +169,7 @@ fn l1(guest: &Guest, programs: &[PathBuf], script: &str) -> Result<Vec<u8>> {
         }
     }
     for library in libraries {
-        let inside = library.trim_start_matches('/').to_owned();
-        let mut parent = String::new();
-        for part in Path::new(&inside).parent().into_iter().flat_map(Path::components) {
-            parent.push_str(&part.as_os_str().to_string_lossy());
-            archive.dir(&parent);
-            parent.push('/');
-        }
-        archive.file(&inside, true, &fs::read(&library)?);
+        put(&mut archive, library.trim_start_matches('/'), &fs::read(&library)?);
     }
     for (name, path) in [
         ("vmlinuz", &guest.kernel),
@@ -164,7 +179,21 @@ fn l1(guest: &Guest, programs: &[PathBuf], script: &str) -> Result<Vec<u8>> {
     ] {
         archive.file(&format!("l2/{name}"), false, &fs::read(path)?);
     }
+    for (name, bytes) in lab.files {
+        put(&mut archive, name, bytes);
+    }
     Ok(archive.finish())
+}
+
+/// Adds a file that may be executed, and the directories above it.
+fn put(archive: &mut Archive, name: &str, bytes: &[u8]) {
+    let mut parent = String::new();
+    for part in Path::new(name).parent().into_iter().flat_map(Path::components) {
+        parent.push_str(&part.as_os_str().to_string_lossy());
+        archive.dir(&parent);
+        parent.push('/');
+    }
+    archive.file(name, true, bytes);
 }
 
 /// The shared libraries of `program`, the loader among them.
@@ -173,15 +202,19 @@ fn libraries_of(program: &Path) -> Result<Vec<String>> {
     Ok(text.split_whitespace().filter(|w| w.starts_with('/')).map(str::to_owned).collect())
 }
 
-fn boot(guest: &Guest, initrd: &Path, log: &Path) -> Result<String> {
+fn boot(guest: &Guest, lab: &Lab<'_>, initrd: &Path, log: &Path) -> Result<String> {
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-M", "q35", "-accel", "tcg", "-cpu", "EPYC-v4,+svm", "-m", "1536", "-smp", "1", "-nodefaults"]);
     qemu.args(["-no-user-config", "-display", "none", "-no-reboot", "-serial"]).arg(format!("file:{}", log.display()));
     qemu.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(initrd);
     qemu.args(["-append", "console=ttyS0 quiet panic=-1 tsc=reliable"]);
+    if let Some(disk) = lab.disk {
+        let drive = format!("file={},if=none,id=disk,format=raw,cache=unsafe", disk.display());
+        qemu.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=disk"]);
+    }
     let _ = File::create(log)?;
     let mut child = qemu.stdin(Stdio::null()).spawn().context("cannot start qemu-system-x86_64")?;
-    let status = wait(&mut child)?;
+    let status = wait(&mut child, lab.limit)?;
     let text = String::from_utf8_lossy(&fs::read(log)?).replace('\r', "");
     let Some((_, inside)) = text.split_once("LAB-BEGIN\n") else {
         bail!("the lab did not come up ({status}); its console is in {}", log.display());
@@ -195,16 +228,16 @@ fn boot(guest: &Guest, initrd: &Path, log: &Path) -> Result<String> {
     Ok(inside.to_owned())
 }
 
-/// Waits for QEMU's end, at most [`LIMIT`].
-fn wait(child: &mut std::process::Child) -> Result<std::process::ExitStatus> {
+/// Waits for QEMU's end, at most `limit`.
+fn wait(child: &mut std::process::Child, limit: Duration) -> Result<std::process::ExitStatus> {
     let pid = rustix::process::Pid::from_child(child);
     let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
     let mut fds = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
-    let limit = rustix::time::Timespec { tv_sec: LIMIT.as_secs() as i64, tv_nsec: 0 };
-    if rustix::event::poll(&mut fds, Some(&limit))? == 0 {
+    let timeout = rustix::time::Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: 0 };
+    if rustix::event::poll(&mut fds, Some(&timeout))? == 0 {
         child.kill()?;
         child.wait()?;
-        bail!("the lab did not end within {} s", LIMIT.as_secs());
+        bail!("the lab did not end within {} s", limit.as_secs());
     }
     Ok(child.wait()?)
 }

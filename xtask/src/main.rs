@@ -23,7 +23,7 @@ cargo xtask <task> [options]
   demo --clean        removes what a demo left
   test [--long]       everything that must hold: tidy, formatting, lints, all tests (--long: the slow ones too)
   guest               builds the demo guest (kernel, initrd, disk) into target/guest and says where
-  bench NAME          boot, image, manage, vmm: our figure, the peer's from the same run, the ratio
+  bench NAME          boot, disk, image, manage, vmm: our figure, the peer's from the same run, the ratio
   lab [--exits]       real KVM inside an emulated machine: probe, tiny guests, demo guest (--exits: counts of a boot)
   oracle [options]    the software CPU against this processor, without bound until it differs or is stopped
                       (--seed N, --cases N per form, --only NAME, --seconds N)

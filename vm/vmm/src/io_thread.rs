@@ -15,6 +15,7 @@ use hv_core::{Clock, GuestNs, Interest, Ring};
 use machine::{Alarm, Board, Worker};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime};
+use smallvec::{SmallVec, smallvec};
 
 use crate::console::{HostEnd, Input};
 use crate::event::{self, Event};
@@ -288,9 +289,10 @@ impl IoLoop {
     }
 
     fn wait(&self, ready: &mut Vec<Source>) {
-        let mut sources = vec![Source::Wake, Source::Timer];
-        let mut fds: Vec<PollFd<'_>> =
-            vec![PollFd::new(&*self.wake, PollFlags::IN), PollFd::new(&*self.timer, PollFlags::IN)];
+        // Room for what a thread usually has, so that a wait takes no memory.
+        let mut sources: SmallVec<[Source; 16]> = smallvec![Source::Wake, Source::Timer];
+        let mut fds: SmallVec<[PollFd<'_>; 16]> =
+            smallvec![PollFd::new(&*self.wake, PollFlags::IN), PollFd::new(&*self.timer, PollFlags::IN)];
         for (i, waiting) in self.workers.iter().enumerate() {
             sources.push(Source::Bell(i));
             fds.push(PollFd::from_borrowed_fd(waiting.worker.bell.event(), PollFlags::IN));

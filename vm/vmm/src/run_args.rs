@@ -5,9 +5,10 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use block::{BlockError, Format};
+use block::{Action, BlockError, Format};
 use monitor::{
-    Accel, Boot, ChainLink, ClockMode, Discard, DiskBus, DiskErrorPolicy, DiskFormat, FdIndex, PowerAction, VmConfig,
+    Accel, Boot, CacheMode, ChainLink, ClockMode, Discard, DiskBus, DiskErrorPolicy, DiskFormat, DiskIo, FdIndex,
+    PowerAction, VmConfig,
 };
 
 use crate::error::VmmError;
@@ -21,6 +22,7 @@ usage: vireo run --kernel FILE [options]      (vireo-vmm run is the same)
   --memory SIZE          MiB, or with suffix M or G (default 512)
   --cpus N               vCPUs (default 1)
   --disk FILE[,format=raw|qcow2][,bus=virtio|nvme][,serial=TEXT][,readonly=on|off]
+         [,cache=writeback|none|writethrough|directsync|unsafe][,io=threads|native|io_uring]
                          without a format the file is probed
   --rng                  a virtio source of random bytes
   --accel auto|soft|kvm  what executes the guest (default auto)
@@ -103,6 +105,28 @@ pub struct DiskArg {
     pub serial: Option<String>,
     /// The guest cannot write.
     pub read_only: bool,
+    /// Host caching.
+    pub cache: CacheMode,
+    /// Who waits for transfers.
+    pub io: DiskIo,
+}
+
+impl DiskArg {
+    fn new(path: PathBuf) -> DiskArg {
+        DiskArg {
+            path,
+            format: None,
+            bus: DiskBus::Virtio,
+            serial: None,
+            read_only: false,
+            cache: CacheMode::Writeback,
+            io: DiskIo::Auto,
+        }
+    }
+
+    fn is_direct(&self) -> bool {
+        matches!(self.cache, CacheMode::None | CacheMode::DirectSync)
+    }
 }
 
 /// Parses what follows `run`. `None`: help is wanted.
@@ -183,10 +207,17 @@ fn memory_kib(value: String) -> Result<u64, ArgsError> {
     kib.ok_or(ArgsError::Value { option: "--memory", value, want: "a size in MiB, or one like 2G" })
 }
 
+const CACHE_MODES: [(&str, CacheMode); 5] = [
+    ("writeback", CacheMode::Writeback),
+    ("none", CacheMode::None),
+    ("writethrough", CacheMode::Writethrough),
+    ("directsync", CacheMode::DirectSync),
+    ("unsafe", CacheMode::Unsafe),
+];
+
 fn disk(value: &str) -> Result<DiskArg, ArgsError> {
     let bad = |want| ArgsError::Value { option: "--disk", value: value.to_owned(), want };
-    let mut parsed =
-        DiskArg { path: PathBuf::new(), format: None, bus: DiskBus::Virtio, serial: None, read_only: false };
+    let mut parsed = DiskArg::new(PathBuf::new());
     for (place, part) in value.split(',').enumerate() {
         match part.split_once('=') {
             Some(("path", path)) => parsed.path = path.into(),
@@ -199,9 +230,16 @@ fn disk(value: &str) -> Result<DiskArg, ArgsError> {
             Some(("serial", serial)) => parsed.serial = Some(serial.to_owned()),
             Some(("readonly", "on" | "yes" | "true")) => parsed.read_only = true,
             Some(("readonly", "off" | "no" | "false")) => parsed.read_only = false,
+            Some(("cache", word)) => {
+                let cache = CACHE_MODES.iter().find(|(known, _)| *known == word);
+                parsed.cache = cache.ok_or_else(|| bad("a disk with a cache mode that exists"))?.1;
+            }
+            Some(("io", "threads")) => parsed.io = DiskIo::Threads,
+            Some(("io", "native" | "io_uring")) => parsed.io = DiskIo::Ring,
+            Some(("io", _)) => return Err(bad("a disk whose io is threads, native or io_uring")),
             None if part == "ro" || part == "readonly" => parsed.read_only = true,
             _ if place == 0 => parsed.path = part.into(),
-            _ => return Err(bad("FILE[,format=raw|qcow2][,bus=virtio|nvme][,serial=TEXT][,readonly=on|off]")),
+            _ => return Err(bad("FILE[,format=][,bus=][,serial=][,readonly=][,cache=][,io=], as --help shows")),
         }
     }
     if parsed.path.as_os_str().is_empty() { Err(bad("the path of an image")) } else { Ok(parsed) }
@@ -268,12 +306,18 @@ fn open_disk(
                 return Err(failed(source));
             }
         };
+        if disk.is_direct() {
+            let source = |source| BlockError::Io { path: link.path_label.clone(), action: Action::Open, source };
+            block::use_direct_io(&link.file).map_err(|error| failed(source(error)))?;
+        }
         let path = link.path_label.to_string_lossy().into_owned();
         links.push(ChainLink { file: add(link.file.into()), path, format });
     }
     Ok(monitor::Disk {
         read_only: disk.read_only,
         serial: disk.serial.clone(),
+        cache: disk.cache,
+        io: disk.io,
         discard: Discard::Unmap,
         // Nobody could make the machine go on after a pause.
         on_write_error: DiskErrorPolicy::Report,
@@ -298,15 +342,12 @@ mod tests {
         .unwrap();
         assert_eq!((args.cmdline.as_str(), args.memory_kib, args.vcpus), ("a=1 b", 2 << 20, 3));
         assert_eq!((args.accel, args.clock, args.reboot), (Accel::Soft, ClockMode::Virtual, false));
-        let plain = |path: &str| DiskArg {
-            path: path.into(),
-            format: None,
-            bus: DiskBus::Virtio,
-            serial: None,
-            read_only: false,
-        };
+        let plain = |path: &str| DiskArg::new(path.into());
         let second = DiskArg { format: Some(Format::Raw), bus: DiskBus::Nvme, read_only: true, ..plain("e") };
         assert_eq!(args.disks, [plain("d.img"), second]);
+        let args = run("--kernel k --disk d,cache=none,io=native --disk e,cache=unsafe,io=threads").unwrap().unwrap();
+        let third = DiskArg { cache: CacheMode::None, io: DiskIo::Ring, ..plain("d") };
+        assert_eq!(args.disks, [third, DiskArg { cache: CacheMode::Unsafe, io: DiskIo::Threads, ..plain("e") }]);
         assert_eq!(run("--help").unwrap(), None);
     }
 
@@ -324,6 +365,8 @@ mod tests {
             ("--kernel k --cpus x", "--cpus: 'x' is not a number of vCPUs"),
             ("--kernel k --accel tcg", "--accel: 'tcg' is not auto, soft or kvm"),
             ("--kernel k --disk a,format=vmdk", "--disk: 'a,format=vmdk' is not a disk whose format is raw or qcow2"),
+            ("--kernel k --disk a,cache=x", "--disk: 'a,cache=x' is not a disk with a cache mode that exists"),
+            ("--kernel k --disk a,io=x", "--disk: 'a,io=x' is not a disk whose io is threads, native or io_uring"),
             ("--kernel k --disk ro", "--disk: 'ro' is not the path of an image"),
         ] {
             assert_eq!(run(line).unwrap_err().to_string(), message);

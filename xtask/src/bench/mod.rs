@@ -1,5 +1,6 @@
 //! Benchmarks: our figure, the peer's measured in the same run, the ratio.
 
+mod disk;
 mod image;
 mod manage;
 mod manage_daemon;
@@ -33,7 +34,8 @@ pub fn go(consent: Consent, name: &str, only: Option<&str>) -> Result<()> {
         "vmm" => vmm(consent),
         "manage" => manage::go(consent),
         "image" => image::go(consent, only),
-        _ => bail!("there is no benchmark {name:?}: there are boot, image, manage and vmm"),
+        "disk" => disk::go(consent),
+        _ => bail!("there is no benchmark {name:?}: there are boot, disk, image, manage and vmm"),
     }
 }
 
