@@ -60,7 +60,7 @@ loads() {
   done=0
   for disk in a b; do
     while read -r way order block depth count; do
-      sync; echo 3 > /proc/sys/vm/drop_caches
+      sync; [ $cache = writeback ] || echo 3 > /proc/sys/vm/drop_caches
       before=$(cpu $pid); guest=$(inside $pid)
       echo \"/dev/vd$disk $way $order $block $depth $count\" >&3
       done=$((done + 1)); wait_for LOAD-DONE $done
@@ -139,7 +139,7 @@ fn make_disks(dir: &Path, disk: &Path) -> Result<()> {
     fs::create_dir_all(&tree)?;
     let raw = tree.join("raw.img");
     let file = File::create(&raw)?;
-    let block: Vec<u8> = (0..MIB).map(|i| (i * 7919 >> 5) as u8 | 1).collect();
+    let block: Vec<u8> = (0..MIB).map(|i| ((i * 7919) >> 5) as u8 | 1).collect();
     for at in 0..DISK_MIB {
         file.write_all_at(&block, (at * MIB) as u64)?;
     }
