@@ -40,7 +40,7 @@ impl Token {
     }
 }
 
-/// Positions by hash. All inputs start at position 0.
+/// Positions by hash. All inputs start at position 0. In both tables a position is stored as [`stored`] says.
 pub(super) struct Finder {
     window: usize,
     /// The newest position with each hash.
@@ -51,6 +51,18 @@ pub(super) struct Finder {
     before: Box<[u32; WINDOW_MAX]>,
     /// Bytes since the last match.
     unmatched: usize,
+}
+
+/// A position as the tables hold it, and back: [`NONE`] is 0 there. Fresh memory is zero, and what of a table no input
+/// reaches takes no space: that is most of both with a window of 4 KiB.
+fn stored(position: u32) -> u32 {
+    position ^ NONE
+}
+
+/// A table without positions.
+fn no_positions<const N: usize>() -> Box<[u32; N]> {
+    // The conversion fails for another length only.
+    vec![0; N].into_boxed_slice().try_into().unwrap_or_else(|_| Box::new([0; N]))
 }
 
 fn eight(input: &[u8], at: usize) -> Option<u64> {
@@ -87,24 +99,24 @@ impl Finder {
         let window = 1 << window_bits;
         Finder {
             window,
-            newest: Box::new([NONE; 1 << HASH_BITS_MAX]),
+            newest: no_positions(),
             hash_bits: (window_bits + 1).min(HASH_BITS_MAX),
-            before: Box::new([NONE; WINDOW_MAX]),
+            before: no_positions(),
             unmatched: 0,
         }
     }
 
     /// Forgets the last input.
     pub(super) fn begin(&mut self) {
-        self.newest[..1 << self.hash_bits].fill(NONE);
+        self.newest[..1 << self.hash_bits].fill(stored(NONE));
         self.unmatched = 0;
     }
 
     fn insert(&mut self, at: usize, word: u32) -> u32 {
         let newest = &mut self.newest[hash(word, self.hash_bits)];
-        let last = std::mem::replace(newest, at as u32);
+        let last = std::mem::replace(newest, stored(at as u32));
         self.before[at & (self.window - 1) & (WINDOW_MAX - 1)] = last;
-        last
+        stored(last)
     }
 
     /// Whether a position lies before `at`, and near enough.
@@ -130,7 +142,7 @@ impl Finder {
                     }
                 }
             }
-            let next = self.before[from & (self.window - 1) & (WINDOW_MAX - 1)];
+            let next = stored(self.before[from & (self.window - 1) & (WINDOW_MAX - 1)]);
             // A chain goes back in the input; an entry that does not was overwritten.
             if next >= candidate {
                 break;
