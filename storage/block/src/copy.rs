@@ -2,13 +2,14 @@
 //! the source, reads it and, when its turn has come, writes it.
 
 use std::fs::File;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
 use crate::disk::{ChainExtent, Disk};
 use crate::error::{Action, BlockError};
-use crate::host_file::copy_inside_kernel;
+use crate::host_file::{copy_inside_kernel, shares_blocks};
 use crate::node::{ExtentKind, Mapped};
 use crate::page_buf::PageBuf;
 use crate::runs::Runs;
@@ -17,13 +18,13 @@ use crate::zeroes::{for_each_run, is_zero};
 
 /// Bytes that one thread holds at a time. Small enough to stay in the processor's cache between the read that
 /// fills them and the write that takes them.
-pub(crate) const CHUNK_BYTES: u64 = 256 << 10;
-/// The same for files that bypass the page cache.
-const DIRECT_CHUNK_BYTES: u64 = 1 << 20;
-/// A step fills whole clusters of the target, so that they are written once, unless they are larger than this.
+pub(crate) const CHUNK_BYTES: u64 = 128 << 10;
+/// The same for files that bypass the page cache: a huge page.
+const DIRECT_CHUNK_BYTES: u64 = 2 << 20;
+/// A step fills whole clusters of the target, so that they are written once. Larger ones than this are filled in parts.
 const CHUNK_MAX_BYTES: u64 = 2 << 20;
 /// Least threads when each waits for the device.
-const DIRECT_WORKERS: usize = 4;
+const DIRECT_WORKERS: usize = 3;
 /// Zeroes that one step skips or writes.
 const ZERO_STEP_BYTES: u64 = 1 << 30;
 /// Memory of one thread's stack. Nothing recurses deeper than a backing chain, 200 images at most.
@@ -51,6 +52,8 @@ pub struct CopyOptions {
     pub target_offset: u64,
     /// Leave what the target's top image holds as it is: copy only what shows through it.
     pub unmapped_only: bool,
+    /// Let the host copy from file to file also where it shares no blocks and leaves the work to no server.
+    pub offload: bool,
 }
 
 impl Default for CopyOptions {
@@ -66,6 +69,7 @@ impl Default for CopyOptions {
             layers: usize::MAX,
             target_offset: 0,
             unmapped_only: false,
+            offload: false,
         }
     }
 }
@@ -127,6 +131,8 @@ struct Shared<'a> {
     turn: Mutex<u64>,
     turned: Condvar,
     stop: AtomicBool,
+    /// Whether the source's file system may copy inside the kernel without moving bytes, asked once.
+    shares_blocks: OnceLock<bool>,
     /// These two files cannot be copied inside the kernel.
     no_kernel_copy: AtomicBool,
     done_bytes: AtomicU64,
@@ -158,11 +164,16 @@ pub fn copy(
         source,
         target,
         opts,
-        chunk_bytes: if opts.compressed { unit } else { chunk_bytes.max(target.cluster_bytes().min(CHUNK_MAX_BYTES)) },
+        chunk_bytes: match (opts.compressed, target.cluster_bytes()) {
+            (true, _) => unit,
+            (false, whole @ ..=CHUNK_MAX_BYTES) => chunk_bytes.max(whole),
+            (false, _) => chunk_bytes,
+        },
         next: Mutex::new(Cursor::default()),
         turn: Mutex::new(0),
         turned: Condvar::new(),
         stop: AtomicBool::new(false),
+        shares_blocks: OnceLock::new(),
         no_kernel_copy: AtomicBool::new(false),
         done_bytes: AtomicU64::new(0),
         error: Mutex::new(None),
@@ -303,7 +314,7 @@ impl Shared<'_> {
         // Held until the bytes have moved: the place stays the source's as long.
         let mapped = self.map_source(step)?;
         let in_file = mapped.as_ref().and_then(|place| Some((place.file.as_host_file()?, place.host)));
-        let source = match in_file {
+        let source = match in_file.filter(|(file, _)| self.may_share_blocks(file)) {
             Some((file, host)) if !self.may_hold_zeroes(file, host, step)? => Some((file, host)),
             _ => None,
         };
@@ -324,6 +335,16 @@ impl Shared<'_> {
         }
         self.end_turn(step.turn);
         places.into_iter().try_for_each(|place| self.move_bytes(step, place, source, bytes))
+    }
+
+    /// Where bytes have to move, they had better move through memory: looking for zeroes by itself, with a call for
+    /// each block, costs more than the copy that goes with it.
+    fn may_share_blocks(&self, file: &File) -> bool {
+        let shares = self.opts.offload || *self.shares_blocks.get_or_init(|| shares_blocks(file));
+        if !shares {
+            self.no_kernel_copy.store(true, Ordering::Relaxed);
+        }
+        shares
     }
 
     /// Where all of a step is in one file, if it may be copied from there.

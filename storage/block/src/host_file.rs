@@ -38,6 +38,16 @@ pub fn use_direct_io(file: &File) -> io::Result<()> {
     Ok(rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)?)
 }
 
+/// `f_type` of statfs(2) for file systems where `copy_file_range` may share blocks or leave the copy to a server: Btrfs,
+/// XFS, Bcachefs, OCFS2, ZFS, NFS, SMB2, and overlays, which may lie on any of them.
+const SHARING: [u32; 8] =
+    [0x9123_683e, 0x5846_5342, 0xca45_1a4e, 0x7461_636f, 0x2fc1_2fc1, 0x6969, 0xfe53_4d42, 0x794c_7630];
+
+/// Whether a copy inside the kernel may be more than moving bytes where this file is.
+pub(crate) fn shares_blocks(file: &File) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|host| SHARING.contains(&(host.f_type as u32)))
+}
+
 /// Copies a range from file to file inside the kernel, `copy_file_range(2)`. `false` when the files or their file
 /// systems cannot: part of the range may have been copied. A range past the end of the source is not copied.
 pub(crate) fn copy_inside_kernel(from: &File, mut at: u64, to: &File, mut target: u64, bytes: u64) -> io::Result<bool> {

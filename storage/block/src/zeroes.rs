@@ -28,9 +28,10 @@ pub(crate) fn write_zero_data<E>(
 /// Whether every byte is zero. Data that is not costs a look at its first bytes.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     let (first, rest) = bytes.split_at(bytes.len().min(16));
-    first.iter().all(|byte| *byte == 0)
-        // A fold over a fixed length becomes vector instructions; a search that may stop at any byte does not.
-        && rest.chunks(256).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+    // A fold over a fixed length becomes vector instructions; a search that may stop at any byte does not.
+    let (chunks, tail) = rest.as_chunks::<256>();
+    first.iter().chain(tail).all(|byte| *byte == 0)
+        && chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// Splits `bytes`, which lie at `offset`, into runs that hold data and runs of whole zero blocks. Blocks start at

@@ -57,12 +57,12 @@ fn a_copy_holds_what_its_source_holds() {
         make(&source, *source_format, source_options);
         fill(&open(&source, *source_format, false), &mut rng);
         for (to, (target_format, target_options)) in formats.iter().enumerate() {
-            for (workers, out_of_order, sparse_bytes, old) in [
-                (1, false, 4096, false),
-                (1, false, 512, true),
-                (3, false, 0, true),
-                (2, true, 4096, true),
-                (4, false, 512, false),
+            for (workers, out_of_order, sparse_bytes, old, offload) in [
+                (1, false, 4096, false, false),
+                (1, false, 512, true, true),
+                (3, false, 0, true, false),
+                (2, true, 4096, true, true),
+                (4, false, 512, false, true),
             ] {
                 let target = dir.path().join(format!("t{from}-{to}"));
                 make(&target, *target_format, target_options);
@@ -70,8 +70,15 @@ fn a_copy_holds_what_its_source_holds() {
                 if old {
                     fill(&disk, &mut rng);
                 }
-                let opts =
-                    CopyOptions { workers, out_of_order, sparse_bytes, target_is_zero: !old, ..Default::default() };
+                let target_is_zero = !old;
+                let opts = CopyOptions {
+                    workers,
+                    out_of_order,
+                    sparse_bytes,
+                    target_is_zero,
+                    offload,
+                    ..CopyOptions::default()
+                };
                 copy(&open(&source, *source_format, true), &disk, &opts, &|_, _| true).unwrap();
                 disk.flush().unwrap();
                 let original = open(&source, *source_format, true);

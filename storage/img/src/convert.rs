@@ -181,6 +181,7 @@ fn copy_options(parsed: &Parsed) -> Result<CopyOptions, ImgError> {
         out_of_order: parsed.has("oob-writes"),
         compressed: parsed.has("compress"),
         sparse_bytes: SPARSE_BYTES,
+        offload: parsed.has("copy-range-offloading"),
         ..CopyOptions::default()
     };
     if let Some(text) = parsed.value("parallel")? {
