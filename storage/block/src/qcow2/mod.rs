@@ -75,6 +75,9 @@ use crate::sys::{ReadBufs, WriteBufs};
 /// Memory for refcount blocks: 2 GiB of 64 KiB clusters for each 64 KiB of it.
 const REFCOUNT_CACHE_BYTES: u64 = 256 << 10;
 
+/// A table is read in pieces of this size.
+const TABLE_PIECE_BYTES: usize = 16 << 10;
+
 #[derive(Clone)]
 pub(crate) struct Qcow2Options {
     pub(crate) read_only: bool,
@@ -223,10 +226,21 @@ impl Tables {
         if offset.saturating_add(entries * 8) > file_bytes {
             return Err(BlockError::TablePastEnd { path: self.path.clone(), table, offset, file_bytes });
         }
-        let mut raw = vec![0; (entries * 8) as usize];
-        self.read_file(offset, &mut raw)?;
-        let entry = |bytes: &[u8]| bytes.try_into().map(u64::from_be_bytes).unwrap_or(0);
-        Ok(raw.chunks_exact(8).map(entry).collect())
+        // In pieces, and only what is not zero is stored: a refcount table is empty but for its start, and memory that
+        // is never written takes no space.
+        let mut table = vec![0; entries as usize];
+        let mut raw = vec![0; TABLE_PIECE_BYTES.min(entries as usize * 8)];
+        for (entries, at) in table.chunks_mut(TABLE_PIECE_BYTES / 8).zip((offset..).step_by(TABLE_PIECE_BYTES)) {
+            let raw = raw.get_mut(..entries.len() * 8).unwrap_or_default();
+            self.read_file(at, raw)?;
+            for (entry, bytes) in entries.iter_mut().zip(raw.chunks_exact(8)) {
+                match bytes.try_into().map_or(0, u64::from_be_bytes) {
+                    0 => {}
+                    word => *entry = word,
+                }
+            }
+        }
+        Ok(table)
     }
 
     fn prepare_for_writing(&mut self) -> Result<(), BlockError> {

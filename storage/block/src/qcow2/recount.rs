@@ -39,7 +39,7 @@ pub(super) struct Recount<'f> {
     place: Place<'f>,
     geometry: Geometry,
     /// Offsets of the refcount blocks on disk.
-    table: Vec<u64>,
+    table: &'f [u64],
     changed: BTreeMap<u64, Changed>,
     loaded_bytes: usize,
     /// The unchanged block that was looked at last.
@@ -51,7 +51,7 @@ pub(super) struct Recount<'f> {
 }
 
 impl<'f> Recount<'f> {
-    pub(super) fn new(place: Place<'f>, geometry: Geometry, table: Vec<u64>, tables: &'f HashSet<u64>) -> Recount<'f> {
+    pub(super) fn new(place: Place<'f>, geometry: Geometry, table: &'f [u64], tables: &'f HashSet<u64>) -> Recount<'f> {
         let (changed, viewed) = (BTreeMap::new(), None);
         Recount { place, geometry, table, changed, loaded_bytes: 0, viewed, hint: 1, tables }
     }
@@ -73,7 +73,10 @@ impl<'f> Recount<'f> {
     fn load(&mut self, index: u64) -> Result<&mut Pair, BlockError> {
         let loaded = self.changed.get(&index).is_some_and(|changed| changed.pair.is_some());
         if !loaded {
-            let was = self.old_block(index)?;
+            let was = match self.viewed.take_if(|(viewed, _)| *viewed == index) {
+                Some((_, block)) => block,
+                None => self.old_block(index)?,
+            };
             let mut now = was.clone();
             if let Some(offset) = self.changed.get(&index).and_then(|changed| changed.offset) {
                 self.place.read(offset, &mut now)?;

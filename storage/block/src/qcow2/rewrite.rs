@@ -46,8 +46,8 @@ pub(super) struct Rewrite<'f> {
     pub(super) place: Place<'f>,
     pub(super) data: Data,
     pub(super) geometry: Geometry,
-    /// The header area on disk.
-    old_area: Vec<u8>,
+    /// Length of the file when the change began.
+    file_bytes: u64,
     /// The header as it will be; its refcount table and active L1 table follow by themselves.
     pub(super) header: Header,
     /// The active L1 table on disk.
@@ -64,16 +64,14 @@ impl<'f> Rewrite<'f> {
     pub(super) fn begin(tables: &'f Tables) -> Result<Rewrite<'f>, BlockError> {
         let place = Place { file: &*tables.file, path: &tables.path };
         let file_bytes = tables.file.len_bytes().map_err(|e| BlockError::io(&tables.path, Action::Stat, e))?;
-        let mut old_area = vec![0; tables.geometry.cluster_bytes().min(file_bytes) as usize];
-        place.read(0, &mut old_area)?;
         Ok(Rewrite {
             place,
             data: tables.data.clone(),
             geometry: tables.geometry,
-            old_area,
+            file_bytes,
             header: tables.header.clone(),
             old_l1: tables.l1.clone(),
-            counts: Recount::new(place, tables.geometry, tables.reftable.clone(), &tables.table_clusters),
+            counts: Recount::new(place, tables.geometry, &tables.reftable, &tables.table_clusters),
             sealing: tables.options.sealing.clone(),
             no_sync: tables.options.no_sync,
             punch: tables.options.punch_freed,
@@ -249,6 +247,7 @@ impl<'f> Rewrite<'f> {
         let mut area = self.header.serialise().map_err(refused)?;
         area.resize(self.geometry.cluster_bytes() as usize, 0);
         Header::parse(&area).map_err(refused)?;
+        drop(area);
         if self.geometry.data_file && !self.no_sync {
             self.data.file.sync_data().map_err(|e| self.data.failed(Action::Sync, e))?;
         }
@@ -257,7 +256,10 @@ impl<'f> Rewrite<'f> {
             (self.header.reftable_offset, self.header.reftable_clusters) = self.counts.write(old)?;
             self.barrier()?;
         }
-        let steps = header_steps(&self.old_area, &self.header)
+        // Only now: until here nothing has changed it, and a cluster may be large.
+        let mut old_area = vec![0; self.geometry.cluster_bytes().min(self.file_bytes) as usize];
+        self.place.read(0, &mut old_area)?;
+        let steps = header_steps(&old_area, &self.header)
             .map_err(|source| self.place.refuse(MaintenanceError::Header(source)))?;
         for writes in steps {
             for (offset, bytes) in writes {
