@@ -13,6 +13,7 @@ use crate::error::{Action, BlockError};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
 use crate::luks::{LuksCreate, NewVolume, new_volume};
+use crate::qcow2::MaintenanceError;
 use crate::sys::WriteBufs;
 use crate::zeroes::{PIECE_BYTES, write_zero_data};
 
@@ -176,7 +177,7 @@ pub fn format_raw(
     preallocate(file, path, 0..size_bytes, preallocation)
 }
 
-/// Takes the space of a range that holds nothing.
+/// Takes the space of a range that holds nothing; an empty one may end before it starts.
 pub(crate) fn preallocate(
     file: &dyn FileBackend,
     path: &Path,
@@ -185,12 +186,22 @@ pub(crate) fn preallocate(
 ) -> Result<(), BlockError> {
     let failed = |e| BlockError::io(path, Action::Write, e);
     match mode {
+        _ if range.is_empty() => Ok(()),
         Preallocation::Off | Preallocation::Metadata => Ok(()),
         Preallocation::Falloc => file.write_zeroes(range.start, range.end - range.start, false).map_err(failed),
         Preallocation::Full => {
             write_zero_data(range, PIECE_BYTES, |at, zeroes| file.write_at(at, zeroes)).map_err(failed)
         }
     }
+}
+
+/// Refuses to make a disk smaller where that is not allowed.
+pub(crate) fn check_shrink(path: &Path, from_bytes: u64, to_bytes: u64, allowed: bool) -> Result<(), BlockError> {
+    if to_bytes >= from_bytes || allowed {
+        return Ok(());
+    }
+    let source = MaintenanceError::ShrinkNotAllowed { from_bytes, to_bytes };
+    Err(BlockError::Maintenance { path: path.to_owned(), source })
 }
 
 /// A new file under `path`, as `fill` makes it.

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::blkdebug::Event;
-use crate::create::{Preallocation, preallocate};
+use crate::create::{Preallocation, check_shrink, preallocate};
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
 use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node, Place, Placed, Ticket};
-use crate::qcow2::MaintenanceError;
 use crate::sys::{ReadBufs, WriteBufs};
 
 pub(crate) struct RawNode {
@@ -83,17 +82,11 @@ impl Node for RawNode {
 
     /// A block device keeps its size; the host says so.
     fn resize(&self, _below: Below<'_>, to_bytes: u64, shrink: bool, room: Preallocation) -> Result<(), BlockError> {
-        let from_bytes = self.size_bytes();
-        if to_bytes < from_bytes && !shrink {
-            let source = MaintenanceError::ShrinkNotAllowed { from_bytes, to_bytes };
-            return Err(BlockError::Maintenance { path: self.path.clone(), source });
-        }
+        check_shrink(&self.path, self.size_bytes(), to_bytes, shrink)?;
         let rounded = to_bytes.min(i64::MAX as u64 - 511).next_multiple_of(512);
         // The last sector may be a part of one, as in any raw file.
         self.done(Action::Write, self.file.set_len_bytes(to_bytes.min(rounded)))?;
-        if rounded > from_bytes {
-            preallocate(&*self.file, &self.path, from_bytes..rounded, room)?;
-        }
+        preallocate(&*self.file, &self.path, self.size_bytes()..rounded, room)?;
         self.size_bytes.store(rounded, Ordering::Relaxed);
         Ok(())
     }

@@ -38,6 +38,14 @@ const fn with_default(name: &'static str, kind: Kind, default: &'static str, hel
 
 const SIZE: Def = def("size", Kind::Size, "Virtual disk size");
 const BACKING_FILE: Def = def("backing_file", Kind::Text, "File name of a base image");
+const BACKING_FMT: Def = def("backing_fmt", Kind::Text, "Image format of the base image");
+const COMPAT: Def = def("compat", Kind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])");
+const DATA_FILE: Def = def("data_file", Kind::Text, "File name of an external data file");
+const DATA_FILE_RAW: Def = def("data_file_raw", Kind::Switch, "The external data file must stay valid as a raw image");
+const LAZY_REFCOUNTS: Def = def("lazy_refcounts", Kind::Switch, "Postpone refcount updates");
+const REFCOUNT_BITS: Def = def("refcount_bits", Kind::Number, "Width of a reference count entry in bits");
+const ITER_TIME: Def = def("iter-time", Kind::Number, "Time to spend in PBKDF in milliseconds");
+const ENCRYPT_ITER_TIME: Def = Def { name: "encrypt.iter-time", ..ITER_TIME };
 
 /// The order is that of the line `create` prints.
 const QCOW2: &[Def] = &[
@@ -49,19 +57,19 @@ const QCOW2: &[Def] = &[
     def("encrypt.ivgen-alg", Kind::Text, "Name of IV generator algorithm"),
     def("encrypt.ivgen-hash-alg", Kind::Text, "Name of IV generator hash algorithm"),
     def("encrypt.hash-alg", Kind::Text, "Name of encryption hash algorithm"),
-    def("encrypt.iter-time", Kind::Number, "Time to spend in PBKDF in milliseconds"),
+    ENCRYPT_ITER_TIME,
     with_default("cluster_size", Kind::Size, "65536", "qcow2 cluster size"),
     with_default("extended_l2", Kind::Switch, "off", "Extended L2 tables"),
     def("preallocation", Kind::Text, "Preallocation mode (allowed values: off, metadata, falloc, full)"),
     with_default("compression_type", Kind::Text, "zlib", "Compression method used for image cluster compression"),
     SIZE,
-    def("compat", Kind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    COMPAT,
     BACKING_FILE,
-    def("backing_fmt", Kind::Text, "Image format of the base image"),
-    def("data_file", Kind::Text, "File name of an external data file"),
-    def("data_file_raw", Kind::Switch, "The external data file must stay valid as a raw image"),
-    with_default("lazy_refcounts", Kind::Switch, "off", "Postpone refcount updates"),
-    with_default("refcount_bits", Kind::Number, "16", "Width of a reference count entry in bits"),
+    BACKING_FMT,
+    DATA_FILE,
+    DATA_FILE_RAW,
+    Def { default: "off", ..LAZY_REFCOUNTS },
+    Def { default: "16", ..REFCOUNT_BITS },
 ];
 
 const VMDK: &[Def] = &[
@@ -128,7 +136,7 @@ const LUKS: &[Def] = &[
     def("ivgen-alg", Kind::Text, "Name of IV generator algorithm"),
     def("ivgen-hash-alg", Kind::Text, "Name of IV generator hash algorithm"),
     def("hash-alg", Kind::Text, "Name of encryption hash algorithm"),
-    def("iter-time", Kind::Number, "Time to spend in PBKDF in milliseconds"),
+    ITER_TIME,
     def("detached-header", Kind::Switch, "Create a detached LUKS header"),
 ];
 
@@ -168,30 +176,30 @@ pub fn is_of_file(format: &str, def: &Def) -> bool {
     FILE.iter().any(|of_file| of_file.name == def.name) && !(format == "qcow2" && def.name == "preallocation")
 }
 
+/// What `amend` changes in the key slots of a raw LUKS image.
+const LUKS_AMEND: &[Def] = &[KEY_STATE, NEW_SECRET, OLD_SECRET, KEY_SLOT, ITER_TIME];
+
+const KEY_STATE: Def = def("state", Kind::Text, "Select new state of affected keyslots (active/inactive)");
+const NEW_SECRET: Def =
+    def("new-secret", Kind::Text, "New secret to set in the matching keyslots. Empty string to erase");
+const OLD_SECRET: Def = def("old-secret", Kind::Text, "Select all keyslots that match this password");
+const KEY_SLOT: Def = def("keyslot", Kind::Number, "Select a single keyslot to modify explicitly");
+
 /// What `amend` changes in a qcow2 image.
 const QCOW2_AMEND: &[Def] = &[
-    def("encrypt.state", Kind::Text, "Select new state of affected keyslots (active/inactive)"),
-    def("encrypt.new-secret", Kind::Text, "New secret to set in the matching keyslots. Empty string to erase"),
-    def("encrypt.old-secret", Kind::Text, "Select all keyslots that match this password"),
-    def("encrypt.keyslot", Kind::Number, "Select a single keyslot to modify explicitly"),
-    def("encrypt.iter-time", Kind::Number, "Time to spend in PBKDF in milliseconds"),
+    Def { name: "encrypt.state", ..KEY_STATE },
+    Def { name: "encrypt.new-secret", ..NEW_SECRET },
+    Def { name: "encrypt.old-secret", ..OLD_SECRET },
+    Def { name: "encrypt.keyslot", ..KEY_SLOT },
+    ENCRYPT_ITER_TIME,
     SIZE,
-    def("compat", Kind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    COMPAT,
     BACKING_FILE,
-    def("backing_fmt", Kind::Text, "Image format of the base image"),
-    def("data_file", Kind::Text, "File name of an external data file"),
-    def("data_file_raw", Kind::Switch, "The external data file must stay valid as a raw image"),
-    def("lazy_refcounts", Kind::Switch, "Postpone refcount updates"),
-    def("refcount_bits", Kind::Number, "Width of a reference count entry in bits"),
-];
-
-/// What `amend` changes in a raw LUKS image.
-const LUKS_AMEND: &[Def] = &[
-    def("state", Kind::Text, "Select new state of affected keyslots (active/inactive)"),
-    def("new-secret", Kind::Text, "New secret to set in the matching keyslots. Empty string to erase"),
-    def("old-secret", Kind::Text, "Select all keyslots that match this password"),
-    def("keyslot", Kind::Number, "Select a single keyslot to modify explicitly"),
-    def("iter-time", Kind::Number, "Time to spend in PBKDF in milliseconds"),
+    BACKING_FMT,
+    DATA_FILE,
+    DATA_FILE_RAW,
+    LAZY_REFCOUNTS,
+    REFCOUNT_BITS,
 ];
 
 /// The names `amend` takes for a format; `None` where nothing can be amended.

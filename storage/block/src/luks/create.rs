@@ -86,10 +86,22 @@ pub(crate) fn new_volume(path: &Path, opts: &LuksCreate) -> Result<NewVolume, Bl
         uuid: uuid_text(random_uuid(path)?),
     });
     let [first, ..] = &header.slots;
-    let (slot, material) = new_slot(path, &header, first, &opts.passphrase, &master_key, opts.iter_time_ms)?;
+    let key = SlotKey { passphrase: &opts.passphrase, master_key: &master_key, iter_time_ms: opts.iter_time_ms };
+    let (slot, material) = new_slot(path, &header, first, key)?;
     let [first, ..] = &mut header.slots;
     *first = slot;
     Ok(NewVolume { header, material, master_key })
+}
+
+/// What a key slot is made of.
+#[derive(Clone, Copy)]
+pub(super) struct SlotKey<'a> {
+    /// What opens it.
+    pub passphrase: &'a Passphrase,
+    /// What it holds.
+    pub master_key: &'a [u8],
+    /// As [`LuksCreate::iter_time_ms`].
+    pub iter_time_ms: u64,
 }
 
 /// Makes an active slot in the place of `at`, and its key material.
@@ -97,10 +109,9 @@ pub(super) fn new_slot(
     path: &Path,
     header: &Header,
     at: &KeySlot,
-    passphrase: &Passphrase,
-    master_key: &[u8],
-    iter_time_ms: u64,
+    key: SlotKey<'_>,
 ) -> Result<(KeySlot, Vec<u8>), BlockError> {
+    let SlotKey { passphrase, master_key, iter_time_ms } = key;
     let refused = |source| BlockError::Luks { path: path.to_owned(), source };
     let per_ms = iterations_per_ms(header.hash, header.cipher.key_bytes()).map_err(refused)?;
     let iterations = scaled(path, per_ms, iter_time_ms)?;

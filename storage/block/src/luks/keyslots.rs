@@ -7,7 +7,7 @@
 use image::luks::{KEY_SLOTS, KeySlot, SALT_BYTES, slot_offset};
 use thiserror::Error;
 
-use super::create::new_slot;
+use super::create::{SlotKey, new_slot};
 use super::volume::{ALL_SLOTS, Volume};
 use super::{LayerKey, Passphrase};
 use crate::chain::ChainFile;
@@ -94,7 +94,8 @@ impl Volume<'_> {
         match change {
             KeySlotChange::Activate { slot, passphrase, iter_time_ms } => {
                 let slot = self.slot_to_fill(*slot, force)?;
-                self.activate(slot, passphrase, &unsealed.master_key, *iter_time_ms)
+                let key = SlotKey { passphrase, master_key: &unsealed.master_key, iter_time_ms: *iter_time_ms };
+                self.activate(slot, key)
             }
             KeySlotChange::Deactivate { slot, passphrase } => {
                 for slot in self.slots_to_erase(*slot, passphrase.as_ref(), force)? {
@@ -168,34 +169,21 @@ impl Volume<'_> {
     }
 
     /// Gives a slot a passphrase. If it is the only active one, another one keeps the volume open meanwhile.
-    fn activate(
-        &mut self,
-        slot: usize,
-        passphrase: &Passphrase,
-        master_key: &[u8],
-        iter_time_ms: u64,
-    ) -> Result<(), BlockError> {
+    fn activate(&mut self, slot: usize, key: SlotKey<'_>) -> Result<(), BlockError> {
         let meanwhile = if self.active() == [slot] { self.free() } else { None };
         if let Some(meanwhile) = meanwhile {
-            self.fill(meanwhile, passphrase, master_key, iter_time_ms)?;
+            self.fill(meanwhile, key)?;
         }
         if self.slot(slot)?.active {
             self.erase(slot)?;
         }
-        self.fill(slot, passphrase, master_key, iter_time_ms)?;
+        self.fill(slot, key)?;
         meanwhile.map_or(Ok(()), |meanwhile| self.erase(meanwhile))
     }
 
     /// Fills a slot that is not active.
-    fn fill(
-        &mut self,
-        slot: usize,
-        passphrase: &Passphrase,
-        master_key: &[u8],
-        iter_time_ms: u64,
-    ) -> Result<(), BlockError> {
-        let (sealed, material) =
-            new_slot(self.path, &self.header, self.slot(slot)?, passphrase, master_key, iter_time_ms)?;
+    fn fill(&mut self, slot: usize, key: SlotKey<'_>) -> Result<(), BlockError> {
+        let (sealed, material) = new_slot(self.path, &self.header, self.slot(slot)?, key)?;
         self.write(sealed.material_offset(), &material)?;
         self.put(slot, KeySlot { active: false, ..sealed.clone() })?;
         self.barrier()?;

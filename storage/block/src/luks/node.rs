@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{LUKS_KEY_PARAMETER, LayerKey, Sealed, Volume, needed};
-use crate::create::{Preallocation, preallocate};
+use crate::create::{Preallocation, check_shrink, preallocate};
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
 use crate::node::{Below, Extent, ExtentKind, Node};
-use crate::qcow2::MaintenanceError;
 use crate::sys::{ReadBufs, WriteBufs};
 use crate::zeroes::{PIECE_BYTES, write_zero_data};
 
@@ -101,19 +100,13 @@ impl Node for LuksNode {
     /// New bytes are arbitrary: what a hole of the file decrypts to.
     fn resize(&self, _below: Below<'_>, to_bytes: u64, shrink: bool, room: Preallocation) -> Result<(), BlockError> {
         self.writable()?;
-        let from_bytes = self.size_bytes();
-        if to_bytes < from_bytes && !shrink {
-            let source = MaintenanceError::ShrinkNotAllowed { from_bytes, to_bytes };
-            return Err(BlockError::Maintenance { path: self.path.clone(), source });
-        }
+        check_shrink(&self.path, self.size_bytes(), to_bytes, shrink)?;
         let rounded = to_bytes.checked_next_multiple_of(512);
         let end =
             rounded.and_then(|bytes| bytes.checked_add(self.payload_offset)).filter(|end| *end <= i64::MAX as u64);
         let end = self.done(Action::Write, end.ok_or_else(|| std::io::ErrorKind::FileTooLarge.into()))?;
         self.done(Action::Write, self.file.set_len_bytes(end))?;
-        if end - self.payload_offset > from_bytes {
-            preallocate(&*self.file, &self.path, self.payload_offset + from_bytes..end, room)?;
-        }
+        preallocate(&*self.file, &self.path, self.payload_offset + self.size_bytes()..end, room)?;
         self.size_bytes.store(end - self.payload_offset, Ordering::Relaxed);
         Ok(())
     }

@@ -25,6 +25,17 @@ pub struct Geometry {
 }
 
 impl Geometry {
+    /// A disk of 1 GiB as `qemu-img create` lays it out, for tests.
+    #[cfg(test)]
+    pub(super) const PLAIN_V3: Geometry = Geometry {
+        cluster_bits: 16,
+        refcount_order: 4,
+        version: 3,
+        size_bytes: 1 << 30,
+        extended_l2: false,
+        data_file: false,
+    };
+
     /// Bytes of a cluster: 512 to 2 MiB.
     pub fn cluster_bytes(&self) -> u64 {
         1 << self.cluster_bits

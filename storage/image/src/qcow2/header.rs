@@ -523,14 +523,7 @@ fn push_extension(out: &mut Vec<u8>, kind: u32, data: &[u8]) {
 #[cfg(test)]
 fn sample() -> Header {
     Header {
-        geometry: Geometry {
-            cluster_bits: 16,
-            refcount_order: 4,
-            version: 3,
-            size_bytes: 1 << 30,
-            extended_l2: false,
-            data_file: false,
-        },
+        geometry: Geometry::PLAIN_V3,
         backing_name: Some("base.raw".to_owned()),
         backing_format: Some("raw".to_owned()),
         crypt_method: CryptMethod::None,

@@ -257,14 +257,7 @@ pub fn plan_discard(entry: L2Entry, geometry: &Geometry, has_backing: bool) -> Z
 }
 
 #[cfg(test)]
-const V3: Geometry = Geometry {
-    cluster_bits: 16,
-    refcount_order: 4,
-    version: 3,
-    size_bytes: 1 << 30,
-    extended_l2: false,
-    data_file: false,
-};
+const V3: Geometry = Geometry::PLAIN_V3;
 #[cfg(test)]
 const V2: Geometry = Geometry { version: 2, ..V3 };
 
