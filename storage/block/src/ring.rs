@@ -16,6 +16,10 @@ use crate::node::{Found, Node, Place, Ticket};
 use crate::sys::{GuestRing, Move};
 use crate::throttle::Direction;
 
+/// A read of what the host has cached is done at once up to this length. A longer one is more likely to have a part that
+/// is not cached, and would be copied twice.
+const NOW_BYTES: u64 = 64 << 10;
+
 /// What became of a request that was offered to a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begun {
@@ -122,7 +126,7 @@ impl<B: Bitmap + 'static> Ring<B> {
             return Begun::Refused;
         };
         let moves = match direction {
-            Direction::Read if !target.is_direct && prepared.read_now(target.file, host) => {
+            Direction::Read if !target.is_direct && bytes <= NOW_BYTES && prepared.read_now(target.file, host) => {
                 disk.count(direction, bytes);
                 return Begun::Done;
             }
