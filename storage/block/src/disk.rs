@@ -262,7 +262,7 @@ impl Disk {
         for (depth, node) in self.nodes.iter().enumerate() {
             let inside = node.size_bytes().saturating_sub(offset);
             if inside == 0 {
-                let extent = Extent { bytes, kind: ExtentKind::Below, host: None, compressed: false };
+                let extent = Extent::new(bytes, ExtentKind::Below);
                 return Ok(ChainExtent { depth, extent });
             }
             let extent = node.extent(offset, bytes.min(inside))?;
@@ -271,7 +271,7 @@ impl Disk {
             }
             bytes = extent.bytes;
         }
-        let extent = Extent { bytes, kind: ExtentKind::Below, host: None, compressed: false };
+        let extent = Extent::new(bytes, ExtentKind::Below);
         Ok(ChainExtent { depth: self.nodes.len(), extent })
     }
 

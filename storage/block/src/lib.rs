@@ -69,7 +69,7 @@ pub use image::luks::{
 pub use image::ova;
 pub use image::qcow2::Snapshot;
 pub use image::qcow2::{CompressionType, CryptMethod};
-pub use image::vmdk::layout::{AdapterType, Subformat};
+pub use image::vmdk::layout::{AdapterType, NewExtent, Subformat};
 pub use image::{Format, PROBE_BYTES, probe};
 pub use io::{FileBackend, ReadBackend, ReadOnly};
 pub use luks::{
@@ -86,6 +86,9 @@ pub use sys::{ReadBufs, WriteBufs};
 pub use throttle::{Admission, Direction, LIMIT_MAX, Limit, Limits, Throttle, ThrottleError, ThrottleLimits};
 pub use vdi::{VdiOptions, create_vdi};
 pub use vhdx::{VhdxOptions, create_vhdx};
-pub use vmdk::{VmdkExtentInfo, VmdkInfo, VmdkOptions, create_vmdk, vmdk_descriptor, vmdk_extent_names};
+pub use vmdk::{
+    VmdkExtentInfo, VmdkInfo, VmdkOptions, create_vmdk, create_vmdk_extent, vmdk_descriptor, vmdk_extent_names,
+    vmdk_extents,
+};
 pub use vpc::{VpcOptions, create_vpc};
 pub use window::Window;

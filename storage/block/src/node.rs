@@ -28,10 +28,27 @@ pub struct Extent {
     pub bytes: u64,
     /// What it is made of.
     pub kind: ExtentKind,
-    /// Where in the image's file it lies, when its bytes are there as they are (for zeroes: reserved there).
+    /// Where in its file it lies, when its bytes are there as they are (for zeroes: reserved there).
     pub host: Option<u64>,
+    /// Which file that is: 0 for the image's own, n for the n-th of its extents.
+    pub file: usize,
+    /// Zeroes that the layer holds like data, and that are a hole of the file.
+    pub hole: bool,
     /// Whether it is stored compressed.
     pub compressed: bool,
+}
+
+impl Extent {
+    /// A run whose bytes are nowhere as they are.
+    pub(crate) fn new(bytes: u64, kind: ExtentKind) -> Extent {
+        Extent { bytes, kind, host: None, file: 0, hole: false, compressed: false }
+    }
+
+    /// A run of a place in a file that is all data, or all hole.
+    pub(crate) fn placed(bytes: u64, host: u64, data: bool) -> Extent {
+        let kind = if data { ExtentKind::Data } else { ExtentKind::Zero };
+        Extent { host: Some(host), hole: !data, ..Extent::new(bytes, kind) }
+    }
 }
 
 /// A place in an image's file where a caller reads or writes guest data itself: with a ring, or from file to file.

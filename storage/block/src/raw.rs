@@ -8,7 +8,7 @@ use crate::blkdebug::Event;
 use crate::create::{Preallocation, check_shrink, preallocate};
 use crate::error::{Action, BlockError};
 use crate::io::FileBackend;
-use crate::node::{Below, Extent, ExtentKind, Landing, Mapped, Node, Place, Placed, Ticket};
+use crate::node::{Below, Extent, Landing, Mapped, Node, Place, Placed, Ticket};
 use crate::sys::{ReadBufs, WriteBufs};
 
 pub(crate) struct RawNode {
@@ -38,8 +38,8 @@ impl Node for RawNode {
 
     fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
         let (bytes, data) = self.done(Action::Stat, self.file.extent(offset, bytes))?;
-        let kind = if data { ExtentKind::Data } else { ExtentKind::Zero };
-        Ok(Extent { bytes, kind, host: Some(offset), compressed: false })
+        // The file is all there is: its holes are no data.
+        Ok(Extent { hole: false, ..Extent::placed(bytes, offset, data) })
     }
 
     fn read(&self, _below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {

@@ -12,7 +12,7 @@ use image::vpc::{
 use crate::error::BlockError;
 use crate::io::FileBackend;
 use crate::mapped::{BlockTable, DirtyPage, Entry, MapOptions, Mapped, MappedNode, Slot, Store, random_uuid, refused};
-use crate::node::{Below, Extent, ExtentKind, Node};
+use crate::node::{Below, Extent, Node};
 use crate::sys::{ReadBufs, WriteBufs};
 
 const PAGE_BYTES: u64 = 4096;
@@ -160,8 +160,7 @@ impl Node for FixedVpc {
 
     fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
         let (bytes, data) = self.store.extent(offset, bytes)?;
-        let kind = if data { ExtentKind::Data } else { ExtentKind::Zero };
-        Ok(Extent { bytes, kind, host: Some(offset), compressed: false })
+        Ok(Extent::placed(bytes, offset, data))
     }
 
     fn read(&self, _below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {

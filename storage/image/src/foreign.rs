@@ -47,6 +47,8 @@ impl FormatError {
                     | VmdkError::Name(_)
                     | VmdkError::Size { .. }
                     | VmdkError::Compat6HwVersion
+                    | VmdkError::FlatZeroedGrain
+                    | VmdkError::FlatParent
                     | VmdkError::StreamOrder { .. }
                     | VmdkError::StreamOnly
                     | VmdkError::StreamNotEmpty

@@ -7,7 +7,8 @@ use block::spec::{FileSpec, ImageSpec, has_protocol};
 use block::{
     AdapterType, BlockError, CacheMode, CompressionType, DataFile, FileBackend, Format, HostFile, Preallocation,
     Qcow2Create, Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, beside, create_luks, create_vdi,
-    create_vhdx, create_vmdk, create_vpc, format_data_file, format_qcow2, format_raw, inspect, open_for_new,
+    create_vhdx, create_vmdk, create_vmdk_extent, create_vpc, format_data_file, format_qcow2, format_raw, inspect,
+    open_for_new, vmdk_extents,
 };
 
 use crate::Command;
@@ -253,6 +254,11 @@ impl Request {
             }
             "vmdk" => {
                 let options = self.vmdk_options().map_err(MakeError::Rule)?;
+                let room = self.room()?;
+                for extent in vmdk_extents(path, size, &options).map_err(MakeError::Block)? {
+                    let beside = beside(path, &extent.name);
+                    put(&beside, durable, |file| create_vmdk_extent(file, &beside, &extent, &options, room))?;
+                }
                 self.put(durable, |file| create_vmdk(file, path, size, &options))
             }
             other => Err(MakeError::Rule(Rule::NotCreated(other.to_owned()))),
@@ -290,9 +296,9 @@ impl Request {
         let subformat = match list.text("subformat") {
             None | Some("monolithicSparse") => Subformat::MonolithicSparse,
             Some("streamOptimized") => Subformat::StreamOptimized,
-            Some(other @ ("monolithicFlat" | "twoGbMaxExtentSparse" | "twoGbMaxExtentFlat")) => {
-                return Err(Rule::Option(format!("subformat={other}")));
-            }
+            Some("monolithicFlat") => Subformat::MonolithicFlat,
+            Some("twoGbMaxExtentSparse") => Subformat::TwoGbMaxExtentSparse,
+            Some("twoGbMaxExtentFlat") => Subformat::TwoGbMaxExtentFlat,
             Some(other) => return Err(Rule::EnumValue(other.to_owned())),
         };
         let adapter_type = match list.text("adapter_type") {
@@ -307,6 +313,13 @@ impl Request {
         if compat6 && hw_version.is_some() {
             return Err(Rule::Requires("compat6 cannot be enabled with hwversion set"));
         }
+        let zeroed_grain = list.switch("zeroed_grain").unwrap_or(false);
+        if subformat.is_flat() && list.has("backing_file") {
+            return Err(Rule::Requires("Flat image can't have backing file"));
+        }
+        if subformat.is_flat() && zeroed_grain {
+            return Err(Rule::Requires("Flat image can't enable zeroed grain"));
+        }
         if list.has("backing_file") {
             return Err(Rule::Option("backing_file of a vmdk".to_owned()));
         }
@@ -316,7 +329,7 @@ impl Request {
             hw_version,
             tools_version: list.text("toolsversion").map(str::to_owned),
             compat6,
-            zeroed_grain: list.switch("zeroed_grain").unwrap_or(false),
+            zeroed_grain,
             backing: None,
         })
     }
@@ -368,19 +381,24 @@ impl Request {
     }
 
     fn put(&self, durable: bool, format: impl FnOnce(&HostFile) -> Result<(), BlockError>) -> Result<(), MakeError> {
-        if self.path.is_dir() {
-            return Err(MakeError::Rule(Rule::Directory(self.path.display().to_string())));
-        }
-        let stands = self.path.exists();
-        let file = HostFile::new(open_for_new(&self.path).map_err(MakeError::Block)?).map_err(MakeError::Host)?;
-        let mut done = format(&file).map_err(MakeError::Block);
-        if durable {
-            done = done.and_then(|()| file.sync_data().map_err(MakeError::Host));
-        }
-        if done.is_err() && !stands {
-            // The first error is what matters; a file that cannot be removed is there to be seen.
-            let _ = std::fs::remove_file(&self.path);
-        }
-        done
+        put(&self.path, durable, format)
     }
+}
+
+/// Makes a file, or has `format` empty and fill the one that stands there.
+fn put(path: &Path, durable: bool, format: impl FnOnce(&HostFile) -> Result<(), BlockError>) -> Result<(), MakeError> {
+    if path.is_dir() {
+        return Err(MakeError::Rule(Rule::Directory(path.display().to_string())));
+    }
+    let stands = path.exists();
+    let file = HostFile::new(open_for_new(path).map_err(MakeError::Block)?).map_err(MakeError::Host)?;
+    let mut done = format(&file).map_err(MakeError::Block);
+    if durable {
+        done = done.and_then(|()| file.sync_data().map_err(MakeError::Host));
+    }
+    if done.is_err() && !stands {
+        // The first error is what matters; a file that cannot be removed is there to be seen.
+        let _ = std::fs::remove_file(path);
+    }
+    done
 }

@@ -195,7 +195,7 @@ fn measured(name: String, path: &Path) -> Child {
     }
 }
 
-/// The files of an image: those beside it that belong to it, then its own.
+/// The files of an image as QEMU lists them: those beside it that belong to it, the last one first, then its own.
 fn children(found: &Found) -> Vec<Child> {
     let own = &found.path;
     let beside = found.info.vmdk.iter().flat_map(|vmdk| &vmdk.extents).filter_map(|extent| extent.path.as_ref());
@@ -204,6 +204,7 @@ fn children(found: &Found) -> Vec<Child> {
         .enumerate()
         .map(|(index, path)| measured(format!("extents.{index}"), path))
         .collect();
+    all.reverse();
     let file_bytes = file_bytes(&found.info);
     let file = match found.protocol {
         "file" => Child { file_bytes, ..measured("file".to_owned(), own) },

@@ -16,8 +16,13 @@ use crate::error::{ImgError, Rule};
 use crate::open::{Access, Named, key_of};
 use crate::secret::Secrets;
 
-/// Opens the disk that a name with layers stands for.
-pub fn disk(named: &Named, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
+/// Opens the disk that a name with layers stands for. With the names of the files of each layer, the top one first: the
+/// image, then its extents.
+pub fn disk_with_names(
+    named: &Named,
+    access: Access,
+    options: OpenOptions,
+) -> Result<(Disk, Vec<Vec<String>>), ImgError> {
     let mut opener = Opener::new(named, access);
     if access.write && named.spec.read_only == Some(true) {
         return Err(opener.rule(Rule::ReadOnly));
@@ -27,7 +32,15 @@ pub fn disk(named: &Named, access: Access, options: OpenOptions) -> Result<Disk,
     let keys = opener.keys;
     let options = OpenOptions { read_only: !access.write, format, cache: access.cache, keys, ..options };
     let layers = opener.layers;
-    Disk::open_backends(layers, &options).map_err(|source| ImgError::Open { name: named.label.clone(), source })
+    let names_of = |layer: &ChainBackend| file_names(&layer.path_label, layer.extents.iter().map(|(_, path)| path));
+    let names = layers.iter().map(names_of).collect();
+    let disk = Disk::open_backends(layers, &options);
+    Ok((disk.map_err(|source| ImgError::Open { name: named.label.clone(), source })?, names))
+}
+
+/// The names of an image's own file and of its extents.
+pub fn file_names<'a>(image: &'a PathBuf, extents: impl Iterator<Item = &'a PathBuf>) -> Vec<String> {
+    std::iter::once(image).chain(extents).map(|path| path.display().to_string()).collect()
 }
 
 /// The format of the top layer: as declared, or as its first bytes say.

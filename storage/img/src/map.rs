@@ -40,6 +40,7 @@ struct Entry {
     zero: bool,
     data: bool,
     compressed: bool,
+    file: usize,
     offset: Option<u64>,
 }
 
@@ -120,8 +121,9 @@ impl Entry {
             depth: if present { depth } else { depth.saturating_sub(1) },
             present,
             zero: extent.kind != ExtentKind::Data,
-            data: extent.kind == ExtentKind::Data,
+            data: extent.kind == ExtentKind::Data || extent.hole,
             compressed: extent.compressed,
+            file: extent.file,
             offset: extent.host,
         }
     }
@@ -132,13 +134,13 @@ impl Entry {
             (None, None) => true,
             _ => false,
         };
-        let kind = |e: &Entry| (e.depth, e.present, e.zero, e.data, e.compressed);
+        let kind = |e: &Entry| (e.depth, e.present, e.zero, e.data, e.compressed, e.file);
         place && kind(self) == kind(next)
     }
 }
 
 fn json_line(out: &mut impl Write, entry: &Entry, first: bool, last: bool) -> Result<(), ImgError> {
-    let Entry { start, length, depth, present, zero, data, compressed, offset } = entry;
+    let Entry { start, length, depth, present, zero, data, compressed, offset, file: _ } = entry;
     let offset = offset.map(|offset| format!(", \"offset\": {offset}")).unwrap_or_default();
     write!(
         out,
@@ -150,14 +152,14 @@ fn json_line(out: &mut impl Write, entry: &Entry, first: bool, last: bool) -> Re
     Ok(())
 }
 
-fn human_line(out: &mut impl Write, entry: &Entry, names: &[String]) -> Result<(), ImgError> {
+fn human_line(out: &mut impl Write, entry: &Entry, names: &[Vec<String>]) -> Result<(), ImgError> {
     if !entry.data || entry.zero {
         return Ok(());
     }
     let Some(offset) = entry.offset else {
         return Err(ImgError::Plain(Rule::MapNotPlain));
     };
-    let name = names.get(entry.depth).map_or("", String::as_str);
+    let name = names.get(entry.depth).and_then(|files| files.get(entry.file)).map_or("", String::as_str);
     writeln!(out, "{:<16}{:<16}{:<16}{name}", hex(entry.start), hex(entry.length), hex(offset))?;
     Ok(())
 }

@@ -269,31 +269,23 @@ pub fn disk_with(named: &Named, access: Access, options: OpenOptions) -> Result<
     disk_with_all(named, access, options).map(|(disk, _)| disk)
 }
 
-/// The same, with the names of its files, the top one first.
-pub fn disk_with_names(named: &Named, access: Access) -> Result<(Disk, Vec<String>), ImgError> {
+/// The same, with the names of the files of each layer, the top one first: the image, then its extents.
+pub fn disk_with_names(named: &Named, access: Access) -> Result<(Disk, Vec<Vec<String>>), ImgError> {
     disk_with_all(named, access, OpenOptions::default())
 }
 
-fn disk_with_all(named: &Named, access: Access, options: OpenOptions) -> Result<(Disk, Vec<String>), ImgError> {
+fn disk_with_all(named: &Named, access: Access, options: OpenOptions) -> Result<(Disk, Vec<Vec<String>>), ImgError> {
     if access.write && access.share {
         return Err(ImgError::OpenRule { name: named.label.clone(), reason: Rule::ShareWrite });
     }
     if named.is_plain() {
         let chain = chain(named, access)?;
-        let names = chain.iter().map(|layer| data_path(layer).display().to_string()).collect();
+        let names_of =
+            |layer: &ChainFile| layers::file_names(&layer.path_label, layer.extents.iter().map(|(_, path)| path));
+        let names = chain.iter().map(names_of).collect();
         return Ok((over_with(named, chain, access, options)?, names));
     }
-    let disk = layers::disk(named, access, options)?;
-    let names = vec![disk.path().display().to_string()];
-    Ok((disk, names))
-}
-
-/// The file that holds the data of an image: with an external data file, that.
-fn data_path(layer: &ChainFile) -> &Path {
-    match (layer.format, layer.extents.as_slice()) {
-        (Format::Qcow2, [(_, path), ..]) => path,
-        _ => &layer.path_label,
-    }
+    layers::disk_with_names(named, access, options)
 }
 
 /// Makes a disk show one of its internal snapshots: `snapshot.name=...`, `snapshot.id=...`, or either.

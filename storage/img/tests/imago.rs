@@ -11,8 +11,9 @@ use imago::file::File;
 use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
+use imago::vmdk::Vmdk;
 use imago::{FormatAccess, FormatCreateBuilder, FormatDriverBuilder, PermissiveImplicitOpenGate};
-use model::{Kind, Model, SECTOR, SIZE, alone, has_peer, over_base, seeds};
+use model::{Kind, Model, OURS, SECTOR, SIZE, alone, has_peer, over_base, seeds};
 
 const READS: &[Kind] = &[
     alone("raw", "preallocation=off"),
@@ -111,6 +112,25 @@ fn imago_reads_what_we_write_and_writes_what_we_read() {
             }
             model.judge_snapshots();
         }
+    }
+}
+
+#[test]
+fn imago_reads_flat_vmdks() {
+    if !has_peer() {
+        return;
+    }
+    for subformat in ["monolithicFlat", "twoGbMaxExtentFlat"] {
+        let mut model = Model::new(alone("raw", "preallocation=off"), 7);
+        (0..10).for_each(|_| model.request());
+        let options = format!("subformat={subformat}");
+        model.succeed(OURS, &["convert", "-f", "raw", "-O", "vmdk", "-o", &options, "image", "a.vmdk"]);
+        let gate = PermissiveImplicitOpenGate::default();
+        let disk = FormatAccess::new(Vmdk::<File>::builder_path(model.path("a.vmdk")).open(gate).unwrap());
+        let mut seen = vec![0; model.data.len()];
+        assert_eq!(disk.size(), seen.len() as u64);
+        disk.read(&mut seen[..], 0).unwrap();
+        assert!(seen == model.data, "{subformat}: {}", model.done.join("\n"));
     }
 }
 

@@ -69,7 +69,7 @@ impl Node for LuksNode {
 
     /// A hole of the file is no zeroes of the disk: all is data.
     fn extent(&self, _offset: u64, bytes: u64) -> Result<Extent, BlockError> {
-        Ok(Extent { bytes, kind: ExtentKind::Data, host: None, compressed: false })
+        Ok(Extent::new(bytes, ExtentKind::Data))
     }
 
     fn read(&self, _below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {

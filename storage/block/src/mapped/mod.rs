@@ -293,18 +293,14 @@ impl<T: BlockTable> Mapped<T> {
     /// See [`crate::node::Node::extent`].
     pub(crate) fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
         let run = self.run(&mut self.lock(), offset, bytes)?;
-        let mut extent = Extent { bytes: run.bytes, kind: ExtentKind::Data, host: None, compressed: false };
+        let mut extent = Extent::new(run.bytes, ExtentKind::Data);
         match run.entry {
             Entry::Absent => extent.kind = ExtentKind::Below,
             Entry::Zero => extent.kind = ExtentKind::Zero,
             Entry::Packed(_) => extent.compressed = true,
             Entry::At(host) => {
-                extent.host = Some(host);
-                if self.holes {
-                    let (bytes, data) = self.store.extent(host, run.bytes)?;
-                    extent.bytes = bytes.clamp(1, run.bytes);
-                    extent.kind = if data { ExtentKind::Data } else { ExtentKind::Zero };
-                }
+                let (bytes, data) = if self.holes { self.store.extent(host, run.bytes)? } else { (run.bytes, true) };
+                extent = Extent::placed(bytes.min(run.bytes), host, data);
             }
         }
         Ok(extent)

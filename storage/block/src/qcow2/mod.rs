@@ -475,7 +475,7 @@ impl Node for Qcow2Node {
             L2Entry::Compressed { .. } => (ExtentKind::Data, None, true),
         };
         let host = host.filter(|_| self.sealing.is_plain());
-        Ok(Extent { bytes, kind, host, compressed })
+        Ok(Extent { host, file: usize::from(self.geometry.data_file), compressed, ..Extent::new(bytes, kind) })
     }
 
     fn read(&self, below: Below<'_>, offset: u64, bufs: &ReadBufs<'_>) -> Result<(), BlockError> {

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
-use image::vmdk::layout::{AdapterType, NewImage, Subformat, lay_out};
+use image::vmdk::SECTOR_BYTES;
+use image::vmdk::layout::{AdapterType, NewExtent, NewImage, Subformat, lay_out};
 
+use crate::create::{Preallocation, format_raw};
 use crate::error::BlockError;
 use crate::io::FileBackend;
 use crate::mapped::{random_uuid, refused, write_new};
@@ -41,9 +43,42 @@ impl Default for VmdkOptions {
     }
 }
 
-/// Writes an empty vmdk into `file`, whose contents are lost; `path` names it in errors and in its descriptor.
+/// Writes an empty vmdk into `file`, whose contents are lost; `path` names it in errors and in its descriptor. The files
+/// of [`vmdk_extents`] belong to it.
 pub fn create_vmdk(file: &dyn FileBackend, path: &Path, size_bytes: u64, opts: &VmdkOptions) -> Result<(), BlockError> {
-    let new = NewImage {
+    let layout = lay_out(&new_image(path, size_bytes, opts)?).map_err(|e| refused(path, e))?;
+    write_new(file, path, &layout)
+}
+
+/// The files beside a new vmdk, which [`create_vmdk_extent`] makes: none where the image is one file.
+pub fn vmdk_extents(path: &Path, size_bytes: u64, opts: &VmdkOptions) -> Result<Vec<NewExtent>, BlockError> {
+    let new = new_image(path, size_bytes, opts)?;
+    let extents = new.extents().map_err(|e| refused(path, e))?;
+    if !extents.is_empty() {
+        // What cannot be described is refused before any file is made.
+        lay_out(&new).map_err(|e| refused(path, e))?;
+    }
+    Ok(extents)
+}
+
+/// Writes one of the files beside a new vmdk into `file`, whose contents are lost; `path` names it in errors. `room` is
+/// for bytes that are there as they are.
+pub fn create_vmdk_extent(
+    file: &dyn FileBackend,
+    path: &Path,
+    extent: &NewExtent,
+    opts: &VmdkOptions,
+    room: Preallocation,
+) -> Result<(), BlockError> {
+    let size_bytes = extent.sectors * SECTOR_BYTES;
+    if opts.subformat.is_flat() {
+        return format_raw(file, path, size_bytes, room);
+    }
+    write_new(file, path, &new_image(path, size_bytes, opts)?.lay_out_extent(extent))
+}
+
+fn new_image(path: &Path, size_bytes: u64, opts: &VmdkOptions) -> Result<NewImage, BlockError> {
+    Ok(NewImage {
         size_bytes,
         subformat: opts.subformat,
         adapter_type: opts.adapter_type,
@@ -54,9 +89,7 @@ pub fn create_vmdk(file: &dyn FileBackend, path: &Path, size_bytes: u64, opts: &
         file_name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         cid: random_cid(path)?,
         parent: opts.backing.clone(),
-    };
-    let layout = lay_out(&new).map_err(|e| refused(path, e))?;
-    write_new(file, path, &layout)
+    })
 }
 
 /// A random CID; all ones and all zeroes have meanings of their own.

@@ -25,7 +25,7 @@ use identity::{Identity, find_descriptor, sparse_header};
 use sparse::{GrainTables, open_sparse};
 use stream::StreamWriter;
 
-pub use create::{VmdkOptions, create_vmdk};
+pub use create::{VmdkOptions, create_vmdk, create_vmdk_extent, vmdk_extents};
 pub use identity::{vmdk_descriptor, vmdk_extent_names};
 pub use info::{VmdkExtentInfo, VmdkInfo};
 
@@ -38,6 +38,8 @@ struct Part {
     start: u64,
     bytes: u64,
     read_only: bool,
+    /// Which file: 0 for the image's own, n for the n-th of its extents.
+    file: usize,
     kind: PartKind,
 }
 
@@ -93,7 +95,7 @@ fn open_single(store: Store, header: SparseHeader, read_only: bool) -> Result<Pa
     } else {
         PartKind::Sparse(Box::new(open_sparse(store, header, 0, bytes, read_only)?))
     };
-    Ok(Part { start: 0, bytes, read_only, kind })
+    Ok(Part { start: 0, bytes, read_only, file: 0, kind })
 }
 
 fn open_parts(
@@ -109,7 +111,7 @@ fn open_parts(
     if descriptor.extents.is_empty() {
         return Err(store.refused(VmdkError::NoExtents));
     }
-    let mut files = extents.into_iter();
+    let mut files = (1..).zip(extents);
     let mut start = 0;
     let mut gd_entries = 0;
     let mut parts = Vec::with_capacity(descriptor.extents.len());
@@ -122,8 +124,9 @@ fn open_parts(
                     backing: line.name.clone(),
                 })?),
             };
-        let file = file.map(|(file, path)| Store { file, path, no_sync: store.no_sync });
-        let part = open_line(line, file, start, read_only)?;
+        let (number, file) =
+            file.map(|(number, (file, path))| (number, Store { file, path, no_sync: store.no_sync })).unzip();
+        let part = Part { file: number.unwrap_or(0), ..open_line(line, file, start, read_only)? };
         if let PartKind::Sparse(disk) = &part.kind {
             gd_entries += disk.table.gd_entries();
         }
@@ -157,7 +160,7 @@ fn open_line(line: &ExtentLine, file: Option<Store>, start: u64, read_only: bool
         }
         (_, _) => PartKind::Zero,
     };
-    Ok(Part { start, bytes, read_only, kind })
+    Ok(Part { start, bytes, read_only, file: 0, kind })
 }
 
 impl VmdkNode {
@@ -198,29 +201,24 @@ impl Node for VmdkNode {
     }
 
     fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
-        let mut found = Extent { bytes, kind: ExtentKind::Zero, host: None, compressed: false };
+        let mut found = Extent::new(bytes, ExtentKind::Zero);
         let mut seen = false;
         self.each_part(offset, bytes, |part, at, _, bytes| {
             if std::mem::replace(&mut seen, true) {
                 return Ok(());
             }
             found = match &part.kind {
-                PartKind::Zero => Extent { bytes, kind: ExtentKind::Zero, host: None, compressed: false },
+                PartKind::Zero => Extent::new(bytes, ExtentKind::Zero),
                 PartKind::Flat(store, base) => {
                     let (bytes, data) = store.extent(base + at, bytes)?;
-                    let kind = if data { ExtentKind::Data } else { ExtentKind::Zero };
-                    // Callers look for the bytes in the image's own file.
-                    Extent { bytes, kind, host: None, compressed: false }
+                    Extent { file: part.file, ..Extent::placed(bytes, base + at, data) }
                 }
-                PartKind::Sparse(disk) => {
-                    let extent = disk.extent(at, bytes)?;
-                    Extent { host: extent.host.filter(|_| self.is_single), ..extent }
-                }
+                PartKind::Sparse(disk) => Extent { file: part.file, ..disk.extent(at, bytes)? },
                 PartKind::Stream(stream) => {
                     let within = at % stream.grain_bytes();
                     let present = stream.find(at / stream.grain_bytes())?.is_some();
                     let kind = if present { ExtentKind::Data } else { ExtentKind::Below };
-                    Extent { bytes: bytes.min(stream.grain_bytes() - within), kind, host: None, compressed: present }
+                    Extent { compressed: present, ..Extent::new(bytes.min(stream.grain_bytes() - within), kind) }
                 }
             };
             Ok(())

@@ -6,7 +6,7 @@ use super::{DESCRIPTOR_MAX_BYTES, SECTOR_BYTES, VmdkError};
 
 const SIGNATURE: &str = "# Disk DescriptorFile";
 /// Extents of 2 GiB for a disk of 8 TiB. Each takes a file descriptor.
-const EXTENTS_MAX: usize = 4096;
+pub(super) const EXTENTS_MAX: usize = 4096;
 
 /// What may be done with an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

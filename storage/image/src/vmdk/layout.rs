@@ -2,8 +2,8 @@
 //! A stream has its directory at the end instead, as VMware writes it and ESX demands it.
 
 use super::{
-    FLAG_COMPRESSED, FLAG_LINE_ENDS, FLAG_MARKERS, FLAG_REDUNDANT, FLAG_ZERO_GRAINS, GD_AT_END, GD_ENTRIES_MAX,
-    SECTOR_BYTES, SparseHeader, VmdkError, stream_end,
+    EXTENTS_MAX, FLAG_COMPRESSED, FLAG_LINE_ENDS, FLAG_MARKERS, FLAG_REDUNDANT, FLAG_ZERO_GRAINS, GD_AT_END,
+    GD_ENTRIES_MAX, SECTOR_BYTES, SparseHeader, VmdkError, stream_end,
 };
 use crate::bytes::NewFile;
 
@@ -14,6 +14,8 @@ const GT_SECTORS: u64 = 4;
 const DESCRIPTOR_SECTOR: u64 = 1;
 const DESCRIPTOR_SECTORS: u64 = 20;
 const SECTORS_PER_TRACK: u64 = 63;
+/// Size of the extents of a split disk.
+const SPLIT_BYTES: u64 = 2 << 30;
 
 /// How the parts of a new image lie in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +24,12 @@ pub enum Subformat {
     MonolithicSparse,
     /// One file of compressed grains, written once from start to end.
     StreamOptimized,
+    /// A descriptor, and the bytes of the disk in a file beside it.
+    MonolithicFlat,
+    /// A descriptor, and files that grow, each for 2 GiB of the disk.
+    TwoGbMaxExtentSparse,
+    /// A descriptor, and the bytes of the disk in files of 2 GiB.
+    TwoGbMaxExtentFlat,
 }
 
 impl Subformat {
@@ -30,6 +38,23 @@ impl Subformat {
         match self {
             Subformat::MonolithicSparse => "monolithicSparse",
             Subformat::StreamOptimized => "streamOptimized",
+            Subformat::MonolithicFlat => "monolithicFlat",
+            Subformat::TwoGbMaxExtentSparse => "twoGbMaxExtentSparse",
+            Subformat::TwoGbMaxExtentFlat => "twoGbMaxExtentFlat",
+        }
+    }
+
+    /// Whether the disk's bytes are in its extents as they are.
+    pub fn is_flat(self) -> bool {
+        matches!(self, Subformat::MonolithicFlat | Subformat::TwoGbMaxExtentFlat)
+    }
+
+    /// Most bytes of the disk in one extent; `None` where the image is one file.
+    fn extent_max_bytes(self) -> Option<u64> {
+        match self {
+            Subformat::MonolithicSparse | Subformat::StreamOptimized => None,
+            Subformat::MonolithicFlat => Some(u64::MAX),
+            Subformat::TwoGbMaxExtentSparse | Subformat::TwoGbMaxExtentFlat => Some(SPLIT_BYTES),
         }
     }
 }
@@ -88,17 +113,68 @@ pub struct NewImage {
     pub parent: Option<(String, u32)>,
 }
 
-/// Lays out an empty image.
+/// A file beside a new image, for a part of its disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewExtent {
+    /// Its name.
+    pub name: String,
+    /// How many sectors of the disk it holds.
+    pub sectors: u64,
+}
+
+impl NewImage {
+    /// The files beside the image, in the order of the disk; none for an image in one file.
+    pub fn extents(&self) -> Result<Vec<NewExtent>, VmdkError> {
+        let Some(max_bytes) = self.subformat.extent_max_bytes() else { return Ok(Vec::new()) };
+        let too_large = VmdkError::Size { size_bytes: self.size_bytes };
+        let size_bytes = self.size_bytes.checked_next_multiple_of(SECTOR_BYTES).ok_or(too_large)?;
+        if size_bytes.div_ceil(max_bytes) > EXTENTS_MAX as u64 {
+            return Err(VmdkError::TooManyExtents { max: EXTENTS_MAX });
+        }
+        // What follows the last dot stays at the end, whatever it is.
+        let dot = self.file_name.rfind('.').unwrap_or(self.file_name.len());
+        let (stem, suffix) = self.file_name.split_at(dot);
+        let mut extents = Vec::new();
+        let mut left = size_bytes;
+        while left > 0 {
+            let (bytes, number) = (left.min(max_bytes), extents.len() + 1);
+            let name = match self.subformat {
+                Subformat::TwoGbMaxExtentSparse => format!("{stem}-s{number:03}{suffix}"),
+                Subformat::TwoGbMaxExtentFlat => format!("{stem}-f{number:03}{suffix}"),
+                _ => format!("{stem}-flat{suffix}"),
+            };
+            extents.push(NewExtent { name, sectors: bytes / SECTOR_BYTES });
+            left -= bytes;
+        }
+        Ok(extents)
+    }
+
+    /// Lays out the file of an extent that grows.
+    pub fn lay_out_extent(&self, extent: &NewExtent) -> NewFile {
+        lay_out_sparse(self, extent.sectors, Vec::new())
+    }
+}
+
+/// Lays out an empty image: its own file. Those of [`NewImage::extents`] belong to it.
 pub fn lay_out(new: &NewImage) -> Result<NewFile, VmdkError> {
+    if new.subformat.is_flat() && new.zeroed_grain {
+        return Err(VmdkError::FlatZeroedGrain);
+    }
+    if new.subformat.is_flat() && new.parent.is_some() {
+        return Err(VmdkError::FlatParent);
+    }
     let too_large = VmdkError::Size { size_bytes: new.size_bytes };
     let size_bytes = new.size_bytes.checked_next_multiple_of(SECTOR_BYTES).ok_or(too_large.clone())?;
     let capacity_sectors = size_bytes / SECTOR_BYTES;
+    if new.subformat.extent_max_bytes().is_some() {
+        let descriptor = describe(new, capacity_sectors)?;
+        return Ok(NewFile { file_bytes: descriptor.len() as u64, pieces: vec![(0, descriptor)] });
+    }
     if capacity_sectors.div_ceil(GRAIN_SECTORS * u64::from(GT_ENTRIES)) > GD_ENTRIES_MAX {
         return Err(too_large);
     }
     let descriptor = describe(new, capacity_sectors)?;
     Ok(match new.subformat {
-        Subformat::MonolithicSparse => lay_out_sparse(new, capacity_sectors, descriptor),
         Subformat::StreamOptimized => {
             let header = stream_header(capacity_sectors);
             let end = stream_end(&header, &vec![0; header.gd_entries() as usize], header.overhead_sectors);
@@ -107,6 +183,7 @@ pub fn lay_out(new: &NewImage) -> Result<NewFile, VmdkError> {
             let pieces = vec![(0, header.serialise()), (DESCRIPTOR_SECTOR * SECTOR_BYTES, descriptor), (end_at, end)];
             NewFile { pieces, file_bytes }
         }
+        _ => lay_out_sparse(new, capacity_sectors, descriptor),
     })
 }
 
@@ -181,22 +258,30 @@ fn describe(new: &NewImage, capacity_sectors: u64) -> Result<Vec<u8>, VmdkError>
         Some((name, _)) => format!("parentFileNameHint=\"{name}\"\n"),
         None => "\n".to_owned(),
     };
+    let mut extents = String::new();
+    let kind = if new.subformat.is_flat() { "FLAT" } else { "SPARSE" };
+    let offset = if new.subformat.is_flat() { " 0" } else { "" };
+    match new.subformat.extent_max_bytes() {
+        None => extents = format!("RW {capacity_sectors} SPARSE \"{}\"\n", new.file_name),
+        Some(_) => new.extents()?.iter().for_each(|extent| {
+            extents += &format!("RW {} {kind} \"{}\"{offset}\n", extent.sectors, extent.name);
+        }),
+    }
     let heads = new.adapter_type.heads();
     let text = format!(
         "# Disk DescriptorFile\nversion=1\nCID={cid:x}\nparentCID={parent_cid:x}\ncreateType=\"{create_type}\"\n\
-         {parent_line}# Extent description\nRW {capacity_sectors} SPARSE \"{file_name}\"\n\n\
+         {parent_line}# Extent description\n{extents}\n\
          # The Disk Data Base\n#DDB\n\nddb.virtualHWVersion = \"{hw_version}\"\n\
          ddb.geometry.cylinders = \"{cylinders}\"\nddb.geometry.heads = \"{heads}\"\n\
          ddb.geometry.sectors = \"{SECTORS_PER_TRACK}\"\nddb.adapterType = \"{adapter}\"\n\
          ddb.toolsVersion = \"{tools_version}\"\n",
         cid = new.cid,
         create_type = new.subformat.name(),
-        file_name = new.file_name,
         cylinders = capacity_sectors / (SECTORS_PER_TRACK * heads),
         adapter = new.adapter_type.name(),
     );
     // A zero byte ends the text where it is embedded.
-    if text.len() as u64 >= DESCRIPTOR_SECTORS * SECTOR_BYTES {
+    if new.subformat.extent_max_bytes().is_none() && text.len() as u64 >= DESCRIPTOR_SECTORS * SECTOR_BYTES {
         return Err(VmdkError::Name(parent_name.to_owned()));
     }
     Ok(text.into_bytes())
@@ -282,4 +367,41 @@ fn an_empty_stream_is_whole() {
     assert!(header.has_footer() && header.is_compressed());
     let footer = super::parse_footer(&bytes[bytes.len() - 1536..], file.file_bytes).unwrap();
     assert_eq!(footer.directory_range(footer.gd_sector, file.file_bytes), Ok((129 * 512, 16)));
+}
+
+#[test]
+fn extents_are_named_and_sized_as_qemu_img_does() {
+    use Subformat::{MonolithicFlat, TwoGbMaxExtentFlat, TwoGbMaxExtentSparse};
+    // From `qemu-img create -f vmdk -o subformat=...`.
+    type Case = (Subformat, &'static str, u64, &'static [(&'static str, u64)]);
+    let cases: &[Case] = &[
+        (MonolithicFlat, "a.vmdk", 5 << 30, &[("a-flat.vmdk", 10_485_760)]),
+        (MonolithicFlat, "noext", 1000, &[("noext-flat", 2)]),
+        (TwoGbMaxExtentFlat, "a.b.VMDK", 3 << 30, &[("a.b-f001.VMDK", 4_194_304), ("a.b-f002.VMDK", 2_097_152)]),
+        (TwoGbMaxExtentSparse, "e.vmdk", 4 << 30, &[("e-s001.vmdk", 4_194_304), ("e-s002.vmdk", 4_194_304)]),
+        (TwoGbMaxExtentFlat, "zero.vmdk", 0, &[]),
+        (Subformat::StreamOptimized, "s.vmdk", 5 << 30, &[]),
+    ];
+    for (subformat, file_name, size_bytes, want) in cases {
+        let new = NewImage { subformat: *subformat, file_name: file_name.to_string(), ..plain(*size_bytes) };
+        let got = new.extents().unwrap();
+        let got: Vec<_> = got.iter().map(|extent| (extent.name.as_str(), extent.sectors)).collect();
+        assert_eq!(got, *want, "{file_name}");
+        if !want.is_empty() {
+            let described = super::Descriptor::parse(&lay_out(&new).unwrap().to_bytes()).unwrap();
+            let lines: Vec<_> = described.extents.iter().map(|line| (line.name.as_str(), line.sectors)).collect();
+            assert_eq!((lines.as_slice(), described.create_type.as_str()), (*want, subformat.name()));
+        }
+    }
+    let split = NewImage { subformat: TwoGbMaxExtentSparse, ..plain(8 << 40) };
+    assert_eq!(split.extents().unwrap().len(), EXTENTS_MAX);
+    // Where the directories of the first extent of 5 MiB lie, from a hex dump.
+    let layout = split.lay_out_extent(&NewExtent { name: "a".to_owned(), sectors: 10_240 });
+    let header = SparseHeader::parse(&layout.pieces[0].1, layout.file_bytes).unwrap();
+    assert_eq!((header.rgd_sector, header.gd_sector, header.overhead_sectors), (0x15, 0x1a, 0x80));
+    let many = NewImage { size_bytes: (8 << 40) + 1, ..split };
+    assert_eq!(many.extents(), Err(VmdkError::TooManyExtents { max: EXTENTS_MAX }));
+    let flat = NewImage { subformat: MonolithicFlat, ..plain(512) };
+    assert_eq!(lay_out(&NewImage { zeroed_grain: true, ..flat.clone() }), Err(VmdkError::FlatZeroedGrain));
+    assert_eq!(lay_out(&NewImage { parent: Some(("z".to_owned(), 1)), ..flat }), Err(VmdkError::FlatParent));
 }

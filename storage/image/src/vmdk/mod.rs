@@ -11,6 +11,7 @@ mod stream;
 
 use thiserror::Error;
 
+use descriptor::EXTENTS_MAX;
 pub use descriptor::{Access, Descriptor, ExtentKind, ExtentLine, replace_cid};
 pub use header::{
     FLAG_COMPRESSED, FLAG_LINE_ENDS, FLAG_MARKERS, FLAG_REDUNDANT, FLAG_ZERO_GRAINS, GD_ENTRIES_MAX, HEADER_BYTES,
@@ -115,6 +116,10 @@ pub enum VmdkError {
     Size { size_bytes: u64 },
     #[error("compat6 cannot be enabled with hwversion set")]
     Compat6HwVersion,
+    #[error("Flat image can't enable zeroed grain")]
+    FlatZeroedGrain,
+    #[error("Flat image can't have backing file")]
+    FlatParent,
     #[error("grains of a stream are written once, in ascending order: guest offset {offset:#x} comes after {after:#x}")]
     StreamOrder { offset: u64, after: u64 },
     #[error("a streamOptimized image takes only compressed, whole grains in ascending order; convert it to change it")]

@@ -273,8 +273,8 @@ impl Model {
             let text = String::from_utf8_lossy(&check.stdout).into_owned() + &String::from_utf8_lossy(&check.stderr);
             assert!(matches!(check.status.code(), Some(0 | 63)), "{}: {tool} check: {text}", done());
         }
-        if format == "vhdx" || self.kind.options.contains("subformat=fixed") {
-            // QEMU does not know where the data of a vhdx is, and calls the holes of a fixed vpc data.
+        if format == "vhdx" {
+            // QEMU does not know where the data of one is.
             return;
         }
         let [ours, theirs] = [OURS, "qemu-img"].map(|tool| {
