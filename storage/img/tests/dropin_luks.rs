@@ -12,7 +12,8 @@ const IMAGES: &str = "
     peer create -q -f raw plain.raw 3M
     io -f raw -c 'write -P 7 64k 200k' -c 'write -P 9 2M 12k' plain.raw
     ok convert KEY -O luks -o key-secret=s,iter-time=10 plain.raw v.luks
-    ok convert KEY -O qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 plain.raw v.qcow2
+    # by one thread: others would lay clusters out in the order in which they have encrypted them
+    ok convert KEY -m 1 -O qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 plain.raw v.qcow2
 ";
 
 /// Runs a script over [`IMAGES`]; some words stand for others.
