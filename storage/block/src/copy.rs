@@ -18,7 +18,7 @@ use crate::zeroes::{for_each_run, is_zero};
 
 /// Bytes that one thread holds at a time. Small enough to stay in the processor's cache between the read that
 /// fills them and the write that takes them.
-pub(crate) const CHUNK_BYTES: u64 = 128 << 10;
+pub(crate) const CHUNK_BYTES: u64 = 256 << 10;
 /// The same for files that bypass the page cache: a huge page.
 const DIRECT_CHUNK_BYTES: u64 = 2 << 20;
 /// A step fills whole clusters of the target, so that they are written once. Larger ones than this are filled in parts.
