@@ -27,9 +27,14 @@ fn pattern(number: u16) -> u32 {
     0x5a00_0001 + u32::from(number) * 0x0101
 }
 
-/// A driver of device 1 with `queues` queues that writes `requests` times, one request in every queue at a time, and
-/// says `written`. A request that fails is waited for without end.
+/// A driver of device 1 with `queues` queues that writes `requests` times, one request in every queue at a time, says
+/// `written` and powers off. A request that fails is waited for without end.
 pub fn writer(queues: u16, requests: u16) -> Guest {
+    writing(queues, requests).power_off()
+}
+
+/// The same without the end.
+pub fn writing(queues: u16, requests: u16) -> Guest {
     let guest = (0..queues).fold(ready(queues), set_up);
     // DRIVER_OK
     let guest = guest.store8(REGISTERS + 0x14, 15);
@@ -43,7 +48,7 @@ pub fn writer(queues: u16, requests: u16) -> Guest {
             guest.wait16(USED + at + 2, round + 1).wait16(STATUS + at, 0)
         })
     });
-    guest.print("written\n").power_off()
+    guest.print("written\n")
 }
 
 /// Up to FEATURES_OK.
