@@ -33,9 +33,9 @@ pub enum Begun {
 
 /// A request that is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Over {
+pub struct Over<T> {
     /// The caller's name for it.
-    pub tag: u64,
+    pub tag: T,
     /// Which way it went.
     pub direction: Direction,
     /// Its length.
@@ -45,31 +45,36 @@ pub struct Over {
 }
 
 /// What is known of a request while it is under way. Dropping it ends its flight.
-struct Flying {
-    node: Arc<dyn Node>,
-    ticket: Ticket,
-    tag: u64,
+struct Flying<T> {
+    _landing: Landing,
+    tag: T,
     direction: Direction,
     bytes: u64,
 }
 
-impl Drop for Flying {
+/// Tells the layer when it is dropped that the request is over.
+struct Landing {
+    node: Arc<dyn Node>,
+    ticket: Ticket,
+}
+
+impl Drop for Landing {
     fn drop(&mut self) {
         self.node.land(self.ticket);
     }
 }
 
-/// Requests on disks whose data lies in one guest's memory. Belongs to one thread at a time. Dropping it waits for what
-/// is under way.
-pub struct Ring<B: Bitmap + 'static> {
-    ring: GuestRing<B, Flying>,
+/// Requests on disks whose data lies in one guest's memory, each with a name that the caller gives it. Belongs to one
+/// thread at a time. Dropping it waits for what is under way.
+pub struct Ring<B: Bitmap + 'static, T = u64> {
+    ring: GuestRing<B, Flying<T>>,
     takes_all: bool,
 }
 
-impl<B: Bitmap + 'static> Ring<B> {
+impl<B: Bitmap + 'static, T> Ring<B, T> {
     /// A ring for up to `requests` (1 to 4096) at once over `memory`. Fails where the kernel has no io_uring or forbids
     /// it.
-    pub fn new(requests: u16, memory: GuestMemoryMmap<B>) -> io::Result<Ring<B>> {
+    pub fn new(requests: u16, memory: GuestMemoryMmap<B>) -> io::Result<Ring<B, T>> {
         Ok(Ring { ring: GuestRing::new(requests, memory)?, takes_all: false })
     }
 
@@ -90,18 +95,12 @@ impl<B: Bitmap + 'static> Ring<B> {
     }
 
     /// Begins to fill guest memory from `offset`. The slices are marked dirty in their bitmaps when it is over.
-    pub fn read<S: BitmapSlice>(&mut self, disk: &Disk, offset: u64, bufs: &[VolatileSlice<'_, S>], tag: u64) -> Begun {
+    pub fn read<S: BitmapSlice>(&mut self, disk: &Disk, offset: u64, bufs: &[VolatileSlice<'_, S>], tag: T) -> Begun {
         self.begin(disk, Direction::Read, offset, bufs, tag)
     }
 
     /// Begins to write guest memory to `offset`.
-    pub fn write<S: BitmapSlice>(
-        &mut self,
-        disk: &Disk,
-        offset: u64,
-        bufs: &[VolatileSlice<'_, S>],
-        tag: u64,
-    ) -> Begun {
+    pub fn write<S: BitmapSlice>(&mut self, disk: &Disk, offset: u64, bufs: &[VolatileSlice<'_, S>], tag: T) -> Begun {
         self.begin(disk, Direction::Write, offset, bufs, tag)
     }
 
@@ -111,8 +110,11 @@ impl<B: Bitmap + 'static> Ring<B> {
         direction: Direction,
         offset: u64,
         bufs: &[VolatileSlice<'_, S>],
-        tag: u64,
+        tag: T,
     ) -> Begun {
+        if direction == Direction::Write && !disk.is_direct() && !self.takes_all {
+            return Begun::Refused;
+        }
         let Some(prepared) = self.ring.prepare(bufs) else { return Begun::Refused };
         let bytes = prepared.bytes() as u64;
         if bytes == 0 {
@@ -121,7 +123,7 @@ impl<B: Bitmap + 'static> Ring<B> {
         // An error is found again, and told, by who does the request instead.
         let Ok(Some(found)) = disk.place(direction, offset, bytes) else { return Begun::Refused };
         let Found { node, place: Place { file, host, ticket } } = found;
-        let flying = Flying { node: node.clone(), ticket, tag, direction, bytes };
+        let flying = Flying { _landing: Landing { node: node.clone(), ticket }, tag, direction, bytes };
         let Some(target) = file.ring_file(host, bytes, &|align| prepared.is_aligned(align)) else {
             return Begun::Refused;
         };
@@ -131,7 +133,6 @@ impl<B: Bitmap + 'static> Ring<B> {
                 return Begun::Done;
             }
             Direction::Read => Move::Read,
-            Direction::Write if !target.is_direct && !self.takes_all => return Begun::Refused,
             Direction::Write => Move::Write,
         };
         match prepared.push(moves, target.file, host, flying) {
@@ -151,7 +152,7 @@ impl<B: Bitmap + 'static> Ring<B> {
     }
 
     /// The next request that is over; `disk` is the one it was begun on.
-    pub fn next_over(&mut self, disk: &Disk) -> Option<Over> {
+    pub fn next_over(&mut self, disk: &Disk) -> Option<Over<T>> {
         let over = self.ring.next_over()?;
         let Flying { tag, direction, bytes, .. } = over.keep;
         if over.whole {
@@ -161,7 +162,7 @@ impl<B: Bitmap + 'static> Ring<B> {
     }
 }
 
-impl<B: Bitmap + 'static> AsFd for Ring<B> {
+impl<B: Bitmap + 'static, T> AsFd for Ring<B, T> {
     /// Readable when a request is over.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.ring.as_fd()

@@ -63,7 +63,7 @@ impl Both {
         GuestAddress(4 * MIB + tag as u64 * MOST)
     }
 
-    fn over(&mut self, over: Over) {
+    fn over(&mut self, over: Over<u64>) {
         let (offset, bytes, direction) = self.flying[over.tag as usize].take().unwrap();
         assert_eq!((over.bytes, over.direction), (bytes, direction));
         if direction == Direction::Write {

@@ -181,25 +181,16 @@ const RING_REQUESTS: u16 = 256;
 pub struct Flights {
     io: DiskIo,
     /// There is none where the kernel has no io_uring or forbids it.
-    ring: Option<Ring<PageMarks>>,
-    /// When each began, by its tag.
-    began: Vec<Option<Instant>>,
+    ring: Option<Ring<PageMarks, Begin>>,
 }
+
+/// A request that is under way: the controller's name for it, and when it began.
+type Begin = (u64, Instant);
 
 impl Flights {
     /// None yet. With [`DiskIo::Threads`] no request ever goes on by itself.
     pub fn new(io: DiskIo) -> Flights {
         Flights { io, ..Flights::default() }
-    }
-
-    fn began(&mut self, tag: u64, at: Instant) {
-        let index = tag as usize;
-        if self.began.len() <= index {
-            self.began.resize(index + 1, None);
-        }
-        if let Some(place) = self.began.get_mut(index) {
-            *place = Some(at);
-        }
     }
 }
 
@@ -269,18 +260,15 @@ impl DiskBackend for DiskEnd {
         let start = Instant::now();
         let disk = &self.shared.disk;
         let begun = match transfer {
-            Transfer::Read => ring.read(disk, offset, buffers, tag),
-            Transfer::Write => ring.write(disk, offset, buffers, tag),
+            Transfer::Read => ring.read(disk, offset, buffers, (tag, start)),
+            Transfer::Write => ring.write(disk, offset, buffers, (tag, start)),
         };
         match begun {
             block::Begun::Done => {
                 self.shared.meter(transfer).add(length(buffers), start);
                 Begun::Done
             }
-            block::Begun::UnderWay => {
-                self.flights.began(tag, start);
-                Begun::UnderWay
-            }
+            block::Begun::UnderWay => Begun::UnderWay,
             block::Begun::Refused => Begun::Refused,
         }
     }
@@ -290,9 +278,9 @@ impl DiskBackend for DiskEnd {
         }
     }
     fn next_over(&mut self) -> Option<Over> {
-        let block::Over { tag, direction, bytes, good } = self.flights.ring.as_mut()?.next_over(&self.shared.disk)?;
-        let began = self.flights.began.get_mut(tag as usize).and_then(Option::take);
-        if let Some(began) = began.filter(|_| good) {
+        let over = self.flights.ring.as_mut()?.next_over(&self.shared.disk)?;
+        let block::Over { tag: (tag, began), direction, bytes, good } = over;
+        if good {
             let transfer = if direction == Direction::Read { Transfer::Read } else { Transfer::Write };
             self.shared.meter(transfer).add(bytes, began);
         }
