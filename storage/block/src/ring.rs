@@ -13,7 +13,7 @@ use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use crate::disk::Disk;
 use crate::node::{Found, Node, Place, Ticket};
-use crate::sys::{GuestRing, Move};
+use crate::sys::GuestRing;
 use crate::throttle::Direction;
 
 /// A read of what the host has cached is done at once up to this length. A longer one is more likely to have a part that
@@ -127,15 +127,12 @@ impl<B: Bitmap + 'static, T> Ring<B, T> {
         let Some(target) = file.ring_file(host, bytes, &|align| prepared.is_aligned(align)) else {
             return Begun::Refused;
         };
-        let moves = match direction {
-            Direction::Read if !target.is_direct && bytes <= NOW_BYTES && prepared.read_now(target.file, host) => {
-                disk.count(direction, bytes);
-                return Begun::Done;
-            }
-            Direction::Read => Move::Read,
-            Direction::Write => Move::Write,
-        };
-        match prepared.push(moves, target.file, host, flying) {
+        let at_once = direction == Direction::Read && !target.is_direct && bytes <= NOW_BYTES;
+        if at_once && prepared.read_now(target.file, host) {
+            disk.count(direction, bytes);
+            return Begun::Done;
+        }
+        match prepared.push(direction, target.file, host, flying) {
             Ok(()) => Begun::UnderWay,
             Err(_no_room) => Begun::Refused,
         }

@@ -12,4 +12,4 @@ pub(crate) use descriptor::duplicate;
 pub(crate) use huge::advise_huge_pages;
 pub(crate) use lock::{lock_byte_held_elsewhere, lock_shared, unlock};
 pub(crate) use memory::{pread, pwrite};
-pub(crate) use ring::{GuestRing, Move};
+pub(crate) use ring::GuestRing;

@@ -13,15 +13,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice, bitmap::BitmapSlice};
 
 use super::memory::{IOV_MAX, Pieces, aligned, total};
-
-/// Which way a request moves data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Move {
-    /// From the file to the guest.
-    Read,
-    /// From the guest to the file.
-    Write,
-}
+use crate::throttle::Direction;
 
 /// Buffers that lie in the memory of a ring.
 struct Buffers {
@@ -38,7 +30,7 @@ pub(crate) struct Prepared<'r, B: Bitmap + 'static, K> {
 /// A request that the kernel has, or is about to get.
 struct Slot<K> {
     buffers: Buffers,
-    moves: Move,
+    direction: Direction,
     keep: K,
 }
 
@@ -165,9 +157,9 @@ impl<B: Bitmap + 'static, K> GuestRing<B, K> {
     pub(crate) fn next_over(&mut self) -> Option<Over<K>> {
         let answer = self.uring.completion().next()?;
         let index = u16::try_from(answer.user_data()).ok()?;
-        let Slot { buffers, moves, keep } = self.slots.get_mut(usize::from(index))?.take()?;
+        let Slot { buffers, direction, keep } = self.slots.get_mut(usize::from(index))?.take()?;
         self.free.push(index);
-        if moves == Move::Read {
+        if direction == Direction::Read {
             self.mark(&buffers);
         }
         Some(Over { keep, whole: usize::try_from(answer.result()) == Ok(buffers.bytes) })
@@ -178,15 +170,15 @@ fn entry<K>(slot: &Slot<K>, file: &File, offset: u64) -> squeue::Entry {
     let file = types::Fd(file.as_raw_fd());
     let pieces = &slot.buffers.pieces;
     let count = pieces.len() as u32;
-    match (slot.moves, pieces.as_slice()) {
-        (Move::Read, [piece]) => {
+    match (slot.direction, pieces.as_slice()) {
+        (Direction::Read, [piece]) => {
             opcode::Read::new(file, piece.iov_base.cast(), piece.iov_len as u32).offset(offset).build()
         }
-        (Move::Write, [piece]) => {
+        (Direction::Write, [piece]) => {
             opcode::Write::new(file, piece.iov_base.cast(), piece.iov_len as u32).offset(offset).build()
         }
-        (Move::Read, _) => opcode::Readv::new(file, pieces.as_ptr(), count).offset(offset).build(),
-        (Move::Write, _) => opcode::Writev::new(file, pieces.as_ptr(), count).offset(offset).build(),
+        (Direction::Read, _) => opcode::Readv::new(file, pieces.as_ptr(), count).offset(offset).build(),
+        (Direction::Write, _) => opcode::Writev::new(file, pieces.as_ptr(), count).offset(offset).build(),
     }
 }
 
@@ -217,11 +209,11 @@ impl<B: Bitmap + 'static, K> Prepared<'_, B, K> {
 
     /// Puts it in line for [`GuestRing::submit`], which must come before the file is closed. Gives `keep` back if there
     /// is no room.
-    pub(crate) fn push(self, moves: Move, file: &File, offset: u64, keep: K) -> Result<(), K> {
+    pub(crate) fn push(self, direction: Direction, file: &File, offset: u64, keep: K) -> Result<(), K> {
         let Prepared { ring, buffers } = self;
         let Some(&index) = ring.free.last() else { return Err(keep) };
         let Some(place) = ring.slots.get_mut(usize::from(index)) else { return Err(keep) };
-        let slot = place.insert(Slot { buffers, moves, keep });
+        let slot = place.insert(Slot { buffers, direction, keep });
         let entry = entry(slot, file, offset).user_data(index.into());
         // SAFETY: the buffers lie in the ring's memory and the vectors in a slot that stays where it is; both are kept
         // until the kernel has answered, also when the ring is dropped. A closed descriptor harms no memory.
