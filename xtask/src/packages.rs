@@ -39,6 +39,7 @@ pub const TEST: &[Need] = &[
     need("qemu-img", "qemu-utils", "checking our images against QEMU's tools"),
     need("debugfs", "e2fsprogs", "reading a guest's file system from outside"),
     need("virsh", "libvirt-clients", "driving vireod with an unmodified client"),
+    need("openssl", "openssl", "making certificates for encrypted connections"),
     need("strace", "strace", "ending programs before each of their system calls"),
 ];
 /// What calls qemu-img, with ours in its place; after [`QEMU`], which they would take from the stable suite.

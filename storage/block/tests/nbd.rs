@@ -188,7 +188,7 @@ fn tcp_is_as_good() {
     let stop = Stop::new().unwrap();
     std::thread::scope(|scope| {
         let server = scope.spawn(|| serve(&listener, &disk, &ServeOptions::default(), &stop));
-        let file = NbdFile::connect(&NbdSpec { address, export: String::new(), tls: false }).unwrap();
+        let file = NbdFile::connect(&NbdSpec { address, export: String::new(), tls: None }, None).unwrap();
         let model = exercise(&file, 0, &mut Rng(3), 40);
         stop.stop();
         server.join().unwrap().unwrap();
@@ -196,11 +196,10 @@ fn tcp_is_as_good() {
         disk.read(0, &mut found).unwrap();
         assert!(found == model);
     });
-    let error = NbdFile::connect(&NbdSpec {
-        address: NbdAddress::Tcp { host: "127.0.0.1".into(), port: 1 },
-        export: String::new(),
-        tls: false,
-    });
+    let error = NbdFile::connect(
+        &NbdSpec { address: NbdAddress::Tcp { host: "127.0.0.1".into(), port: 1 }, export: String::new(), tls: None },
+        None,
+    );
     assert_eq!(error.map(drop).unwrap_err().to_string(), "Failed to connect to '127.0.0.1:1'");
 }
 

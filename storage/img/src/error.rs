@@ -70,8 +70,18 @@ pub enum ImgError {
     #[error("{}{rule}", prefix(subject))]
     Rule { subject: String, rule: Rule },
     // --- secrets
-    #[error("object type '{0}' is not supported; 'secret' is")]
+    #[error("object type '{0}' is not supported; 'secret' and 'tls-creds-x509' are")]
     ObjectType(String),
+    #[error("Parameter '{name}' does not accept value '{found}'")]
+    ObjectValue { name: &'static str, found: String },
+    #[error("Parameter '{0}' is unexpected")]
+    ObjectParameter(String),
+    #[error("'{0}' of tls-creds-x509 is not supported; leave it out")]
+    ObjectNotBuilt(String),
+    #[error("Missing 'dir' property value")]
+    TlsDir,
+    #[error("{}", chain(.0))]
+    Tls(block::nbd::TlsError),
     #[error("Parameter 'id' is missing")]
     SecretId,
     #[error("'file' and 'data' are mutually exclusive")]
@@ -310,6 +320,10 @@ pub enum Rule {
     KeySecret(&'static str),
     #[error("No secret with id '{0}'")]
     NoSecret(String),
+    #[error("No TLS credentials with id '{0}'")]
+    NoTlsCreds(String),
+    #[error("Expected TLS credentials for a {0} endpoint")]
+    TlsEndpoint(&'static str),
     #[error("{}", why(.0))]
     Block(BlockError),
     #[error("Parameter '{0}' is missing")]

@@ -39,7 +39,12 @@ pub const FORMAT: Opt = opt('f', &["format"], "FMT", "format of the image; witho
 /// `--image-opts`.
 pub const IMAGE_OPTS: Opt = flag('\0', &["image-opts"], "the file name is driver=...,file.filename=...");
 /// `--object`.
-pub const OBJECT: Opt = opt('\0', &["object"], "OBJDEF", "a secret: secret,id=ID,data=...|file=PATH[,format=base64]");
+pub const OBJECT: Opt = opt(
+    '\0',
+    &["object"],
+    "OBJDEF",
+    "secret,id=ID,data=...|file=PATH[,format=base64], or tls-creds-x509,id=ID,endpoint=client|server,dir=DIR",
+);
 /// `--output`.
 pub const OUTPUT: Opt = opt('\0', &["output"], "human|json", "how the answer is printed");
 /// `--json`, short for `--output=json`.

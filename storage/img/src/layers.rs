@@ -237,7 +237,11 @@ impl Opener<'_> {
                 Ok((Box::new(DiskFile(disk)), label))
             }
             FileSpec::Nbd(spec) => {
-                let file = NbdFile::connect(spec).and_then(|file| if write { file.for_writing() } else { Ok(file) });
+                let creds = spec.tls.as_ref().and_then(|tls| tls.creds.as_deref());
+                let creds = creds.map(|id| self.secrets.tls(id)).transpose().map_err(|rule| self.rule(rule))?;
+                let tls = creds.map(|creds| creds.client()).transpose().map_err(|rule| self.rule(rule))?;
+                let file = NbdFile::connect(spec, tls);
+                let file = file.and_then(|file| if write { file.for_writing() } else { Ok(file) });
                 let file = file.map_err(|source| self.failed(BlockError::Nbd(Box::new(source))))?;
                 Ok((Box::new(file), PathBuf::from(spec.to_string())))
             }

@@ -41,6 +41,7 @@ mod serve;
 mod size;
 mod snapshot;
 mod stream;
+mod tls_creds;
 mod tree;
 
 use std::ffi::OsString;

@@ -1,5 +1,5 @@
 //! `--object secret,id=ID,data=...|file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64]`: passphrases that options name by
-//! their id. With `keyid` the bytes are encrypted with another secret.
+//! their id. With `keyid` the bytes are encrypted with another secret. TLS credentials are objects beside them.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -8,16 +8,18 @@ use base64::prelude::{BASE64_STANDARD, Engine};
 
 use block::Passphrase;
 
-use crate::error::ImgError;
+use crate::error::{ImgError, Rule};
 use crate::getopt::Parsed;
+use crate::tls_creds::TlsCreds;
 
 /// Longest passphrase read from a file or the command line, in bytes.
 const SECRET_MAX_BYTES: usize = 1 << 20;
 
-/// The secrets of a command line, by id.
+/// The secrets of a command line, by id, and its TLS credentials.
 #[derive(Clone, Debug, Default)]
 pub struct Secrets {
     by_id: HashMap<String, Passphrase>,
+    tls: HashMap<String, TlsCreds>,
 }
 
 impl Secrets {
@@ -25,6 +27,14 @@ impl Secrets {
     pub fn of(parsed: &Parsed) -> Result<Secrets, ImgError> {
         let mut secrets = Secrets::default();
         for object in parsed.values("object")? {
+            let items = block::spec::split_commas(object);
+            if let Some((kind, parameters)) = items.split_first()
+                && kind.strip_prefix("qom-type=").unwrap_or(kind) == "tls-creds-x509"
+            {
+                let (id, creds) = TlsCreds::read(parameters)?;
+                secrets.tls.insert(id, creds);
+                continue;
+            }
             let (id, bytes) = read(object, &secrets)?;
             secrets.by_id.insert(id, Passphrase::new(bytes));
         }
@@ -34,6 +44,11 @@ impl Secrets {
     /// The bytes of a secret; `None`: there is none with this id.
     pub fn get(&self, id: &str) -> Option<&Passphrase> {
         self.by_id.get(id)
+    }
+
+    /// The TLS credentials of an id.
+    pub fn tls(&self, id: &str) -> Result<&TlsCreds, Rule> {
+        self.tls.get(id).ok_or_else(|| Rule::NoTlsCreds(id.to_owned()))
     }
 }
 
@@ -134,7 +149,7 @@ mod tests {
         let encrypted = "secret,id=e,data=mK8CJeryCqQSqlJcF98Cmw==,format=base64,keyid=k,iv=QUFBQUFBQUFBQUFBQUFBQQ==";
         assert_eq!(read(encrypted, &others).unwrap(), ("e".to_owned(), b"hello".to_vec()));
         for (object, want) in [
-            ("tls-creds-x509,id=a", "object type 'tls-creds-x509' is not supported; 'secret' is"),
+            ("tls-creds-psk,id=a", "object type 'tls-creds-psk' is not supported; 'secret' and 'tls-creds-x509' are"),
             ("secret,data=x", "Parameter 'id' is missing"),
             ("secret,id=a", "Must provide 'file' or 'data'"),
             ("secret,id=a,data=x,file=y", "'file' and 'data' are mutually exclusive"),

@@ -142,7 +142,7 @@ fn what_is_not_built_is_said() {
         ("-s a.qcow2", "the option -s is not supported; create an overlay"),
         ("-B b a.qcow2", "the option -B without -r is not supported; add -r"),
         ("-A a.qcow2", "the option -A is not supported"),
-        ("--tls-creds=tls0 a.raw", "the option --tls-creds is not supported; use a Unix socket or a tunnel"),
+        ("--tls-authz=a a.raw", "the option --tls-authz is not supported; whoever 'ca-cert.pem' has signed"),
     ] {
         let (code, out, err) = room.serve(line);
         assert_eq!((code, out.as_str()), (Some(1), ""), "{line}");
@@ -153,7 +153,10 @@ fn what_is_not_built_is_said() {
     let (code, out, _) = room.serve("--help");
     assert!(code == Some(0) && out.contains("-k, --socket") && out.contains("Usage:"), "{out}");
     let (code, _, err) = room.img("info nbds://localhost/x");
-    assert!(code == Some(1) && err.contains("encrypted connections"), "{err}");
+    assert!(
+        code == Some(1) && err.contains("an encrypted connection needs credentials: '--object tls-creds-x509"),
+        "{err}"
+    );
 }
 
 #[test]
@@ -345,4 +348,172 @@ fn what_a_bitmap_marks_is_told_as_qemu_nbd_tells_it() {
     assert_eq!(room.serve(missing), room.run(Path::new("qemu-nbd"), missing));
     let (code, _, err) = room.serve("-B b -f qcow2 -k DIR/s a.qcow2");
     assert!(code == Some(1) && err.contains("add -r"), "{err}");
+}
+
+/// Certificates as QEMU's documentation tells to make them: `pki` has all, `other` those of another authority, `onlyca`
+/// no client's, `unnamed` a server's for another name.
+fn make_certificates(room: &Room) {
+    let openssl = |line: &str| {
+        let done = room.run(Path::new("openssl"), line);
+        assert_eq!(done.0, Some(0), "openssl {line}: {}", done.2);
+    };
+    let new_key = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30";
+    for dir in ["pki", "other", "onlyca", "unnamed"] {
+        std::fs::create_dir(room.path(dir)).unwrap();
+    }
+    for dir in ["pki", "other"] {
+        openssl(&format!(
+            "req {new_key} -keyout {dir}/ca-key.pem -out {dir}/ca-cert.pem -subj /CN=authority \
+             -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign"
+        ));
+        for (who, name) in [("server", "DNS:localhost,IP:127.0.0.1"), ("client", "DNS:client")] {
+            openssl(&format!(
+                "req {new_key} -CA {dir}/ca-cert.pem -CAkey {dir}/ca-key.pem -keyout {dir}/{who}-key.pem \
+                 -out {dir}/{who}-cert.pem -subj /CN={who} -addext subjectAltName={name} \
+                 -addext basicConstraints=critical,CA:FALSE"
+            ));
+        }
+    }
+    std::fs::copy(room.path("pki/ca-cert.pem"), room.path("onlyca/ca-cert.pem")).unwrap();
+    for (from, to) in [("ca-cert", "ca-cert"), ("client-cert", "server-cert"), ("client-key", "server-key")] {
+        std::fs::copy(room.path(&format!("pki/{from}.pem")), room.path(&format!("unnamed/{to}.pem"))).unwrap();
+    }
+}
+
+fn creds(endpoint: &str, dir: &str) -> String {
+    format!("--object tls-creds-x509,id=t,endpoint={endpoint},dir=DIR/{dir}")
+}
+
+/// The options of an image that is an export on the socket `s`.
+fn export(more: &str) -> String {
+    format!("driver=raw,file.driver=nbd,file.server.type=unix,file.server.path=DIR/s{more}")
+}
+
+/// Every client with every server: data, in flight at once, arrives as it was sent.
+#[test]
+fn tls_carries_data_between_both_and_their_peers() {
+    let room = Room::new();
+    make_certificates(&room);
+    let bytes: Vec<u8> = (0..4 << 20).map(|i: u32| (i / 7 % 251) as u8).collect();
+    std::fs::write(room.path("from"), &bytes).unwrap();
+    let (server, client) = (creds("server", "pki"), creds("client", "pki"));
+    let line = format!("{server} --tls-creds t -t -e 4 -k DIR/s -f raw a.raw");
+    let name = export(",file.tls-creds=t,file.tls-hostname=localhost");
+    for ours_serves in [true, false] {
+        let running = if ours_serves {
+            room.start(&line)
+        } else {
+            assert_eq!(room.run(Path::new("qemu-nbd"), &format!("--fork --pid-file=DIR/pid {line}")).0, Some(0));
+            let text = std::fs::read_to_string(room.path("pid")).unwrap();
+            Server { pid: Pid::from_raw(text.trim().parse().unwrap()).unwrap() }
+        };
+        for ours_asks in [true, false] {
+            let who = format!("ours serves: {ours_serves}, ours asks: {ours_asks}");
+            std::fs::write(room.path("a.raw"), vec![0; 4 << 20]).unwrap();
+            let img = |line: &str| if ours_asks { room.img(line) } else { room.peer_img(line) };
+            let sent = img(&format!("convert {client} -n --target-image-opts -m 8 -W -f raw from {name}"));
+            assert_eq!(sent, (Some(0), String::new(), String::new()), "{who}");
+            assert!(std::fs::read(room.path("a.raw")).unwrap() == bytes, "{who}");
+            let got = img(&format!("convert {client} --image-opts -m 8 -W -O raw {name} to"));
+            assert_eq!(got, (Some(0), String::new(), String::new()), "{who}");
+            assert!(std::fs::read(room.path("to")).unwrap() == bytes, "{who}");
+        }
+        let info = format!("info {client} --image-opts {name}");
+        assert_eq!(room.img(&info), room.peer_img(&info));
+        let list = format!("-L {client} --tls-creds t --tls-hostname localhost -k DIR/s");
+        let [ours, theirs] = [room.serve(&list), room.run(Path::new("qemu-nbd"), &list)];
+        assert!(ours.0 == Some(0) && ours.1.contains("exports available: 1"), "{ours:?}");
+        assert!(!ours_serves || ours == theirs, "{ours:?}\n{theirs:?}");
+        running.end();
+    }
+}
+
+/// What does not fit is said in one sentence; nothing is read in the clear.
+#[test]
+fn tls_that_does_not_fit_says_what_helps() {
+    let room = Room::new();
+    make_certificates(&room);
+    let needs = "the server demands TLS; make credentials with '--object tls-creds-x509";
+    let cases = [
+        ("pki", "", String::new(), "", needs),
+        ("pki", "", creds("client", "pki"), ",file.tls-creds=x", "No TLS credentials with id 'x'"),
+        (
+            "pki",
+            "",
+            creds("server", "pki"),
+            ",file.tls-creds=t,file.tls-hostname=localhost",
+            "Expected TLS credentials for a client endpoint",
+        ),
+        (
+            "pki",
+            "",
+            creds("client", "onlyca"),
+            ",file.tls-creds=t,file.tls-hostname=localhost",
+            "it does not take our certificate, or we show none",
+        ),
+        ("pki", ",verify-peer=off", creds("client", "onlyca"), ",file.tls-creds=t,file.tls-hostname=localhost", ""),
+        (
+            "pki",
+            "",
+            creds("client", "other"),
+            ",file.tls-creds=t,file.tls-hostname=localhost",
+            "The certificate hasn't got a known issuer",
+        ),
+        (
+            "pki",
+            "",
+            creds("client", "other") + ",verify-peer=off",
+            ",file.tls-creds=t,file.tls-hostname=localhost",
+            "it does not take our certificate",
+        ),
+        ("pki", "", creds("client", "pki"), ",file.tls-creds=t,file.tls-hostname=localhost", ""),
+        (
+            "pki",
+            "",
+            creds("client", "pki"),
+            ",file.tls-creds=t,file.tls-hostname=elsewhere",
+            "Certificate does not match the hostname elsewhere; give a name that it has with 'tls-hostname'",
+        ),
+        ("unnamed", "", creds("client", "pki"), ",file.tls-creds=t,file.tls-hostname=client", ""),
+        ("pki", "", creds("client", "pki"), ",file.tls-creds=t", "No hostname for certificate validation; give"),
+        ("pki", ",verify-peer=off", creds("client", "onlyca") + ",verify-peer=off", ",file.tls-creds=t", ""),
+        (
+            "",
+            "",
+            creds("client", "pki"),
+            ",file.tls-creds=t,file.tls-hostname=localhost",
+            "the server does not offer TLS (TLS is not configured)",
+        ),
+    ];
+    for (dir, more, object, options, want) in cases {
+        let tls = if dir.is_empty() { String::new() } else { format!("{}{more} --tls-creds t", creds("server", dir)) };
+        let server = room.start(&format!("{tls} -t -e 4 -k DIR/s -f raw a.raw"));
+        let (code, _, err) = room.img(&format!("info {object} --image-opts {}", export(options)));
+        assert_eq!(code, Some(i32::from(!want.is_empty())), "{dir} {object} {options}: {err}");
+        assert!(err.contains(want) && err.lines().count() == usize::from(!want.is_empty()), "{object}: {err}");
+        // QEMU's client fares the same.
+        let theirs = room.peer_img(&format!("info {object} --image-opts {}", export(options)));
+        assert_eq!(theirs.0, code, "{dir} {object} {options}: {theirs:?}");
+        server.end();
+    }
+    // QEMU's server says of a client without a certificate nothing at all.
+    let line = format!("--fork --pid-file=DIR/pid {} --tls-creds t -t -k DIR/s -f raw a.raw", creds("server", "pki"));
+    assert_eq!(room.run(Path::new("qemu-nbd"), &line).0, Some(0));
+    let text = std::fs::read_to_string(room.path("pid")).unwrap();
+    let server = Server { pid: Pid::from_raw(text.trim().parse().unwrap()).unwrap() };
+    let (code, _, err) = room.img(&format!(
+        "info {} --image-opts {}",
+        creds("client", "onlyca"),
+        export(",file.tls-creds=t,file.tls-hostname=localhost")
+    ));
+    assert!(code == Some(1) && err.contains("see whether it knows the authority of 'client-cert.pem'"), "{err}");
+    server.end();
+    for line in [
+        "-f raw --tls-creds t -k DIR/s a.raw",
+        "-L --tls-hostname x -k DIR/s",
+        &format!("-f raw {} --tls-creds t -k DIR/s a.raw", creds("client", "pki")),
+        &format!("-f raw {} --tls-creds t --tls-hostname x -k DIR/s a.raw", creds("server", "pki")),
+    ] {
+        assert_eq!(room.serve(line), room.run(Path::new("qemu-nbd"), line), "{line}");
+    }
 }

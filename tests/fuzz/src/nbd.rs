@@ -23,6 +23,7 @@ fn haggle(data: &[u8]) -> bool {
         size_bytes: 1 << 20,
         flags: wire::transmission_flag::HAS_FLAGS,
         contexts: vec!["base:allocation".to_owned(), "qemu:dirty-bitmap:b".to_owned()],
+        tls: data.len() % 4 == 3,
     };
     let Some((flags, mut rest)) = data.split_first_chunk::<4>() else { return false };
     let Ok(mut state) = Negotiation::start(u32::from_be_bytes(*flags)) else { return false };
@@ -33,7 +34,7 @@ fn haggle(data: &[u8]) -> bool {
         out.clear();
         let verdict = state.answer(&offer, u32::from(*number), body, &mut out);
         heads(&out, verdict, u32::from(*number));
-        if verdict != Verdict::Continue {
+        if !matches!(verdict, Verdict::Continue | Verdict::StartTls) {
             return verdict == Verdict::Transmit;
         }
         rest = more;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use super::tls::TlsError;
 use super::wire::WireError;
 
 /// What a peer did that ends a connection.
@@ -22,8 +23,14 @@ pub enum PeerError {
     TooSlow { seconds: u64 },
     #[error("Requested export not available: '{export}'")]
     NoExport { export: String },
-    #[error("the server demands TLS, which is not supported; use a Unix socket or a tunnel")]
+    #[error(
+        "the server demands TLS; make credentials with '--object tls-creds-x509,...' and name them with 'tls-creds'"
+    )]
     TlsOnly,
+    #[error("the server does not offer TLS ({text}); start it with '--tls-creds', or leave 'tls-creds' out here")]
+    NoTls { text: String },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("the server refused option {option} (error {kind:#x}): {text}")]
     Refused { option: u32, kind: u32, text: String },
     #[error("the server answered option {option} with more than {max} messages")]
@@ -32,9 +39,10 @@ pub enum PeerError {
 
 impl From<io::Error> for PeerError {
     fn from(error: io::Error) -> PeerError {
-        match error.kind() {
-            io::ErrorKind::UnexpectedEof => PeerError::Closed,
-            _ => PeerError::Io(error),
+        match error.downcast::<TlsError>() {
+            Ok(error) => PeerError::Tls(error),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => PeerError::Closed,
+            Err(error) => PeerError::Io(error),
         }
     }
 }
@@ -45,8 +53,11 @@ impl From<io::Error> for PeerError {
 pub enum NbdError {
     #[error("Failed to connect to '{server}'")]
     Connect { server: String, source: io::Error },
-    #[error("{server}: encrypted connections (nbds:, tls-creds) are not supported; use a Unix socket or a tunnel")]
-    Tls { server: String },
+    #[error(
+        "{server}: an encrypted connection needs credentials: '--object tls-creds-x509,id=ID,endpoint=client,dir=DIR' \
+         and 'driver=nbd,...,tls-creds=ID' with '--image-opts'"
+    )]
+    NoCredentials { server: String },
     #[error("{server}: the export cannot be used")]
     Handshake { server: String, source: PeerError },
     #[error("{server}: the connection is lost; what was not flushed may be lost with it")]

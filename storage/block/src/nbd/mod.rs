@@ -5,14 +5,19 @@
 //! block and no runtime. `wire` has the bytes, as pure functions. What a peer sends is never trusted: it costs
 //! bounded memory, and ends the connection when it breaks the protocol.
 //!
-//! Absent on purpose: TLS, resizing, the contexts of QEMU (`qemu:`), 64-bit headers. A peer that asks is told so.
+//! TLS is demanded by whoever has credentials for it, [`TlsClient`] or [`TlsServer`], and nothing is said in the clear
+//! then but that.
+//!
+//! Absent on purpose: resizing, the context `qemu:allocation-depth`, 64-bit headers. A peer that asks is told so.
 
 mod client;
 mod error;
 mod server;
 mod socket;
+mod tls;
 pub mod wire;
 
 pub use client::{Export, NbdFile, list_exports};
 pub use error::{NbdError, PeerError};
 pub use server::{CLIENTS_UNLIMITED, Listener, ServeOptions, Stop, serve};
+pub use tls::{TlsClient, TlsError, TlsServer};

@@ -18,7 +18,7 @@ use thiserror::Error;
 
 use crate::blkdebug::RuleError;
 pub use blkdebug::BlkdebugSpec;
-pub use nbd::{NBD_PORT, NbdAddress, NbdSpec};
+pub use nbd::{NBD_PORT, NbdAddress, NbdSpec, NbdTls};
 use tree::Tree;
 pub use tree::split_commas;
 
@@ -377,6 +377,10 @@ impl FileSpec {
             FileSpec::Nbd(nbd) => {
                 put("driver", "nbd".into());
                 put("export", nbd.export.clone());
+                if let Some(tls) = &nbd.tls {
+                    tls.creds.iter().for_each(|id| drop(put("tls-creds", id.clone())));
+                    tls.hostname.iter().for_each(|name| drop(put("tls-hostname", name.clone())));
+                }
                 map.insert("server".into(), nbd.address.to_tree());
             }
             FileSpec::Slice { below, offset, size } => {

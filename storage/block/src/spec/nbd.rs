@@ -17,8 +17,17 @@ pub struct NbdSpec {
     pub address: NbdAddress,
     /// Name of the export; empty for the server's default.
     pub export: String,
-    /// TLS is demanded (`nbds:`), or the id of the credentials is given.
-    pub tls: bool,
+    /// TLS is demanded.
+    pub tls: Option<NbdTls>,
+}
+
+/// How a connection is encrypted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NbdTls {
+    /// Id of the credentials; a name such as `nbds://` cannot give one.
+    pub creds: Option<String>,
+    /// Name that the server's certificate has to show; that of the host if none is given.
+    pub hostname: Option<String>,
 }
 
 /// Where an NBD server listens.
@@ -49,7 +58,8 @@ impl NbdAddress {
 
 impl fmt::Display for NbdSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let scheme = if self.tls { "nbds" } else { "nbd" };
+        // As QEMU prints it: credentials are no part of the name.
+        let scheme = if self.tls.as_ref().is_some_and(|tls| tls.creds.is_none()) { "nbds" } else { "nbd" };
         match &self.address {
             NbdAddress::Tcp { host, port } => {
                 let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
@@ -76,10 +86,10 @@ pub(super) fn parse(text: &str) -> Result<NbdSpec, SpecError> {
 
 fn parse_uri(scheme: &str, rest: &str) -> Result<NbdSpec, SpecError> {
     let (tls, unix) = match scheme {
-        "nbd" | "nbd+tcp" => (false, false),
-        "nbd+unix" => (false, true),
-        "nbds" | "nbds+tcp" => (true, false),
-        "nbds+unix" => (true, true),
+        "nbd" | "nbd+tcp" => (None, false),
+        "nbd+unix" => (None, true),
+        "nbds" | "nbds+tcp" => (Some(NbdTls::default()), false),
+        "nbds+unix" => (Some(NbdTls::default()), true),
         _ => return Err(SpecError::Url),
     };
     let (rest, query) = rest.split_once('?').map_or((rest, None), |(rest, query)| (rest, Some(query)));
@@ -124,26 +134,27 @@ fn parse_old(text: &str) -> Result<NbdSpec, SpecError> {
         if path.is_empty() {
             return Err(SpecError::NbdAddress);
         }
-        return Ok(NbdSpec { address: NbdAddress::Unix(path.into()), export, tls: false });
+        return Ok(NbdSpec { address: NbdAddress::Unix(path.into()), export, tls: None });
     }
     let refused = || SpecError::NbdHostPort(address.to_owned());
     let (host, port) = address.rsplit_once(':').ok_or_else(refused)?;
     let port = port.parse().map_err(|_| refused())?;
     let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-    Ok(NbdSpec { address: NbdAddress::Tcp { host: host.to_owned(), port }, export, tls: false })
+    Ok(NbdSpec { address: NbdAddress::Tcp { host: host.to_owned(), port }, export, tls: None })
 }
 
 /// The options of a layer with `driver=nbd`: `server` with `type`, or the older `host`, `port`, `path`.
 pub(super) fn from_map(map: &mut Map) -> Result<NbdSpec, SpecError> {
     let export = take_leaf(map, "export")?.unwrap_or_default();
-    let tls = take_leaf(map, "tls-creds")?.is_some();
-    for neutral in ["reconnect-delay", "open-timeout", "x-dirty-bitmap", "tls-hostname"] {
+    let hostname = take_leaf(map, "tls-hostname")?;
+    let tls = take_leaf(map, "tls-creds")?.map(|id| NbdTls { creds: Some(id), hostname });
+    for neutral in ["reconnect-delay", "open-timeout", "x-dirty-bitmap"] {
         take_leaf(map, neutral)?;
     }
     if let Some(Tree::Leaf(uri)) = map.get("uri") {
         let spec = parse(uri)?;
         map.remove("uri");
-        return Ok(spec);
+        return Ok(NbdSpec { tls: tls.or(spec.tls), ..spec });
     }
     let mut server = match map.remove("server") {
         Some(Tree::Map(server)) => server,

@@ -21,12 +21,12 @@ fn slice(below: &str, offset: u64, size: Option<u64>) -> FileSpec {
 
 fn tcp(host: &str, port: u16, export: &str) -> ImageSpec {
     let address = NbdAddress::Tcp { host: host.to_owned(), port };
-    ImageSpec::over(FileSpec::Nbd(NbdSpec { address, export: export.to_owned(), tls: false }), None)
+    ImageSpec::over(FileSpec::Nbd(NbdSpec { address, export: export.to_owned(), tls: None }), None)
 }
 
 fn unix(socket: &str, export: &str, driver: Option<Format>) -> ImageSpec {
     let address = NbdAddress::Unix(socket.into());
-    ImageSpec::over(FileSpec::Nbd(NbdSpec { address, export: export.to_owned(), tls: false }), driver)
+    ImageSpec::over(FileSpec::Nbd(NbdSpec { address, export: export.to_owned(), tls: None }), driver)
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use block::nbd::wire::transmission_flag as can;
-use block::nbd::{Export, list_exports};
-use block::spec::{NbdAddress, NbdSpec};
+use block::nbd::{Export, TlsClient, list_exports};
+use block::spec::{NbdAddress, NbdSpec, NbdTls};
 
 use super::ServeError;
 use crate::error::ImgError;
@@ -24,10 +24,11 @@ const FLAGS: [(u16, &str); 12] = [
     (can::BLOCK_STATUS_PAYLOAD, "block-status-payload"),
 ];
 
-/// Connects to a server and prints what it has.
-pub fn print(address: NbdAddress) -> Result<u8, ImgError> {
-    let spec = NbdSpec { address, export: String::new(), tls: false };
-    let exports = list_exports(&spec).map_err(ServeError::Nbd)?;
+/// Connects to a server, with TLS or without, and prints what it has.
+pub fn print(address: NbdAddress, tls: Option<(&TlsClient, NbdTls)>) -> Result<u8, ImgError> {
+    let (client, tls) = tls.unzip();
+    let spec = NbdSpec { address, export: String::new(), tls };
+    let exports = list_exports(&spec, client).map_err(ServeError::Nbd)?;
     std::io::stdout().write_all(described(&exports).as_bytes())?;
     Ok(0)
 }

@@ -12,15 +12,17 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use block::nbd::{CLIENTS_UNLIMITED, Listener, NbdError, ServeOptions, Stop, serve};
-use block::spec::{NBD_PORT, NbdAddress};
+use block::spec::{NBD_PORT, NbdAddress, NbdTls};
 use block::{BitmapBits, BlockError, CacheMode, DetectZeroes, Discard, Disk, MaintenanceError, OpenOptions};
 use thiserror::Error;
 
 use crate::Command;
-use crate::error::{ImgError, chain, host, why};
+use crate::error::{ImgError, Rule, chain, host, why};
 use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, flag, opt};
 use crate::open::{self, Access, Named};
+use crate::secret::Secrets;
 use crate::size;
+use crate::tls_creds::TlsCreds;
 
 /// `serve`.
 pub const COMMAND: Command =
@@ -41,9 +43,9 @@ const OPTIONS: &[Opt] = &[
     opt('B', &["bitmap"], "NAME", "tell what a persistent bitmap holds"),
     flag('L', &["list"], "list what another server exports"),
     OBJECT,
-    opt('\0', &["tls-creds"], "ID", "encrypt connections"),
+    opt('\0', &["tls-creds"], "ID", "encrypt connections with these credentials, and take no others"),
     opt('\0', &["tls-authz"], "ID", "who may connect"),
-    opt('\0', &["tls-hostname"], "NAME", "name in the server's certificate"),
+    opt('\0', &["tls-hostname"], "NAME", "with -L: name in the server's certificate"),
     opt('T', &["trace"], "TRACE", "QEMU's tracing; nothing here"),
     flag('\0', &["fork"], "go into the background when clients can connect"),
     opt('\0', &["pid-file"], "PATH", "write the process id to this file"),
@@ -92,6 +94,12 @@ pub enum ServeError {
     ListWithName,
     #[error("Invalid number of arguments")]
     Arguments,
+    #[error("--tls-hostname is not permitted without --tls-creds")]
+    HostnameAlone,
+    #[error("TLS hostname is only supported with export list")]
+    HostnameOfServer,
+    #[error("Failed to get TLS creds: {0}")]
+    Creds(Rule),
     #[error(
         "the option {option} needs the NBD device of the host's kernel, which is not supported; connect a client to the socket"
     )]
@@ -137,6 +145,7 @@ extern "C" fn on_signal(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     refuse_unsupported(parsed)?;
     let place = place(parsed)?;
+    let creds = tls_creds(parsed)?;
     if parsed.has("list") {
         if !parsed.words.is_empty() {
             return Err(ServeError::ListWithFile.into());
@@ -144,9 +153,13 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         if parsed.has("export-name") {
             return Err(ServeError::ListWithName.into());
         }
-        return list::print(place);
+        let hostname = parsed.value("tls-hostname")?.map(str::to_owned);
+        let client = creds.as_ref().map(|creds| creds.client()).transpose().map_err(ServeError::Creds)?;
+        let tls = client.map(|client| (client, NbdTls { creds: None, hostname }));
+        return list::print(place, tls);
     }
-    let options = serve_options(parsed)?;
+    let server = creds.as_ref().map(|creds| creds.server().cloned()).transpose().map_err(ServeError::Creds)?;
+    let options = ServeOptions { tls: server, ..serve_options(parsed)? };
     let [file] = parsed.words.as_slice() else { return Err(ServeError::Arguments.into()) };
     if parsed.has("fork") && !background::is_child() {
         return background::start();
@@ -221,13 +234,10 @@ fn refuse_unsupported(parsed: &Parsed) -> Result<(), ServeError> {
             return Err(ServeError::KernelDevice { option });
         }
     }
-    let tls = "use a Unix socket or a tunnel";
     for (name, option, instead) in [
         ("snapshot", "-s", "create an overlay with 'create -b FILE' and serve that"),
         ("allocation-depth", "-A", "'map' shows in which image data is"),
-        ("tls-creds", "--tls-creds", tls),
-        ("tls-authz", "--tls-authz", tls),
-        ("tls-hostname", "--tls-hostname", tls),
+        ("tls-authz", "--tls-authz", "whoever 'ca-cert.pem' has signed may connect"),
         ("selinux-label", "--selinux-label", "label the socket's directory"),
     ] {
         if parsed.has(name) {
@@ -235,6 +245,16 @@ fn refuse_unsupported(parsed: &Parsed) -> Result<(), ServeError> {
         }
     }
     Ok(())
+}
+
+/// What `--tls-creds` names; the rules are qemu-nbd's.
+fn tls_creds(parsed: &Parsed) -> Result<Option<TlsCreds>, ImgError> {
+    match parsed.value("tls-creds")? {
+        None if parsed.has("tls-hostname") => Err(ServeError::HostnameAlone.into()),
+        Some(_) if parsed.has("tls-hostname") && !parsed.has("list") => Err(ServeError::HostnameOfServer.into()),
+        None => Ok(None),
+        Some(id) => Ok(Some(Secrets::of(parsed)?.tls(id).map_err(ServeError::Creds)?.clone())),
+    }
 }
 
 /// Where to listen, or what to list.

@@ -12,6 +12,9 @@ use super::super::wire::{
 /// Most messages in answer to one option.
 const ANSWERS_MAX: usize = 10_000;
 
+/// Of a server that has no options.
+const TOO_OLD: &str = "the server is too old";
+
 /// What client and server agreed on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Agreed {
@@ -46,17 +49,19 @@ struct Answer {
 }
 
 /// One connection that haggles.
-struct Haggle<'s, S> {
-    stream: &'s mut S,
+pub struct Haggle<S> {
+    pub stream: S,
+    /// The server answers options.
+    has_options: bool,
     /// No zeroes follow when an export is named as of old.
     no_zeroes: bool,
 }
 
-/// Greets a server and opens an export.
-pub fn negotiate<S: Read + Write>(stream: &mut S, export: &str) -> Result<Agreed, PeerError> {
-    let Some(mut haggle) = Haggle::greet(stream)? else {
-        return old_way(stream, export, Agreed::default(), false);
-    };
+/// Opens an export.
+pub fn negotiate<S: Read + Write>(haggle: &mut Haggle<S>, export: &str) -> Result<Agreed, PeerError> {
+    if !haggle.has_options {
+        return old_way(&mut haggle.stream, export, Agreed::default(), false);
+    }
     let mut agreed = Agreed { structured: haggle.yes_or_no(option::STRUCTURED_REPLY, &[])?, ..Agreed::default() };
     if agreed.structured {
         let data = encode_meta_request(export, &[BASE_ALLOCATION]);
@@ -72,7 +77,7 @@ pub fn negotiate<S: Read + Write>(stream: &mut S, export: &str) -> Result<Agreed
         }
         None => {
             let no_zeroes = haggle.no_zeroes;
-            old_way(stream, export, agreed, no_zeroes)
+            old_way(&mut haggle.stream, export, agreed, no_zeroes)
         }
     }
 }
@@ -107,12 +112,12 @@ fn checked(agreed: Agreed) -> Result<Agreed, PeerError> {
     }
 }
 
-/// Greets a server and asks for all it has.
-pub fn list<S: Read + Write>(stream: &mut S) -> Result<Vec<Export>, PeerError> {
+/// Asks for all that a server has.
+pub fn list<S: Read + Write>(haggle: &mut Haggle<S>) -> Result<Vec<Export>, PeerError> {
     let refused = |kind, text| PeerError::Refused { option: option::LIST, kind, text };
-    let Some(mut haggle) = Haggle::greet(stream)? else {
-        return Err(refused(reply::ERR_UNSUP, "the server is too old".to_owned()));
-    };
+    if !haggle.has_options {
+        return Err(refused(reply::ERR_UNSUP, TOO_OLD.to_owned()));
+    }
     let mut exports = Vec::new();
     haggle.ask(option::LIST, &[])?;
     let end = haggle.answers(option::LIST, |answer| {
@@ -120,8 +125,10 @@ pub fn list<S: Read + Write>(stream: &mut S) -> Result<Vec<Export>, PeerError> {
         exports.push(Export { name, description, ..Export::default() });
         Ok(answer.kind == reply::SERVER)
     })?;
-    if end.kind != reply::ACK {
-        return Err(refused(end.kind, text_of(&end.data)));
+    match end.kind {
+        reply::ACK => {}
+        reply::ERR_TLS_REQD => return Err(PeerError::TlsOnly),
+        kind => return Err(refused(kind, text_of(&end.data))),
     }
     let structured = haggle.yes_or_no(option::STRUCTURED_REPLY, &[])?;
     for export in &mut exports {
@@ -153,9 +160,9 @@ fn text_of(data: &[u8]) -> String {
     if text.is_empty() { "no reason was given".to_owned() } else { text }
 }
 
-impl<'s, S: Read + Write> Haggle<'s, S> {
-    /// The first exchange. `None`: the server answers no options; the client's flags are sent.
-    fn greet(stream: &'s mut S) -> Result<Option<Haggle<'s, S>>, PeerError> {
+impl<S: Read + Write> Haggle<S> {
+    /// The first exchange: the client's flags are sent when it is over.
+    pub fn greet(mut stream: S) -> Result<Haggle<S>, PeerError> {
         let mut head = [0; 18];
         stream.read_exact(head.get_mut(..8).unwrap_or_default())?;
         let word = |at: usize, head: &[u8; 18]| {
@@ -174,8 +181,21 @@ impl<'s, S: Read + Write> Haggle<'s, S> {
         stream.read_exact(&mut flags)?;
         let options = client_options(u16::from_be_bytes(flags));
         stream.write_all(&options.unwrap_or(0).to_be_bytes())?;
-        let no_zeroes = |options: u32| options & u32::from(handshake_flag::NO_ZEROES) != 0;
-        Ok(options.map(|options| Haggle { stream, no_zeroes: no_zeroes(options) }))
+        let no_zeroes = options.is_some_and(|options| options & u32::from(handshake_flag::NO_ZEROES) != 0);
+        Ok(Haggle { stream, has_options: options.is_some(), no_zeroes })
+    }
+
+    /// Asks for TLS: its handshake follows. Nothing may have been agreed on before.
+    pub fn start_tls(&mut self) -> Result<(), PeerError> {
+        if !self.has_options {
+            return Err(PeerError::NoTls { text: TOO_OLD.to_owned() });
+        }
+        self.ask(option::STARTTLS, &[])?;
+        let end = self.answers(option::STARTTLS, |_| Ok(false))?;
+        match end.kind {
+            reply::ACK => Ok(()),
+            _ => Err(PeerError::NoTls { text: text_of(&end.data) }),
+        }
     }
 
     fn ask(&mut self, number: u32, data: &[u8]) -> Result<(), PeerError> {

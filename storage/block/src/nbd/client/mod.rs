@@ -10,16 +10,17 @@ use std::ops::Range;
 use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 
-use super::error::NbdError;
+use super::error::{NbdError, PeerError};
 use super::socket::Stream;
+use super::tls::{TlsClient, TlsError, shake_hands};
 use super::wire::{
     BlockRun, NAME_MAX_BYTES, PAYLOAD_MAX_BYTES, STATE_ZERO, command, command_flag, transmission_flag as can,
 };
 use crate::io::FileBackend;
-use crate::spec::NbdSpec;
+use crate::spec::{NbdAddress, NbdSpec};
 use crate::sys::{ReadBufs, WriteBufs};
 use crate::zeroes::write_zero_data;
-use handshake::Agreed;
+use handshake::{Agreed, Haggle};
 use transport::{Ask, Transport};
 
 pub use handshake::Export;
@@ -45,16 +46,17 @@ pub struct NbdFile {
 }
 
 impl NbdFile {
-    /// Connects to a server and opens an export.
-    pub fn connect(spec: &NbdSpec) -> Result<NbdFile, NbdError> {
-        let mut stream = open(spec)?;
+    /// Connects to a server and opens an export; with `tls` nothing is said in the clear. A name that demands TLS needs
+    /// it.
+    pub fn connect(spec: &NbdSpec, tls: Option<&TlsClient>) -> Result<NbdFile, NbdError> {
+        let mut haggle = open(spec, tls)?;
         let server = spec.to_string();
-        let failed = |source| NbdError::Handshake { server: server.clone(), source };
-        let agreed = handshake::negotiate(&mut stream, &spec.export).map_err(failed)?;
+        let failed = |source| refused(&server, tls, source);
+        let agreed = handshake::negotiate(&mut haggle, &spec.export).map_err(failed)?;
         let min = u64::from(agreed.sizes.min);
         // Spec, "Block size constraints": what is behind the last whole block cannot be reached.
         let size_bytes = agreed.size_bytes - agreed.size_bytes % min;
-        let transport = Transport::new(stream, server.clone(), &agreed).map_err(|e| failed(e.into()))?;
+        let transport = Transport::new(haggle.stream, server.clone(), &agreed).map_err(|e| failed(e.into()))?;
         let data_run = Mutex::new(0..0);
         Ok(NbdFile { server, transport, agreed, size_bytes, data_run, blocks: RwLock::new(()) })
     }
@@ -172,21 +174,50 @@ impl NbdFile {
     }
 }
 
-/// Connects, and says what is wanted: names in bounds, no TLS.
-fn open(spec: &NbdSpec) -> Result<Stream, NbdError> {
-    if spec.tls {
-        return Err(NbdError::Tls { server: spec.to_string() });
-    }
+/// Connects and greets, up to the first option, with TLS or without.
+fn open(spec: &NbdSpec, tls: Option<&TlsClient>) -> Result<Haggle<Stream>, NbdError> {
+    let server = || spec.to_string();
     if spec.export.len() > NAME_MAX_BYTES {
         return Err(NbdError::Name { name: spec.export.clone() });
     }
-    Stream::connect(&spec.address)
+    if spec.tls.is_some() && tls.is_none() {
+        return Err(NbdError::NoCredentials { server: server() });
+    }
+    let stream = Stream::connect(&spec.address)?;
+    let haggle = Haggle::greet(stream).map_err(|source| NbdError::Handshake { server: server(), source })?;
+    match tls {
+        None => Ok(haggle),
+        Some(tls) => encrypt(haggle, spec, tls).map_err(|source| refused(&server(), Some(tls), source)),
+    }
 }
 
-/// Everything that a server offers.
-pub fn list_exports(spec: &NbdSpec) -> Result<Vec<Export>, NbdError> {
-    let mut stream = open(spec)?;
-    handshake::list(&mut stream).map_err(|source| NbdError::Handshake { server: spec.to_string(), source })
+/// Asks for TLS and shakes hands. A server on TCP has to show the name that it was called by, if no other is given.
+fn encrypt(mut haggle: Haggle<Stream>, spec: &NbdSpec, tls: &TlsClient) -> Result<Haggle<Stream>, PeerError> {
+    let called = match &spec.address {
+        NbdAddress::Tcp { host, .. } => Some(host.as_str()),
+        NbdAddress::Unix(_) => None,
+    };
+    let hostname = spec.tls.as_ref().and_then(|tls| tls.hostname.as_deref()).or(called);
+    let mut session = tls.start(hostname)?;
+    haggle.start_tls()?;
+    shake_hands(&mut session, &mut haggle.stream)?;
+    haggle.stream = haggle.stream.encrypted(session)?;
+    Ok(haggle)
+}
+
+/// A server that does not like a client's certificate may just go.
+fn refused(server: &str, tls: Option<&TlsClient>, source: PeerError) -> NbdError {
+    let source = match source {
+        PeerError::Closed if tls.is_some() => TlsError::Dropped.into(),
+        source => source,
+    };
+    NbdError::Handshake { server: server.to_owned(), source }
+}
+
+/// Everything that a server offers; `tls` as in [`NbdFile::connect`].
+pub fn list_exports(spec: &NbdSpec, tls: Option<&TlsClient>) -> Result<Vec<Export>, NbdError> {
+    let mut haggle = open(spec, tls)?;
+    handshake::list(&mut haggle).map_err(|source| refused(&spec.to_string(), tls, source))
 }
 
 /// Cuts a range into pieces of at most `max` bytes, not 0, that end at multiples of it.

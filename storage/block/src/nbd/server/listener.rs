@@ -92,7 +92,7 @@ impl Listener {
     /// The next client; `None` when it is gone already.
     pub(super) fn accept(&self) -> io::Result<Option<Stream>> {
         let accepted = match &self.socket {
-            Socket::Unix(socket, _) => socket.accept().map(|(stream, _)| Stream::Unix(stream)),
+            Socket::Unix(socket, _) => socket.accept().map(|(stream, _)| Stream::unix(stream)),
             Socket::Tcp(socket) => socket.accept().and_then(|(stream, _)| Stream::tcp(stream)),
         };
         match accepted {

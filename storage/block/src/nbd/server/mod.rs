@@ -19,6 +19,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::error::{NbdError, PeerError};
 use super::socket::Stream;
+use super::tls::TlsServer;
 use super::wire::{BASE_ALLOCATION, DIRTY_BITMAP, Offer, transmission_flag as can};
 use crate::disk::Disk;
 use crate::qcow2::BitmapBits;
@@ -55,6 +56,8 @@ pub struct ServeOptions<'a> {
     pub handshake_limit: Option<Duration>,
     /// Requests of one client that are worked on at once, 1 to 16.
     pub workers: usize,
+    /// Clients have to begin with TLS, under these credentials.
+    pub tls: Option<TlsServer>,
     /// Is told how connections end that do not end well.
     pub report: Option<&'a (dyn Fn(&PeerError) + Sync)>,
 }
@@ -73,6 +76,7 @@ impl Default for ServeOptions<'_> {
             persistent: true,
             handshake_limit: Some(Duration::from_secs(10)),
             workers: 4,
+            tls: None,
             report: None,
         }
     }
@@ -178,6 +182,7 @@ fn offer(disk: &Disk, options: &ServeOptions<'_>) -> Offer {
         size_bytes: disk.size_bytes().saturating_sub(options.offset),
         flags,
         contexts,
+        tls: options.tls.is_some(),
     }
 }
 
@@ -250,7 +255,7 @@ fn part(clients: &Clients) {
 /// One connection from greeting to end.
 fn converse(mut stream: Stream, disk: &Disk, offer: &Offer, options: &ServeOptions<'_>, clients: &Clients) {
     let limit = options.handshake_limit;
-    let ended = negotiate::negotiate(&mut stream, offer, limit).and_then(|agreed| match agreed {
+    let ended = negotiate::negotiate(&mut stream, offer, options.tls.as_ref(), limit).and_then(|agreed| match agreed {
         Some(agreed) => {
             clients.served.fetch_add(1, Ordering::Relaxed);
             session::run(stream, disk, offer, options, &agreed)

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::super::error::PeerError;
 use super::super::socket::Stream;
+use super::super::tls::{TlsServer, shake_hands};
 use super::super::wire::{
     Fields, Negotiation, OPTION_MAGIC, OPTION_MAX_BYTES, Offer, PAYLOAD_MAX_BYTES, SERVER_MAGIC, Verdict, WireError,
     handshake_flag,
@@ -22,13 +23,13 @@ struct Limited<'s> {
 
 impl Limited<'_> {
     /// Gives the next call the time that is left.
-    fn arm(&mut self) -> Result<(), PeerError> {
+    fn arm(&mut self) -> io::Result<()> {
         let Some(end) = self.end else { return Ok(()) };
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(PeerError::TooSlow { seconds: self.limit.as_secs() });
+            return Err(io::ErrorKind::TimedOut.into());
         }
-        Ok(self.stream.set_timeout(Some(left))?)
+        self.stream.set_timeout(Some(left))
     }
 
     fn fail(&self, error: io::Error) -> PeerError {
@@ -38,32 +39,48 @@ impl Limited<'_> {
         }
     }
 
-    fn read(&mut self, mut room: &mut [u8]) -> Result<(), PeerError> {
-        while !room.is_empty() {
-            self.arm()?;
-            match self.stream.read(room) {
-                Ok(0) => return Err(PeerError::Closed),
-                Ok(count) => room = room.get_mut(count..).unwrap_or_default(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.fail(error)),
-            }
-        }
-        Ok(())
+    fn take(&mut self, room: &mut [u8]) -> Result<(), PeerError> {
+        self.read_exact(room).map_err(|error| self.fail(error))
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), PeerError> {
-        self.arm()?;
-        self.stream.write_all(bytes).map_err(|error| self.fail(error))
+    fn send(&mut self, bytes: &[u8]) -> Result<(), PeerError> {
+        self.write_all(bytes).map_err(|error| self.fail(error))
+    }
+
+    /// Shakes hands with a client that has asked for TLS.
+    fn encrypt(&mut self, tls: &TlsServer) -> Result<(), PeerError> {
+        let mut session = tls.start()?;
+        shake_hands(&mut session, self).map_err(|error| self.fail(error))?;
+        *self.stream = self.stream.encrypted(session)?;
+        Ok(())
     }
 
     fn skip(&mut self, mut bytes: u64) -> Result<(), PeerError> {
         let mut room = [0; 4096];
         while bytes > 0 {
             let count = bytes.min(room.len() as u64);
-            self.read(room.get_mut(..count as usize).unwrap_or_default())?;
+            self.take(room.get_mut(..count as usize).unwrap_or_default())?;
             bytes -= count;
         }
         Ok(())
+    }
+}
+
+impl Read for Limited<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        self.arm()?;
+        self.stream.read(room)
+    }
+}
+
+impl Write for Limited<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.arm()?;
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
     }
 }
 
@@ -71,26 +88,27 @@ impl Limited<'_> {
 pub fn negotiate(
     stream: &mut Stream,
     offer: &Offer,
+    tls: Option<&TlsServer>,
     limit: Option<Duration>,
 ) -> Result<Option<Negotiation>, PeerError> {
     let end = limit.and_then(|limit| Instant::now().checked_add(limit));
     let mut limited = Limited { stream, end, limit: limit.unwrap_or_default() };
-    let agreed = haggle(&mut limited, offer)?;
+    let agreed = haggle(&mut limited, offer, tls)?;
     stream.set_timeout(None)?;
     Ok(agreed)
 }
 
-fn haggle(stream: &mut Limited<'_>, offer: &Offer) -> Result<Option<Negotiation>, PeerError> {
+fn haggle(stream: &mut Limited<'_>, offer: &Offer, tls: Option<&TlsServer>) -> Result<Option<Negotiation>, PeerError> {
     let flags = handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES;
     let greeting = [&SERVER_MAGIC.to_be_bytes()[..], &OPTION_MAGIC.to_be_bytes(), &flags.to_be_bytes()].concat();
-    stream.write(&greeting)?;
+    stream.send(&greeting)?;
     let mut word = [0; 4];
-    stream.read(&mut word)?;
+    stream.take(&mut word)?;
     let mut negotiation = Negotiation::start(u32::from_be_bytes(word))?;
     let mut out = Vec::new();
     for _ in 0..OPTIONS_MAX {
         let mut head = [0; 16];
-        stream.read(&mut head)?;
+        stream.take(&mut head)?;
         let mut fields = Fields::of("an option", &head);
         let (magic, number, length) = (fields.u64()?, fields.u32()?, fields.u32()?);
         if magic != OPTION_MAGIC {
@@ -99,7 +117,7 @@ fn haggle(stream: &mut Limited<'_>, offer: &Offer) -> Result<Option<Negotiation>
         out.clear();
         let verdict = if length <= OPTION_MAX_BYTES {
             let mut data = vec![0; length as usize];
-            stream.read(&mut data)?;
+            stream.take(&mut data)?;
             negotiation.answer(offer, number, &data, &mut out)
         } else if length <= PAYLOAD_MAX_BYTES {
             stream.skip(u64::from(length))?;
@@ -108,9 +126,15 @@ fn haggle(stream: &mut Limited<'_>, offer: &Offer) -> Result<Option<Negotiation>
             let (bytes, max) = (u64::from(length), u64::from(PAYLOAD_MAX_BYTES));
             return Err(WireError::TooBig { what: "an option", bytes, max }.into());
         };
-        let written = stream.write(&out);
+        let written = stream.send(&out);
         match verdict {
             Verdict::Continue => written?,
+            Verdict::StartTls => {
+                written?;
+                if let Some(tls) = tls {
+                    stream.encrypt(tls)?;
+                }
+            }
             Verdict::Transmit => {
                 written?;
                 return Ok(Some(negotiation));

@@ -280,6 +280,8 @@ pub struct Offer {
     pub flags: u16,
     /// Names of the metadata contexts there are: the first one goes under number 1.
     pub contexts: Vec<String>,
+    /// Clients have to begin with TLS. Spec, "TLS versions", mode FORCEDTLS; otherwise NOTLS.
+    pub tls: bool,
 }
 
 /// What to do after an option was answered.
@@ -289,6 +291,8 @@ pub enum Verdict {
     Continue,
     /// Requests follow.
     Transmit,
+    /// The handshake of TLS follows, and then the next option.
+    StartTls,
     /// Close the connection.
     Close,
 }
@@ -298,6 +302,8 @@ pub enum Verdict {
 pub struct Negotiation {
     /// The client asked for no zeroes behind the old way of naming an export.
     pub no_zeroes: bool,
+    /// TLS has begun.
+    pub encrypted: bool,
     /// Structured replies were agreed on.
     pub structured: bool,
     /// Numbers of the metadata contexts that block status is given for.
@@ -335,6 +341,13 @@ impl Negotiation {
                 return Verdict::Continue;
             }
         };
+        if offer.tls && !self.encrypted && !matches!(request, OptionRequest::StartTls | OptionRequest::Abort) {
+            if number == option::EXPORT_NAME {
+                return Verdict::Close;
+            }
+            answer(out, number, reply::ERR_TLS_REQD, b"the server demands TLS first");
+            return Verdict::Continue;
+        }
         let unknown = |out: &mut Vec<u8>| answer(out, number, reply::ERR_UNKNOWN, b"no export has this name");
         match request {
             OptionRequest::ExportName(name) if name == offer.name => {
@@ -353,7 +366,14 @@ impl Negotiation {
                 answer(out, number, reply::SERVER, &data);
                 answer(out, number, reply::ACK, &[]);
             }
-            OptionRequest::StartTls => answer(out, number, reply::ERR_UNSUP, b"TLS is not built into this server"),
+            OptionRequest::StartTls if self.encrypted => answer(out, number, reply::ERR_INVALID, b"TLS has begun"),
+            OptionRequest::StartTls if !offer.tls => answer(out, number, reply::ERR_POLICY, b"TLS is not configured"),
+            OptionRequest::StartTls => {
+                answer(out, number, reply::ACK, &[]);
+                // Whatever was agreed on in the clear may be somebody else's wish.
+                *self = Negotiation { no_zeroes: self.no_zeroes, encrypted: true, ..Negotiation::default() };
+                return Verdict::StartTls;
+            }
             OptionRequest::Info { export, .. } | OptionRequest::Go { export, .. } if export != offer.name => {
                 unknown(out)
             }
@@ -455,7 +475,8 @@ mod tests {
 
     fn offer() -> Offer {
         let (name, description) = ("disk".to_owned(), "a disk".to_owned());
-        Offer { name, description, size_bytes: 0x10000, flags: 0x0005, contexts: vec![BASE_ALLOCATION.to_owned()] }
+        let contexts = vec![BASE_ALLOCATION.to_owned()];
+        Offer { name, description, size_bytes: 0x10000, flags: 0x0005, contexts, tls: false }
     }
 
     fn hex(text: &str) -> Vec<u8> {
@@ -473,7 +494,7 @@ mod tests {
         type Answers<'a> = &'a [(u32, &'a str)];
         let cases: &[(u32, String, Answers<'_>, Verdict)] = &[
             (3, String::new(), &[(2, "00000004 6469736b 61206469736b"), (1, "")], Verdict::Continue),
-            (5, String::new(), &[(0x8000_0001, "*")], Verdict::Continue),
+            (5, String::new(), &[(0x8000_0002, "*")], Verdict::Continue),
             (2, "00".into(), &[(1, "")], Verdict::Close),
             (8, String::new(), &[(1, "")], Verdict::Continue),
             (8, "00".into(), &[(0x8000_0003, "*")], Verdict::Continue),
@@ -553,6 +574,33 @@ mod tests {
             assert_eq!(out[..10], hex("0000000000010000 0005"));
         }
         assert_eq!(Negotiation::start(4), Err(WireError::HandshakeFlags { found: 4 }));
+    }
+
+    /// Spec, "TLS support": in FORCEDTLS nothing but STARTTLS and ABORT is answered in the clear, and what was agreed on
+    /// before is forgotten.
+    #[test]
+    fn a_server_that_demands_tls_says_nothing_before() {
+        let offer = Offer { tls: true, ..offer() };
+        let mut negotiation = Negotiation { structured: true, contexts: vec![1], ..Negotiation::start(3).unwrap() };
+        let mut ask = |number: u32, data: &[u8]| {
+            let mut out = Vec::new();
+            let verdict = negotiation.answer(&offer, number, data, &mut out);
+            let kind = out.get(12..16).map_or(0, |kind| u32::from_be_bytes(kind.try_into().unwrap()));
+            (kind, verdict)
+        };
+        let go = encode_info_request("disk", &[]);
+        for number in [option::LIST, option::STRUCTURED_REPLY] {
+            assert_eq!(ask(number, &[]), (reply::ERR_TLS_REQD, Verdict::Continue), "{number}");
+        }
+        assert_eq!(ask(option::GO, &go), (reply::ERR_TLS_REQD, Verdict::Continue));
+        assert_eq!(ask(option::EXPORT_NAME, b"disk"), (0, Verdict::Close));
+        assert_eq!(ask(option::STARTTLS, b"x"), (reply::ERR_INVALID, Verdict::Continue));
+        assert_eq!(ask(option::ABORT, &[]), (reply::ACK, Verdict::Close));
+        assert_eq!(ask(option::STARTTLS, &[]), (reply::ACK, Verdict::StartTls));
+        assert_eq!(ask(option::STARTTLS, &[]), (reply::ERR_INVALID, Verdict::Continue));
+        assert_eq!(ask(option::GO, &go), (reply::INFO, Verdict::Transmit));
+        let want = Negotiation { no_zeroes: true, encrypted: true, ..Negotiation::default() };
+        assert_eq!(negotiation, want);
     }
 
     #[test]
