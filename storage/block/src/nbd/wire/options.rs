@@ -366,14 +366,7 @@ impl Negotiation {
                 answer(out, number, reply::SERVER, &data);
                 answer(out, number, reply::ACK, &[]);
             }
-            OptionRequest::StartTls if self.encrypted => answer(out, number, reply::ERR_INVALID, b"TLS has begun"),
-            OptionRequest::StartTls if !offer.tls => answer(out, number, reply::ERR_POLICY, b"TLS is not configured"),
-            OptionRequest::StartTls => {
-                answer(out, number, reply::ACK, &[]);
-                // Whatever was agreed on in the clear may be somebody else's wish.
-                *self = Negotiation { no_zeroes: self.no_zeroes, encrypted: true, ..Negotiation::default() };
-                return Verdict::StartTls;
-            }
+            OptionRequest::StartTls => return self.start_tls(offer, number, out),
             OptionRequest::Info { export, .. } | OptionRequest::Go { export, .. } if export != offer.name => {
                 unknown(out)
             }
@@ -397,20 +390,37 @@ impl Negotiation {
                 asked.for_each(|name| Self::name_context(number, 0, name, out));
                 answer(out, number, reply::ACK, &[]);
             }
-            OptionRequest::SetMeta { queries, .. } => {
-                // Each call replaces what an earlier one chose.
-                self.contexts.clear();
-                for (id, name) in (1..).zip(&offer.contexts) {
-                    if queries.contains(name) {
-                        self.contexts.push(id);
-                        Self::name_context(number, id, name, out);
-                    }
-                }
-                answer(out, number, reply::ACK, &[]);
-            }
+            OptionRequest::SetMeta { queries, .. } => self.choose_contexts(offer, number, &queries, out),
             OptionRequest::Unknown => answer(out, number, reply::ERR_UNSUP, b"the option is not supported"),
         }
         Verdict::Continue
+    }
+
+    fn start_tls(&mut self, offer: &Offer, number: u32, out: &mut Vec<u8>) -> Verdict {
+        if self.encrypted {
+            answer(out, number, reply::ERR_INVALID, b"TLS has begun");
+            return Verdict::Continue;
+        }
+        if !offer.tls {
+            answer(out, number, reply::ERR_POLICY, b"TLS is not configured");
+            return Verdict::Continue;
+        }
+        answer(out, number, reply::ACK, &[]);
+        // Whatever was agreed on in the clear may be somebody else's wish.
+        *self = Negotiation { no_zeroes: self.no_zeroes, encrypted: true, ..Negotiation::default() };
+        Verdict::StartTls
+    }
+
+    /// Each call replaces what an earlier one chose.
+    fn choose_contexts(&mut self, offer: &Offer, number: u32, queries: &[String], out: &mut Vec<u8>) {
+        self.contexts.clear();
+        for (id, name) in (1..).zip(&offer.contexts) {
+            if queries.contains(name) {
+                self.contexts.push(id);
+                Self::name_context(number, id, name, out);
+            }
+        }
+        answer(out, number, reply::ACK, &[]);
     }
 
     fn name_context(number: u32, id: u32, name: &str, out: &mut Vec<u8>) {
