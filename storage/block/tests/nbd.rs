@@ -245,3 +245,55 @@ fn nobody_writes_to_a_read_only_export() {
     }
     file.sync_data().unwrap();
 }
+
+#[test]
+fn a_client_changes_the_size_where_it_may() {
+    const MIB: u64 = 1 << 20;
+    for (format, offset) in [(Format::Raw, 0), (Format::Raw, 4096), (Format::Qcow2, 0)] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = ServeOptions { resizable: true, max_clients: 2, offset, ..ServeOptions::default() };
+        let served = Served::new(new_image(dir.path(), format, MIB + offset), options);
+        let file = served.connect().unwrap();
+        let sizes = |bytes: u64| {
+            assert_eq!(served.disk.size_bytes(), bytes + offset, "{format}");
+            assert_eq!(served.connect().unwrap().len_bytes().unwrap(), bytes, "{format}");
+        };
+        // A hole that was found ends where the export ended.
+        assert_eq!(file.extent(0, 2 * MIB).unwrap().0, MIB);
+        file.set_len_bytes(4 * MIB).unwrap();
+        sizes(4 * MIB);
+        file.write_at(4 * MIB - 512, &WriteBufs::from_slice(&[7; 512])).unwrap();
+        let mut found = [0; 512];
+        served.disk.read(offset + 4 * MIB - 512, &mut found).unwrap();
+        assert_eq!((found, file.len_bytes().unwrap()), ([7; 512], 4 * MIB));
+        // Sizes that cannot be change nothing.
+        for bytes in [MIB + 5, u64::MAX - 511, 1 << 63] {
+            file.set_len_bytes(bytes).unwrap_err();
+        }
+        sizes(4 * MIB);
+        // Another client would lose what it may be about to read.
+        let other = served.connect().unwrap();
+        assert_eq!(file.set_len_bytes(MIB).unwrap_err().kind(), ErrorKind::PermissionDenied);
+        other.set_len_bytes(5 * MIB).unwrap();
+        file.read_at(0, &ReadBufs::from_slice(&mut found)).unwrap();
+        drop(other);
+        sizes(5 * MIB);
+        // The server notices in its own time that the others have left.
+        while let Err(error) = file.set_len_bytes(MIB) {
+            assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+            std::thread::yield_now();
+        }
+        sizes(MIB);
+        assert!(file.write_at(MIB, &WriteBufs::from_slice(&[7; 512])).is_err());
+        file.write_at(0, &WriteBufs::from_slice(&[9; 512])).unwrap();
+        served.disk.read(offset, &mut found).unwrap();
+        assert_eq!(found, [9; 512]);
+    }
+    // Nobody changes what may only be read.
+    let dir = tempfile::tempdir().unwrap();
+    let options = ServeOptions { resizable: true, read_only: true, ..ServeOptions::default() };
+    let served = Served::new(new_image(dir.path(), Format::Raw, MIB), options);
+    let error = served.connect().unwrap().set_len_bytes(2 * MIB).unwrap_err();
+    assert_eq!((error.kind(), served.disk.size_bytes()), (ErrorKind::Unsupported, MIB));
+    assert!(error.to_string().contains("--resizable"), "{error}");
+}

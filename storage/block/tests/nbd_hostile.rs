@@ -153,8 +153,8 @@ fn requests_that_cannot_be_are_answered_with_an_error() {
         (18, 6, 0, 4096, 95), // fast, and no hole: a raw image has no such way
         (0, 6, 0, u32::MAX, ENOSPC),
         (32, 6, 0, 512, EINVAL),
-        (0, 7, 0, 512, EINVAL), // not negotiated
-        (0, 8, 0, 512, EINVAL), // resize
+        (0, 7, 0, 512, EINVAL),      // not negotiated
+        (0, 8, 2 * SIZE, 0, EINVAL), // resize, where the server does not offer it
         (0, 99, 0, 0, EINVAL),
         (0, 0xffff, u64::MAX, u32::MAX, EINVAL),
     ] {

@@ -517,3 +517,86 @@ fn tls_that_does_not_fit_says_what_helps() {
         assert_eq!(room.serve(line), room.run(Path::new("qemu-nbd"), line), "{line}");
     }
 }
+
+/// A server on TCP has to show the name or address that it was called by.
+#[test]
+fn tls_over_tcp_believes_the_address_that_was_called() {
+    let room = Room::new();
+    make_certificates(&room);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let server =
+        room.start(&format!("{} --tls-creds t -t -e 4 -b 127.0.0.1 -p {port} -f raw a.raw", creds("server", "pki")));
+    let client = creds("client", "pki");
+    let name =
+        |more: &str| format!("driver=raw,file.driver=nbd,file.host=127.0.0.1,file.port={port},file.tls-creds=t{more}");
+    for (more, code) in [("", 0), (",file.tls-hostname=localhost", 0), (",file.tls-hostname=elsewhere", 1)] {
+        let line = format!("info {client} --image-opts {}", name(more));
+        let [ours, theirs] = [room.img(&line), room.peer_img(&line)];
+        assert_eq!((ours.0, theirs.0), (Some(code), Some(code)), "{more}: {ours:?} {theirs:?}");
+        assert_eq!(ours.1, theirs.1, "{more}");
+    }
+    server.end();
+}
+
+/// What an authority has taken back is good no more, and a client that stops in the middle is sent away.
+#[test]
+fn tls_servers_refuse_revoked_certificates_and_do_not_wait_for_ever() {
+    use std::io::{Read, Write};
+    let room = Room::new();
+    make_certificates(&room);
+    let config = "[ca]\ndefault_ca = d\n[d]\ndatabase = pki/index\ncrlnumber = pki/number\ndefault_md = sha256\n";
+    for (name, text) in [("ca.cnf", config), ("pki/index", ""), ("pki/number", "01\n")] {
+        std::fs::write(room.path(name), text).unwrap();
+    }
+    let authority = "ca -config ca.cnf -keyfile pki/ca-key.pem -cert pki/ca-cert.pem";
+    let info = format!(
+        "info {} --image-opts {}",
+        creds("client", "pki"),
+        export(",file.tls-creds=t,file.tls-hostname=localhost")
+    );
+    for (revoke, code) in [(false, 0), (true, 1)] {
+        if revoke {
+            let done = room.run(Path::new("openssl"), &format!("{authority} -revoke pki/client-cert.pem"));
+            assert_eq!(done.0, Some(0), "{done:?}");
+        }
+        let list = format!("{authority} -gencrl -crldays 30 -out pki/ca-crl.pem");
+        let done = room.run(Path::new("openssl"), &list);
+        assert_eq!(done.0, Some(0), "{done:?}");
+        let server = creds("server", "pki");
+        let server = room.start(&format!("{server} --tls-creds t -t --handshake-limit 2 -k DIR/s -f raw a.raw"));
+        let (found, _, err) = room.img(&info);
+        assert_eq!(found, Some(code), "revoked: {revoke}: {err}");
+        assert_eq!(err.contains("it does not take our certificate"), revoke, "{err}");
+        let mut stalled = std::os::unix::net::UnixStream::connect(room.path("s")).unwrap();
+        // Fixed newstyle; option 5 asks for TLS, and is acknowledged. A handshake would begin now.
+        stalled.write_all(b"\0\0\0\x01IHAVEOPT\0\0\0\x05\0\0\0\0").unwrap();
+        let mut said = Vec::new();
+        stalled.read_to_end(&mut said).unwrap();
+        assert_eq!((said.len(), &said[30..34]), (38, &[0, 0, 0, 1][..]));
+        server.end();
+    }
+}
+
+#[test]
+fn the_size_changes_from_afar_where_the_server_lets_it() {
+    let room = Room::new();
+    for (allowed, image, format) in [(false, "a.raw", "raw"), (true, "a.raw", "raw"), (true, "a.qcow2", "qcow2")] {
+        let option = if allowed { "--resizable" } else { "" };
+        let server = room.start(&format!("-t {option} -k DIR/s -f {format} {image}"));
+        let (code, out, err) = room.img("resize -f raw nbd+unix:///?socket=DIR/s 8M");
+        if allowed {
+            assert_eq!((code, out.as_str(), err.as_str()), (Some(0), "Image resized.\n", ""), "{image}");
+            let (_, out, _) = room.img("resize --shrink -f raw nbd+unix:///?socket=DIR/s 6M");
+            assert_eq!(out, "Image resized.\n");
+            let list = room.serve("-L -k DIR/s").1;
+            assert!(list.contains("size:  6291456") && list.contains(" resize "), "{list}");
+        } else {
+            assert_eq!(code, Some(1));
+            assert!(err.contains("serve it with 'vireo-img serve --resizable'"), "{err}");
+        }
+        server.end();
+        let size = if allowed { "6 MiB (6291456 bytes)" } else { "4 MiB (4194304 bytes)" };
+        let info = room.peer_img(&format!("info -f {format} {image}")).1;
+        assert!(info.contains(&format!("virtual size: {size}")), "{info}");
+    }
+}

@@ -1,6 +1,6 @@
 //! What goes wrong between a client and a server.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -41,8 +41,10 @@ impl From<io::Error> for PeerError {
     fn from(error: io::Error) -> PeerError {
         match error.downcast::<TlsError>() {
             Ok(error) => PeerError::Tls(error),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => PeerError::Closed,
-            Err(error) => PeerError::Io(error),
+            Err(error) => match error.kind() {
+                ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => PeerError::Closed,
+                _ => PeerError::Io(error),
+            },
         }
     }
 }
@@ -66,7 +68,9 @@ pub enum NbdError {
     Refused { server: String, errno: u32, text: String },
     #[error("{server}: data at {offset} lies past the end of the export ({size_bytes} bytes), which cannot grow")]
     PastEnd { server: String, offset: u64, size_bytes: u64 },
-    #[error("{server}: an export cannot change its size; resize the image on the server")]
+    #[error(
+        "{server}: an export cannot change its size; resize the image on the server, or serve it with 'vireo-img serve --resizable'"
+    )]
     NoResize { server: String },
     #[error("{server}: the export is read only")]
     ReadOnly { server: String },

@@ -6,6 +6,7 @@ mod transport;
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
@@ -32,13 +33,13 @@ const RANGE_MAX_BYTES: u64 = 1 << 30;
 /// Zeroes written as data, where a server knows no other way.
 const ZEROES_BYTES: u64 = 1 << 20;
 
-/// An export of an NBD server as a file. It has a fixed length. Any number of threads use it at once: their requests
+/// An export of an NBD server as a file. Its length changes when this client changes it, if the server lets it. Any number of threads use it at once: their requests
 /// are in flight together on one connection. When that is lost, every request fails from then on.
 pub struct NbdFile {
     server: String,
     transport: Transport,
     agreed: Agreed,
-    size_bytes: u64,
+    size_bytes: AtomicU64,
     /// A range known to hold data. What others do meanwhile does not matter: data can always be read.
     data_run: Mutex<Range<u64>>,
     /// Writes hold it shared, changes of a part of a block alone.
@@ -57,7 +58,7 @@ impl NbdFile {
         // Spec, "Block size constraints": what is behind the last whole block cannot be reached.
         let size_bytes = agreed.size_bytes - agreed.size_bytes % min;
         let transport = Transport::new(haggle.stream, server.clone(), &agreed).map_err(|e| failed(e.into()))?;
-        let data_run = Mutex::new(0..0);
+        let (size_bytes, data_run) = (AtomicU64::new(size_bytes), Mutex::new(0..0));
         Ok(NbdFile { server, transport, agreed, size_bytes, data_run, blocks: RwLock::new(()) })
     }
 
@@ -89,13 +90,17 @@ impl NbdFile {
         (max - max % self.min()).max(self.min())
     }
 
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
     fn check_writable(&self) -> io::Result<()> {
         if self.is_read_only() { Err(Errno::ROFS.into()) } else { Ok(()) }
     }
 
     /// How much of a range is inside the export.
     fn inside(&self, offset: u64, bytes: u64) -> u64 {
-        self.size_bytes.saturating_sub(offset).min(bytes)
+        self.size_bytes().saturating_sub(offset).min(bytes)
     }
 
     fn read_piece(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
@@ -270,7 +275,7 @@ impl FileBackend for NbdFile {
         let inside = self.inside(offset, bufs.len() as u64);
         // An export of no whole number of sectors is rounded up above; the zeroes of its last sector need no room.
         if inside < bufs.len() as u64 && !bufs.range(inside as usize, bufs.len() - inside as usize).is_zero() {
-            let (server, size_bytes) = (self.server.clone(), self.size_bytes);
+            let (server, size_bytes) = (self.server.clone(), self.size_bytes());
             return Err(io::Error::other(NbdError::PastEnd { server, offset, size_bytes }));
         }
         pieces(offset, inside, self.request_max())
@@ -319,14 +324,22 @@ impl FileBackend for NbdFile {
     }
 
     fn len_bytes(&self) -> io::Result<u64> {
-        Ok(self.size_bytes)
+        Ok(self.size_bytes())
     }
 
     fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
-        if bytes == self.size_bytes {
+        if bytes == self.size_bytes() {
             return Ok(());
         }
-        Err(io::Error::new(io::ErrorKind::Unsupported, NbdError::NoResize { server: self.server.clone() }))
+        if !self.has(can::SEND_RESIZE) || !self.is_aligned(bytes, 0) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, NbdError::NoResize { server: self.server.clone() }));
+        }
+        // No write may be under way.
+        let _alone = self.blocks.write();
+        *self.data_run.lock() = 0..0;
+        self.transport.plain(&Ask { command: command::RESIZE, flags: 0, offset: bytes, length: 0 })?;
+        self.size_bytes.store(bytes, Ordering::Release);
+        Ok(())
     }
 
     /// A server does not say.

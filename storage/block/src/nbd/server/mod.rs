@@ -39,6 +39,8 @@ pub struct ServeOptions<'a> {
     pub name: String,
     /// What it is, for people. At most 4096 bytes.
     pub description: String,
+    /// Clients may change the size of the disk (extension RESIZE), but not make it smaller while another one is there.
+    pub resizable: bool,
     /// Nobody may write. It follows from the disk if that is read only.
     pub read_only: bool,
     /// Where in the disk the export starts, in bytes, before its end.
@@ -68,6 +70,7 @@ impl Default for ServeOptions<'_> {
         ServeOptions {
             name: String::new(),
             description: String::new(),
+            resizable: false,
             read_only: false,
             offset: 0,
             max_clients: 1,
@@ -145,14 +148,13 @@ pub fn serve(listener: &Listener, disk: &Disk, options: &ServeOptions<'_>, stop:
         changed: Condvar::new(),
         served: AtomicU64::new(0),
     };
-    let offer = offer(disk, options);
     std::thread::scope(|scope| {
         let result = accept(listener, options, stop, &clients, &mut |stream, id| {
             let registered = Registered { clients: &clients, id };
-            let (offer, clients) = (&offer, &clients);
+            let clients = &clients;
             let work = move || {
                 let _registered = registered;
-                converse(stream, disk, offer, options, clients);
+                converse(stream, disk, options, clients);
             };
             // Without a thread the connection is closed; the client comes again.
             let _ = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
@@ -168,6 +170,7 @@ fn offer(disk: &Disk, options: &ServeOptions<'_>) -> Offer {
         flags |= can::READ_ONLY;
     } else {
         flags |= can::SEND_FUA | can::SEND_TRIM | can::SEND_WRITE_ZEROES | can::SEND_FAST_ZERO;
+        flags |= if options.resizable { can::SEND_RESIZE } else { 0 };
     }
     if options.max_clients > 1 {
         // All write to one disk, and a flush of one is a flush of all.
@@ -253,15 +256,17 @@ fn part(clients: &Clients) {
 }
 
 /// One connection from greeting to end.
-fn converse(mut stream: Stream, disk: &Disk, offer: &Offer, options: &ServeOptions<'_>, clients: &Clients) {
+fn converse(mut stream: Stream, disk: &Disk, options: &ServeOptions<'_>, clients: &Clients) {
     let limit = options.handshake_limit;
-    let ended = negotiate::negotiate(&mut stream, offer, options.tls.as_ref(), limit).and_then(|agreed| match agreed {
-        Some(agreed) => {
-            clients.served.fetch_add(1, Ordering::Relaxed);
-            session::run(stream, disk, offer, options, &agreed)
-        }
-        None => Ok(()),
-    });
+    let offer = offer(disk, options);
+    let ended =
+        negotiate::negotiate(&mut stream, &offer, options.tls.as_ref(), limit).and_then(|agreed| match agreed {
+            Some(agreed) => {
+                clients.served.fetch_add(1, Ordering::Relaxed);
+                session::run(stream, disk, offer.flags, options, &agreed, &|| clients.count() == 1)
+            }
+            None => Ok(()),
+        });
     if let (Err(error), Some(report)) = (ended, options.report) {
         report(&error);
     }

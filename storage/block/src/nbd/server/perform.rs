@@ -4,6 +4,7 @@ use super::super::wire::{
     BlockRun, PAYLOAD_MAX_BYTES, Request, STATE_DIRTY, STATE_HOLE, STATE_ZERO, command, command_flag as flag,
     transmission_flag as can,
 };
+use crate::create::Preallocation;
 use crate::disk::Disk;
 use crate::error::{BlockError, ErrorKind};
 use crate::node::ExtentKind;
@@ -25,7 +26,8 @@ pub struct Target<'a> {
     pub disk: &'a Disk,
     /// Where in the disk the export starts.
     pub offset: u64,
-    pub size_bytes: u64,
+    /// Whether no other client is there.
+    pub is_alone: &'a (dyn Fn() -> bool + Sync),
     pub flags: u16,
     /// Numbers of the metadata contexts that were agreed on.
     pub contexts: Vec<u32>,
@@ -65,6 +67,8 @@ const NO_ROOM: Answer = Answer::Error(libc::ENOSPC as u32, "the range is outside
 const TOO_LONG: Answer = Answer::Error(libc::EINVAL as u32, "a read of more than 32 MiB");
 const NO_CONTEXT: Answer = Answer::Error(libc::EINVAL as u32, "block status was not negotiated");
 const EMPTY: Answer = Answer::Error(libc::EINVAL as u32, "the range is empty");
+const SIZE: Answer = Answer::Error(libc::EINVAL as u32, "the size is no multiple of 512 bytes");
+const SHARED: Answer = Answer::Error(libc::EPERM as u32, "another client has the export, which would become smaller");
 const SLOW: Answer = Answer::Error(libc::ENOTSUP as u32, "zeroes would be written as data");
 
 /// Numbers of errors that a client knows. Texts tell nothing about the host.
@@ -89,12 +93,13 @@ impl Target<'_> {
     }
 
     fn check(&self, request: &Request) -> Result<(), Answer> {
-        let writes = matches!(request.command, command::WRITE | command::TRIM | command::WRITE_ZEROES);
+        let writes = request.writes();
         let known = match request.command {
             command::READ if self.structured => flag::DF | flag::FUA,
             command::READ | command::WRITE | command::TRIM | command::CACHE | command::FLUSH => flag::FUA,
             command::WRITE_ZEROES => flag::FUA | flag::NO_HOLE | flag::FAST_ZERO,
             command::BLOCK_STATUS => flag::FUA | flag::REQ_ONE,
+            command::RESIZE if self.flags & can::SEND_RESIZE != 0 => flag::FUA,
             _ => return Err(NO_COMMAND),
         };
         if request.flags & !known != 0 {
@@ -103,11 +108,11 @@ impl Target<'_> {
         if writes && self.flags & can::READ_ONLY != 0 {
             return Err(READ_ONLY);
         }
-        if request.command == command::FLUSH {
+        if matches!(request.command, command::FLUSH | command::RESIZE) {
             return Ok(());
         }
         let end = request.offset.checked_add(u64::from(request.length));
-        if end.is_none_or(|end| end > self.size_bytes) {
+        if end.is_none_or(|end| end > self.size_bytes()) {
             return Err(if writes { NO_ROOM } else { OUTSIDE });
         }
         match request.command {
@@ -118,7 +123,14 @@ impl Target<'_> {
         }
     }
 
+    fn size_bytes(&self) -> u64 {
+        self.disk.size_bytes().saturating_sub(self.offset)
+    }
+
     fn attempt(&self, request: &Request, room: &mut Vec<u8>) -> Result<Answer, BlockError> {
+        if request.command == command::RESIZE {
+            return self.resize(request);
+        }
         let (at, bytes) = (self.offset + request.offset, u64::from(request.length));
         let has = |flag| request.flags & flag != 0;
         match request.command {
@@ -134,8 +146,22 @@ impl Target<'_> {
             command::WRITE_ZEROES if bytes > 0 => self.disk.write_zeroes(at, bytes, !has(flag::NO_HOLE))?,
             _ => {}
         }
-        let writes = matches!(request.command, command::WRITE | command::TRIM | command::WRITE_ZEROES);
-        if writes && has(flag::FUA) {
+        if request.writes() && has(flag::FUA) {
+            self.disk.flush()?;
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Gives the disk the size that the offset says. Every client sees it from then on.
+    fn resize(&self, request: &Request) -> Result<Answer, BlockError> {
+        let to_bytes = self.offset.checked_add(request.offset).filter(|bytes| bytes.is_multiple_of(512));
+        let Some(to_bytes) = to_bytes else { return Ok(SIZE) };
+        let shrink = request.offset < self.size_bytes();
+        if shrink && !(self.is_alone)() {
+            return Ok(SHARED);
+        }
+        self.disk.resize(to_bytes, shrink, Preallocation::Off)?;
+        if request.flags & flag::FUA != 0 {
             self.disk.flush()?;
         }
         Ok(Answer::Done)

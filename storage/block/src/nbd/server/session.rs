@@ -8,8 +8,8 @@ use parking_lot::Mutex;
 use super::super::error::PeerError;
 use super::super::socket::{Stream, write_all_vectored};
 use super::super::wire::{
-    Chunk, Negotiation, Offer, PAYLOAD_MAX_BYTES, Request, WireError, chunk, command, encode_block_status,
-    encode_chunk, encode_error, encode_simple,
+    Chunk, Negotiation, PAYLOAD_MAX_BYTES, Request, WireError, chunk, command, encode_block_status, encode_chunk,
+    encode_error, encode_simple,
 };
 use super::ServeOptions;
 use super::perform::{Answer, Piece, Target};
@@ -47,17 +47,18 @@ struct Output {
 pub fn run(
     stream: Stream,
     disk: &Disk,
-    offer: &Offer,
+    flags: u16,
     options: &ServeOptions<'_>,
     agreed: &Negotiation,
+    is_alone: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), PeerError> {
     let input = Input { stream: BufReader::with_capacity(AHEAD_BYTES, stream.try_clone()?), ended: false };
     let session = Session {
         target: Target {
             disk,
             offset: options.offset,
-            size_bytes: offer.size_bytes,
-            flags: offer.flags,
+            is_alone,
+            flags,
             contexts: agreed.contexts.clone(),
             bitmaps: &options.bitmaps,
             allocation: options.allocation,

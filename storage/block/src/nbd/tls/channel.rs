@@ -9,6 +9,7 @@ use std::net::Shutdown;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use rustix::net::RecvFlags;
 use rustls::Connection;
 
 use super::super::socket::Socket;
@@ -35,14 +36,28 @@ struct Incoming {
 
 /// Agrees on keys over `stream`, which is the socket of the session, and finds out who the peer is.
 pub fn shake_hands(session: &mut Connection, stream: &mut (impl Read + Write)) -> io::Result<()> {
-    while session.is_handshaking() {
-        session.complete_io(stream).map_err(explained)?;
-    }
-    // What the handshake's last step left to send.
-    while session.wants_write() {
-        session.write_tls(stream)?;
-    }
-    Ok(())
+    let told = |session: &mut Connection, stream: &mut _| {
+        while session.is_handshaking() {
+            session.complete_io(stream)?;
+        }
+        // What the handshake's last step left to send.
+        while session.wants_write() {
+            session.write_tls(stream)?;
+        }
+        Ok(())
+    };
+    told(session, stream).map_err(|error| match is_gone(&error) {
+        false => explained(error),
+        true => match session.read_tls(stream).map(|_| session.process_new_packets()) {
+            Ok(Err(reason)) => explained(io::Error::other(reason)),
+            _ => error,
+        },
+    })
+}
+
+/// Whether a write has met a peer that has gone. What it said before, such as why, lies unread.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 /// The session's own errors as [`TlsError`], inside the host's.
@@ -71,16 +86,39 @@ impl Channel {
                 taken => return taken,
             }
             if incoming.start == incoming.end {
-                incoming.fill(&self.socket)?;
+                incoming.fill(&self.socket, RecvFlags::empty())?;
             }
-            let Incoming { bytes, start, end } = &mut *incoming;
-            let mut session = self.session.lock();
-            let mut fresh = bytes.get(*start..*end).unwrap_or_default();
-            *start += session.read_tls(&mut fresh)?;
-            if let Err(error) = session.process_new_packets() {
-                drop(session);
-                self.say_without_waiting();
-                return Err(io::Error::other(TlsError::from(error)));
+            self.decrypt(&mut incoming)?;
+        }
+    }
+
+    /// Gives the session some of what has come in, or the end.
+    fn decrypt(&self, incoming: &mut Incoming) -> io::Result<()> {
+        let mut session = self.session.lock();
+        let mut fresh = incoming.bytes.get(incoming.start..incoming.end).unwrap_or_default();
+        incoming.start += session.read_tls(&mut fresh)?;
+        let done = session.process_new_packets();
+        drop(session);
+        done.map(drop).map_err(|error| {
+            self.say_without_waiting();
+            io::Error::other(TlsError::from(error))
+        })
+    }
+
+    /// Why a peer has gone that a write could not reach, if it said so. A reader finds it out by itself.
+    fn reason(&self, error: io::Error) -> io::Error {
+        let Some(mut incoming) = self.incoming.try_lock().filter(|_| is_gone(&error)) else { return error };
+        loop {
+            if incoming.start == incoming.end {
+                let filled = incoming.fill(&self.socket, RecvFlags::DONTWAIT);
+                if filled.is_err() || incoming.end == 0 {
+                    return error;
+                }
+            }
+            match self.decrypt(&mut incoming) {
+                Ok(()) => {}
+                Err(reason) if reason.get_ref().is_some_and(|reason| reason.is::<TlsError>()) => return reason,
+                Err(_) => return error,
             }
         }
     }
@@ -97,7 +135,7 @@ impl Channel {
             }
             taken
         };
-        (&self.socket).write_all(&outgoing)?;
+        (&self.socket).write_all(&outgoing).map_err(|error| self.reason(error))?;
         Ok(taken)
     }
 
@@ -131,11 +169,11 @@ impl Channel {
 
 impl Incoming {
     /// Waits for more. At the end there is nothing, which the session takes for the end.
-    fn fill(&mut self, mut socket: &Socket) -> io::Result<()> {
+    fn fill(&mut self, socket: &Socket, flags: RecvFlags) -> io::Result<()> {
         self.bytes.resize(AHEAD_BYTES, 0);
         self.start = 0;
         self.end = 0;
-        self.end = socket.read(&mut self.bytes)?;
+        self.end = rustix::net::recv(socket, &mut self.bytes[..], flags)?.0;
         Ok(())
     }
 }

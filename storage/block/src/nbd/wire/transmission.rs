@@ -31,6 +31,8 @@ pub mod command {
     pub const CACHE: u16 = 5;
     pub const WRITE_ZEROES: u16 = 6;
     pub const BLOCK_STATUS: u16 = 7;
+    /// Of the extension RESIZE: the offset is the new size.
+    pub const RESIZE: u16 = 8;
 }
 
 /// Flags of a command.
@@ -90,6 +92,11 @@ impl Request {
             offset: fields.u64()?,
             length: fields.u32()?,
         })
+    }
+
+    /// Whether it changes what the export holds.
+    pub fn writes(&self) -> bool {
+        matches!(self.command, command::WRITE | command::TRIM | command::WRITE_ZEROES)
     }
 
     /// Appends it.
