@@ -7,6 +7,7 @@ mod demo;
 mod guest;
 mod lab;
 mod packages;
+mod programs;
 mod run;
 mod tests;
 mod tidy;
@@ -21,6 +22,7 @@ cargo xtask <task> [options]
   demo                a stock Linux guest on the software CPU, this terminal on its console
   demo --check        the same without a terminal: log in, write, shut down, start again, find what was written
   demo --clean        removes what a demo left
+  build               the programs without checks, as they are installed, in target/release
   test [--long]       everything that must hold: tidy, formatting, lints, all tests (--long: the slow ones too)
   guest               builds the demo guest (kernel, initrd, disk) into target/guest and says where
   bench NAME          boot, disk, image, manage, vmm: our figure, the peer's from the same run, the ratio
@@ -68,6 +70,10 @@ fn task() -> Result<()> {
             let only = if name == "image" && !args.is_empty() { Some(args.remove(0)) } else { None };
             no_more(&args)?;
             bench::go(consent, &name, only.as_deref())
+        }
+        "build" => {
+            no_more(&args)?;
+            programs::go(consent)
         }
         "demo" => {
             let (check, clean) = (take_flag(&mut args, "--check"), take_flag(&mut args, "--clean"));

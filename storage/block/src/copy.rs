@@ -19,6 +19,8 @@ use crate::zeroes::{for_each_run, is_zero};
 /// Bytes that one thread holds at a time. Small enough to stay in the processor's cache between the read that
 /// fills them and the write that takes them.
 pub(crate) const CHUNK_BYTES: u64 = 256 << 10;
+/// The same where the source is compressed, and taking it apart costs much more than a step.
+const COMPRESSED_CHUNK_BYTES: u64 = 64 << 10;
 /// The same for files that bypass the page cache: a huge page.
 const DIRECT_CHUNK_BYTES: u64 = 2 << 20;
 /// A step fills whole clusters of the target, so that they are written once. Larger ones than this are filled in parts.
@@ -266,8 +268,12 @@ impl Shared<'_> {
         if extent.kind != ExtentKind::Data && !all {
             return Ok(Run { bytes, work: Some((extent.kind, None)) });
         }
+        let most = match extent.compressed {
+            true => COMPRESSED_CHUNK_BYTES.max(self.target.cluster_bytes()).min(self.chunk_bytes),
+            false => self.chunk_bytes,
+        };
         // Steps end at chunk boundaries, so that a run that starts raggedly does not stay ragged.
-        let chunk = (self.chunk_bytes - offset % self.chunk_bytes).min(left);
+        let chunk = (most - offset % most).min(left);
         // A compressed cluster is a run of its own; what follows is read with it, and zeroes will show.
         let any = extent.compressed && !is_part && !self.opts.unmapped_only;
         let bytes = if any { chunk } else { bytes.min(chunk) };
@@ -300,7 +306,7 @@ impl Shared<'_> {
     }
 
     fn read<'r>(&self, step: &Step, room: &'r mut PageBuf) -> Result<&'r mut [u8], BlockError> {
-        // Once, for the largest step: growing it later would copy it.
+        // Once, for the largest step: growing it later would copy it. What no step fills takes no memory.
         room.set_len(self.chunk_bytes.max(step.bytes) as usize);
         let bytes = room.get_mut(..step.bytes as usize).unwrap_or_default();
         self.source.read(step.offset, bytes)?;

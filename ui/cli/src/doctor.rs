@@ -99,7 +99,7 @@ fn programs() -> Finding {
     let found = if vmm.is_absolute() { Some(vmm) } else { on_path("vireo-vmm") };
     match found {
         Some(path) => good("vireo-vmm", path.display().to_string()),
-        None => bad("vireo-vmm", "not found beside vireo or on the PATH", "cargo build --release builds it"),
+        None => bad("vireo-vmm", "not found beside vireo or on the PATH", "cargo xtask build makes it"),
     }
 }
 
@@ -172,7 +172,7 @@ fn facility(host: Option<&Value>, name: &str) -> Option<Result<(), (i64, String)
 }
 
 fn untold(what: &'static str) -> Finding {
-    lesser(what, "cannot be told", "vireo-vmm --probe-host gives no report; cargo build --release builds vireo-vmm")
+    lesser(what, "cannot be told", "vireo-vmm --probe-host gives no report; cargo xtask build makes vireo-vmm")
 }
 
 fn io_uring(host: Option<&Value>) -> Finding {

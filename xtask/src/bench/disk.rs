@@ -1,7 +1,8 @@
 //! `bench disk`: a guest's disk under load, by ours and by QEMU in the lab, where KVM is real: the same guest, the same
 //! files, the same requests. What counts is the processor time of the whole monitor for them.
 //!
-//! The lab's own processor is emulated, so its seconds are long ones; both monitors pay the same for an instruction.
+//! The lab's own processor is emulated, so its seconds are long ones; both monitors pay the same for an instruction. Of
+//! three runs of a load the cheapest counts.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -11,16 +12,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::bench::build_release;
 use crate::guest::{self, Guest, Modules};
 use crate::lab::{self, Lab};
 use crate::packages::{self, Consent};
+use crate::programs;
 use crate::run::{cargo, run, say, target};
 
 const MIB: usize = 1 << 20;
 /// Size of the disks under load.
 const DISK_MIB: usize = 64;
-const LIMIT: Duration = Duration::from_secs(1500);
+const LIMIT: Duration = Duration::from_secs(3000);
 
 /// A load: its name, what `disk_load` is told, how many requests.
 const LOADS: [(&str, &str, u32); 4] = [
@@ -46,8 +47,8 @@ while read line; do
 done
 ";
 
-/// The loads on both disks of one monitor, with the processor time that the process takes for each, in hundredths of a
-/// second: all of it, and the guest's own.
+/// The loads on both disks of one monitor, three times, with the processor time that the process takes for each, in
+/// hundredths of a second: all of it, and the guest's own. The first time, code is translated for the lab's processor.
 const DRIVE: &str = "\
 mkdir -p /mnt; mount -t ext4 /dev/vda /mnt || exit 1
 cpu() { awk '{ print $14 + $15 }' /proc/$1/stat; }
@@ -58,7 +59,7 @@ loads() {
   exec 3> /tmp/in
   wait_for GUEST-READY 1
   done=0
-  for disk in a b; do
+  for disk in a b a b a b; do
     while read -r way order block depth count; do
       sync; [ $cache = writeback ] || echo 3 > /proc/sys/vm/drop_caches
       before=$(cpu $pid); guest=$(inside $pid)
@@ -90,7 +91,7 @@ done
 pub fn go(consent: Consent) -> Result<()> {
     packages::ensure(&[packages::BUILD, packages::GUEST, packages::QEMU], consent)?;
     let guest = guest::build(consent)?;
-    let vmm = build_release()?;
+    let vmm = programs::vmm()?;
     let load = build_load()?;
     let dir = target().join("lab");
     fs::create_dir_all(&dir)?;
@@ -163,11 +164,13 @@ struct Spent {
 fn spent(said: &str, who: &str, disk: &str, load: &str) -> Result<Spent> {
     let way: Vec<&str> = load.split(' ').take(2).collect();
     let prefix = format!("LAB-LOAD {who} {disk} {} ", way.join("-"));
-    let found = said.lines().find_map(|line| line.strip_prefix(&prefix));
-    let mut numbers = found.with_context(|| format!("the lab measured no {prefix}"))?.split_whitespace();
-    let mut number = || numbers.next().and_then(|n| n.parse::<f64>().ok()).context("a number is missing");
-    let all_s = number()? / 100.0;
-    Ok(Spent { all_s, outside_s: all_s - number()? / 100.0 })
+    let parse = |line: &str| {
+        let mut numbers = line.strip_prefix(&prefix)?.split_whitespace().map(str::parse::<f64>);
+        let (all, guest) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+        Some(Spent { all_s: all / 100.0, outside_s: (all - guest) / 100.0 })
+    };
+    let cheapest = said.lines().filter_map(parse).min_by(|a, b| a.all_s.total_cmp(&b.all_s));
+    cheapest.with_context(|| format!("the lab measured no {prefix}"))
 }
 
 fn print(said: &str) -> Result<()> {

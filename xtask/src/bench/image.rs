@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::bench::median;
 use crate::packages::{self, Consent};
-use crate::run::{cargo, run, say, target};
+use crate::programs;
+use crate::run::{run, say, target};
 use crate::usage;
 
 const MIB: u64 = 1 << 20;
@@ -135,9 +136,7 @@ struct Outcome {
 
 pub fn go(consent: Consent, only: Option<&str>) -> Result<()> {
     packages::ensure(&[packages::BUILD, packages::TEST, packages::TIME], consent)?;
-    say("building vireo-img without checks (release)");
-    run(cargo().args(["build", "--release", "-p", "img"]))?;
-    let ours = target().join("release/vireo-img");
+    let ours = programs::image_tool()?;
     let dir = target().join("bench-image");
     fs::create_dir_all(&dir)?;
     say("making the disk: 2 GiB, half of it holes, a quarter random, a quarter text");

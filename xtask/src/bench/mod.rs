@@ -9,7 +9,7 @@ mod orphans;
 mod tiny_guest;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,8 @@ use anyhow::{Context, Result, bail};
 use crate::guest::{self, Guest};
 use crate::lab;
 use crate::packages::{self, Consent};
-use crate::run::{cargo, run, say, target};
+use crate::programs;
+use crate::run::{say, target};
 use crate::usage::{self, Usage};
 
 /// Runs of each side, interleaved; the median is printed.
@@ -96,16 +97,10 @@ fn end_after(child: &std::process::Child, limit: Duration) -> Result<()> {
     Ok(())
 }
 
-fn build_release() -> Result<PathBuf> {
-    say("building vireo-vmm without checks (release)");
-    run(cargo().args(["build", "--release", "-p", "vmm"]))?;
-    Ok(target().join("release/vireo-vmm"))
-}
-
 fn boot(consent: Consent) -> Result<()> {
     packages::ensure(&[packages::BUILD, packages::QEMU], consent)?;
     let guest = guest::build(consent)?;
-    let program = build_release()?;
+    let program = programs::vmm()?;
     let ours = || -> Result<Run> {
         let run = measure(our_boot(&program, &guest).args(["--accel", "soft"]))?;
         reached_init(run)
@@ -171,7 +166,7 @@ fn reached_init(run: Run) -> Result<Run> {
 
 fn vmm(consent: Consent) -> Result<()> {
     packages::ensure(&[packages::BUILD, packages::QEMU], consent)?;
-    let program = build_release()?;
+    let program = programs::vmm()?;
     let dir = target().join("guest");
     fs::create_dir_all(&dir)?;
     let (kernel, rom) = (dir.join("tiny.elf"), dir.join("tiny.rom"));
