@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
+use crate::blkdebug::Breakpoints;
 use crate::chain::ChainFile;
 use crate::create::Preallocation;
 use crate::error::{Action, BlockError};
@@ -177,6 +178,8 @@ pub struct Disk {
     detect_zeroes: DetectZeroes,
     cache: CacheMode,
     meters: Arc<Meters>,
+    /// Where requests of the top image can be made to stop.
+    breakpoints: Option<Arc<Breakpoints>>,
     /// Jobs that are told of changes.
     taps: SmallVec<[Arc<dyn Tap>; 1]>,
 }
@@ -205,6 +208,7 @@ impl Disk {
             return Err(BlockError::FormatDisagrees { path, opened: top.format, option: opts.format });
         }
         let path = top.path_label.clone();
+        let breakpoints = top.file.breakpoints();
         let labels: Vec<PathBuf> = chain.iter().map(|file| file.path_label.clone()).collect();
         let mut nodes = Vec::with_capacity(chain.len());
         for (depth, layer) in chain.into_iter().enumerate() {
@@ -219,6 +223,7 @@ impl Disk {
             detect_zeroes: opts.detect_zeroes,
             cache: opts.cache,
             meters: Arc::default(),
+            breakpoints,
             taps: SmallVec::new(),
         })
     }
@@ -448,6 +453,11 @@ impl Disk {
         self.nodes.first().is_some_and(|top| top.is_stream())
     }
 
+    /// Where requests can be made to stop, if the file of the top image is a [`crate::blkdebug::Blkdebug`].
+    pub fn breakpoints(&self) -> Option<&Arc<Breakpoints>> {
+        self.breakpoints.as_ref()
+    }
+
     /// How many images the disk is made of.
     pub fn layers(&self) -> usize {
         self.nodes.len()
@@ -515,8 +525,8 @@ impl Disk {
         let nodes = self.nodes.get(depth..).unwrap_or_default().to_vec();
         let path = nodes.first().map_or_else(PathBuf::new, |top| top.path().to_owned());
         let Disk { discard, cache, .. } = *self;
-        let (meters, taps) = (Arc::default(), SmallVec::new());
-        Disk { nodes, path, read_only, discard, detect_zeroes: DetectZeroes::Off, cache, meters, taps }
+        let (meters, breakpoints, taps) = (Arc::default(), None, SmallVec::new());
+        Disk { nodes, path, read_only, discard, detect_zeroes: DetectZeroes::Off, cache, meters, breakpoints, taps }
     }
 
     /// Goes on with the layers of another disk: no request is under way.

@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
-use crate::blkdebug::Event;
+use crate::blkdebug::{Breakpoints, Event};
 use crate::sys::{ReadBufs, WriteBufs};
 
 /// A file of the host that a ring works on.
@@ -33,6 +34,10 @@ pub trait FileBackend: Send + Sync {
     }
     /// The engine is about to do something to the file. Only [`crate::Blkdebug`] listens; to others it costs nothing.
     fn event(&self, _event: Event) {}
+    /// The places at which requests can be made to stop, where somebody listens to events.
+    fn breakpoints(&self) -> Option<Arc<Breakpoints>> {
+        None
+    }
     /// The file as one of the host, for copies from file to file.
     fn as_host_file(&self) -> Option<&File> {
         None

@@ -1,8 +1,9 @@
 //! A part of a file as a file of its own: a disk in an archive, or behind somebody else's header.
 
 use std::io;
+use std::sync::Arc;
 
-use crate::blkdebug::Event;
+use crate::blkdebug::{Breakpoints, Event};
 use crate::io::FileBackend;
 use crate::sys::{ReadBufs, WriteBufs};
 
@@ -61,6 +62,9 @@ impl FileBackend for Window {
     }
     fn event(&self, event: Event) {
         self.below.event(event);
+    }
+    fn breakpoints(&self) -> Option<Arc<Breakpoints>> {
+        self.below.breakpoints()
     }
     fn len_bytes(&self) -> io::Result<u64> {
         match self.size {

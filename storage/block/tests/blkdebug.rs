@@ -4,9 +4,12 @@
 mod support;
 
 use std::collections::BTreeSet;
+use std::io;
 
-use block::blkdebug::{Blkdebug, BlkdebugOptions, read_rules};
-use block::{BlockError, ChainBackend, Disk, Event, Format, OpenOptions, Preallocation};
+use block::blkdebug::{Blkdebug, BlkdebugOptions, Limits, read_rules};
+use block::{
+    BlockError, ChainBackend, Disk, Event, FileBackend, Format, OpenOptions, Preallocation, ReadBufs, WriteBufs,
+};
 use support::{MemFile, Pages, Rng, qemu_img};
 
 const SIZE_BYTES: u64 = 2 << 20;
@@ -161,7 +164,7 @@ fn rules(event: &str, once: bool, errno: i32) -> BlkdebugOptions {
     let once = if once { "on" } else { "off" };
     let text = format!("[inject-error]\nevent = \"{event}\"\nonce = \"{once}\"\nerrno = \"{errno}\"\n");
     std::fs::write(&path, text).unwrap();
-    BlkdebugOptions { rules: read_rules(&path).unwrap(), max_transfer: None }
+    BlkdebugOptions { rules: read_rules(&path).unwrap(), ..BlkdebugOptions::default() }
 }
 
 fn check(start: &Pages, layout: &str, event: &str, once: bool, errno: i32) -> bool {
@@ -222,4 +225,138 @@ fn without_rules_nothing_changes() {
         all
     });
     assert!(plain == ruled);
+}
+
+/// A file that holds requests to limits: those of [`Limits::OPTIONS`].
+struct Strict {
+    file: Box<dyn FileBackend>,
+    limits: [u64; 6],
+}
+
+impl Strict {
+    fn hold(&self, offset: u64, bytes: u64, unit: u64, max: u64) {
+        let unit = unit.max(1);
+        assert!(offset.is_multiple_of(unit) && bytes.is_multiple_of(unit), "{offset}+{bytes} of {unit}");
+        assert!(max == 0 || bytes <= max, "{bytes} past {max}");
+    }
+}
+
+impl FileBackend for Strict {
+    fn read_at(&self, offset: u64, bufs: &ReadBufs<'_>) -> io::Result<()> {
+        self.hold(offset, bufs.len() as u64, self.limits[0], self.limits[1]);
+        // Others get between a read and the write that follows it.
+        std::thread::yield_now();
+        self.file.read_at(offset, bufs)
+    }
+    fn write_at(&self, offset: u64, bufs: &WriteBufs<'_>) -> io::Result<()> {
+        self.hold(offset, bufs.len() as u64, self.limits[0], self.limits[1]);
+        std::thread::yield_now();
+        self.file.write_at(offset, bufs)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.hold(offset, bytes, self.limits[0], self.limits[5]);
+        self.file.punch_hole(offset, bytes)
+    }
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
+        self.hold(offset, bytes, self.limits[0].max(self.limits[2]), self.limits[3]);
+        self.file.write_zeroes(offset, bytes, may_unmap)
+    }
+    fn len_bytes(&self) -> io::Result<u64> {
+        self.file.len_bytes()
+    }
+    fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len_bytes(bytes)
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        self.file.allocated_bytes()
+    }
+}
+
+fn limited(limits: [u64; 6]) -> Blkdebug {
+    let options = BlkdebugOptions { limits: Limits::new(limits).unwrap(), ..BlkdebugOptions::default() };
+    let file = MemFile::of(Pages::default()).layer(Format::Raw).file;
+    Blkdebug::new(Box::new(Strict { file, limits }), options)
+}
+
+/// Limits of every kind, between them all that [`Limits::new`] knows.
+const LIMITS: [[u64; 6]; 6] = [
+    [0; 6],
+    [512, 1024, 4096, 8192, 4096, 8192],
+    [4096, 0, 0, 0, 0, 0],
+    [1024, 3072, 3072, 6144, 5120, 5120],
+    [0, 1000, 3000, 3000, 700, 1400],
+    [65536, 65536, 0, 65536, 0, 65536],
+];
+
+#[test]
+fn every_request_below_obeys_the_limits_and_means_the_same() {
+    const SIZE: u64 = 300_000;
+    for limits in LIMITS {
+        let file = limited(limits);
+        let mut model = vec![0u8; SIZE as usize];
+        let mut rng = Rng(11);
+        for step in 0..400u64 {
+            let offset = rng.below(SIZE);
+            let bytes = rng.below((SIZE - offset).min(if step % 4 == 0 { 200_000 } else { 9000 }));
+            let range = offset as usize..(offset + bytes) as usize;
+            match step % 5 {
+                0 | 1 => {
+                    model[range.clone()].fill(step as u8 | 1);
+                    file.write_at(offset, &WriteBufs::from_slice(&model[range])).unwrap();
+                }
+                2 => {
+                    model[range].fill(0);
+                    file.write_zeroes(offset, bytes, step % 2 == 0).unwrap();
+                }
+                3 => {
+                    file.punch_hole(offset, bytes).unwrap();
+                    // What goes back reads as zeroes, or stays.
+                    let mut now = vec![0; range.len()];
+                    file.read_at(offset, &ReadBufs::from_slice(&mut now)).unwrap();
+                    for (now, then) in now.iter().zip(&mut model[range]) {
+                        assert!(*now == *then || *now == 0);
+                        *then = *now;
+                    }
+                }
+                _ => {
+                    let mut now = vec![1; range.len()];
+                    file.read_at(offset, &ReadBufs::from_slice(&mut now)).unwrap();
+                    assert!(now == model[range], "{limits:?}, step {step}: {offset}+{bytes}");
+                }
+            }
+        }
+        let mut all = vec![1; SIZE as usize];
+        file.read_at(0, &ReadBufs::from_slice(&mut all)).unwrap();
+        assert!(all == model, "{limits:?}");
+    }
+}
+
+#[test]
+fn requests_that_share_a_block_keep_each_other_s_bytes() {
+    const PART: usize = 512;
+    for limits in LIMITS {
+        let file = limited(limits);
+        std::thread::scope(|scope| {
+            for thread in 0..4usize {
+                let file = &file;
+                scope.spawn(move || {
+                    for part in (thread..256).step_by(4) {
+                        let offset = (part * PART) as u64;
+                        if thread == 0 {
+                            file.write_zeroes(offset, PART as u64, false).unwrap();
+                        } else {
+                            file.write_at(offset, &WriteBufs::from_slice(&[thread as u8; PART])).unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        let mut all = vec![9; 256 * PART];
+        file.read_at(0, &ReadBufs::from_slice(&mut all)).unwrap();
+        let wrong = all.chunks(PART).enumerate().find(|(part, bytes)| bytes.iter().any(|b| *b as usize != part % 4));
+        assert!(wrong.is_none(), "{limits:?}: part {:?}", wrong.map(|(part, _)| part));
+    }
 }

@@ -348,6 +348,8 @@ pub enum Rule {
     NoBitmaps(String),
     #[error("can't open device {name}: {reason}")]
     IoOpen { name: String, reason: String },
+    #[error("can't open: {0}")]
+    IoOpenOptions(String),
     #[error("unrecognized operand {0}")]
     DdOperand(String),
     #[error("Invalid aio option: {0}")]
@@ -365,6 +367,8 @@ pub enum Rule {
          file ({have})"
     )]
     SliceEnd { offset: u64, size: u64, have: u64 },
+    #[error("Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment")]
+    Unaligned,
     #[error("Block node is read-only")]
     ReadOnly,
     #[error("{}", chain(.0))]

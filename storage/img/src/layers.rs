@@ -2,8 +2,9 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use block::blkdebug::{Blkdebug, read_rules};
+use block::blkdebug::{Blkdebug, Breakpoints, read_rules};
 use block::nbd::NbdFile;
 use block::spec::{BackingSpec, FileSpec, ImageSpec, has_protocol};
 use block::{
@@ -119,6 +120,7 @@ impl Opener<'_> {
         }
         let (file, label) = self.file(&spec.file)?;
         let format = self.format(spec, &*file)?;
+        self.check_alignment(spec, format, &*file)?;
         self.declared &= spec.driver.is_some();
         let mut image = layer(file, label, format);
         if format == Format::Qcow2 {
@@ -148,6 +150,15 @@ impl Opener<'_> {
             Some(below) => self.add(&below),
             None => Ok(()),
         }
+    }
+
+    /// The last block of a raw image belongs to it: its file must not grow when that is written.
+    fn check_alignment(&self, spec: &ImageSpec, format: Format, file: &dyn FileBackend) -> Result<(), ImgError> {
+        let FileSpec::Blkdebug { own, .. } = &spec.file else { return Ok(()) };
+        let sectors = file.len_bytes().map_err(|source| self.host(source))?.div_ceil(512);
+        let is_whole = sectors.saturating_mul(512).is_multiple_of(own.options.limits.align());
+        let grows = self.access.write && format == Format::Raw && !is_whole;
+        if grows { Err(self.rule(Rule::Unaligned)) } else { Ok(()) }
     }
 
     fn format(&self, spec: &ImageSpec, file: &dyn FileBackend) -> Result<Format, ImgError> {
@@ -245,6 +256,7 @@ impl Opener<'_> {
                 let file = file.map_err(|source| self.failed(BlockError::Nbd(Box::new(source))))?;
                 Ok((Box::new(file), PathBuf::from(spec.to_string())))
             }
+            FileSpec::Blkdebug { own, .. } if own.takes_write && !write => Err(self.rule(Rule::ReadOnly)),
             FileSpec::Blkdebug { rules, own, below } => {
                 let mut options = own.options.clone();
                 if let Some(path) = rules {
@@ -315,6 +327,9 @@ impl FileBackend for DiskFile {
     }
     fn write_zeroes(&self, at: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
         self.0.write_zeroes(at, bytes, may_unmap).map_err(as_io)
+    }
+    fn breakpoints(&self) -> Option<Arc<Breakpoints>> {
+        self.0.breakpoints().cloned()
     }
     fn extent(&self, at: u64, bytes: u64) -> io::Result<(u64, bool)> {
         let inside = self.0.size_bytes().saturating_sub(at).min(bytes);

@@ -78,6 +78,14 @@ impl Named {
         Ok(Named { label, spec, secrets: Secrets::default() })
     }
 
+    /// Reads a name with options of its layers beside it.
+    pub fn with_options(file: &OsStr, options: &str) -> Result<Named, ImgError> {
+        let label = file.to_string_lossy().into_owned();
+        let spec = ImageSpec::parse_with_options(file, options);
+        let spec = spec.map_err(|source| ImgError::Spec { name: label.clone(), source })?;
+        Ok(Named { label, spec, secrets: Secrets::default() })
+    }
+
     /// Whether the name is a path and nothing else, so that the files say the rest.
     pub fn is_plain(&self) -> bool {
         self.spec.plain_path().is_some() && from_header(&self.spec) && self.spec.data_file.is_none()

@@ -110,3 +110,122 @@ fn refusals_are_qemu_io_s() {
         ",
     );
 }
+
+/// Options that make qemu-io and ours open an image through blkdebug.
+const RAW: &str = "--image-opts driver=raw,discard=unmap,file.driver=blkdebug,file.discard=unmap,\
+                   file.image.filename=a.img,file.image.discard=unmap";
+
+#[test]
+fn breakpoints_stop_requests_as_in_qemu_io() {
+    let open = "open -o driver=raw,file.align=4k blkdebug::a.img";
+    check(
+        &["create -q -f qcow2 a.img 8M", "create -q -f raw b.img 8M"],
+        "
+        blkdebug::a.img: write -q -P 1 1M 64k; flush; break write_aio A; aio_write -P 6 0 64k; wait_break A; read -P 0 0 64k; resume A; aio_flush; read -P 6 0 64k
+        blkdebug::a.img: break write_aio A; aio_write -P 2 1M 64k; wait_break A; read -P 1 1M 64k; write -P 7 1M 4k; resume A; aio_flush; flush; read -P 2 1M 64k
+        blkdebug::a.img: break l2_update A; aio_write -q -f -P 5 2M 64k; wait_break A; aio_read -P 5 2M 64k; resume A; aio_flush; read -P 5 2M 64k
+        blkdebug::a.img: break write_aio A; aio_write -P 10 0x318000 0x2000; wait_break A; aio_write -q -P 11 0x312000 0x2000; resume A; aio_flush; read -P 10 0x318000 0x2000; read -P 11 0x312000 0x2000; read -P 0 0x314000 0x4000
+        blkdebug::a.img: break write_aio A; break write_aio B; aio_write 0 64k; wait_break A; resume A; resume B; resume A; aio_flush
+        blkdebug::a.img: break write_aio A; break write_aio A; aio_write 0 64k; wait_break A; resume A; resume A; resume A; aio_flush
+        blkdebug::a.img: break read_aio A; remove_break A; aio_read 0 64k; aio_flush; remove_break A; resume A
+        blkdebug::a.img: break bogus A; break; break a; resume; wait_break; break a b c
+        a.img: break write_aio A; resume A; remove_break A
+        : break write_aio A; resume A; wait_break A; sigraise 0
+        a.img: sleep x; sleep; sleep 0x10; sleep -1; sleep 010; sleep 1 2
+        a.img: sigraise 0; sigraise x; sigraise 100; sigraise -1
+        a.img: sigraise 15; length
+        a.img: abort; length
+        a.img: aio_write 9M 64k; aio_flush; aio_read 9M 64k; aio_flush; aio_read -i 0 512; aio_write -i 0 512
+        a.img: aio_read -P x 0 512; aio_read 0; aio_write x 512; aio_write -u 0 512; aio_write -z 0 512 512
+        a.img: aio_write -P 6 0 64k; length; aio_flush; aio_read -P 7 0 16; aio_flush; aio_read -v 0 16; aio_flush; aio_read -C 0 16; aio_flush
+        a.img: length 1; alloc; truncate; help a b; discard 1; quit 1
+        : open -o driver=qcow2 a.img; length
+        : open -o driver=qcow2,file.filename=a.img a.img; length
+        : open -o file.align=4k,driver=qcow2 blkdebug::a.img; write -P 8 5000 512; read -P 8 5000 512
+        ",
+    );
+    // Padded requests wait for those whose blocks they share. One request of each script says when it is done: the
+    // others may come before or after it.
+    let mut lines = String::new();
+    for event in ["pwritev_rmw_head", "pwritev_rmw_after_head", "pwritev", "pwritev_done"] {
+        lines += &format!(
+            "\n: {open}; break {event} A; aio_write -P 10 0x200 0x200; wait_break A; aio_write -q -P 11 0x400 0x200; \
+             resume A; aio_flush; read -P 10 0x200 0x200; read -P 11 0x400 0x200"
+        );
+    }
+    lines += &format!(
+        "\n: {open}; break pwritev_rmw_after_tail A; aio_write -q -P 10 0x6000 0x200; wait_break A; \
+         break pwritev_rmw_after_head B; aio_write -P 10 0x7e00 0x200; wait_break B; aio_write -q -P 11 0x6800 0x1000; \
+         resume A; resume B; aio_flush; read -P 10 0x6000 0x200; read -P 11 0x6800 0x1000"
+    );
+    check(&["create -q -f raw a.img 1M"], &lines);
+}
+
+/// A fault at one sector shows which request came past it, and so how requests are cut.
+#[test]
+fn limits_cut_and_pad_requests_as_qemu_does() {
+    let all = "align=512,file.max-transfer=1k,file.opt-write-zero=4k,file.max-write-zero=8k,file.opt-discard=4k,\
+               file.max-discard=8k";
+    let mut lines = String::new();
+    for (limits, requests) in [
+        (all, ["write -P 3 700 9000", "write -z 512 20480", "write -z -u 5000 700", "discard 1000 20480"]),
+        (
+            "align=4k,file.max-transfer=8k",
+            ["write -P 4 70000 20480", "read 5000 20480", "write -z 9000 66000", "w 0 1"],
+        ),
+        (
+            "align=4k,file.opt-write-zero=12k,file.max-write-zero=24k,file.opt-discard=12k,file.max-discard=12k",
+            ["write -z 4096 131072", "write -z 5000 20480", "discard 512 66000", "write -P 5 512 700"],
+        ),
+        (
+            "max-transfer=1000,file.opt-write-zero=3000,file.opt-discard=3000,file.max-discard=6000",
+            ["write -z 512 20480", "discard 1024 20480", "write -P 6 1000 9000", "read 1 9000"],
+        ),
+    ] {
+        for request in requests {
+            // A read around a write that fails, fails the write here; QEMU 10 writes what its buffer held.
+            for io_type in ["write", "write-zeroes", "discard"] {
+                for sector in [1, 9, 23] {
+                    lines += &format!(
+                        "\n-d unmap {RAW},file.{limits},file.inject-error.0.event=none,file.inject-error.0.once=on,\
+                         file.inject-error.0.iotype={io_type},file.inject-error.0.sector={sector}: \
+                         write -q -P 9 256k 64k; {request}; {request}; read -v 0 40"
+                    );
+                }
+            }
+        }
+    }
+    check(&["create -q -f raw a.img 1M"], &lines);
+}
+
+#[test]
+fn limits_are_refused_as_qemu_refuses_them() {
+    let mut lines = String::new();
+    for option in [
+        "align=3",
+        "align=0",
+        "align=1073741824",
+        "align=x",
+        "align=-1",
+        "max-transfer=3",
+        "max-transfer=2147483647",
+        "align=512,file.max-transfer=1000",
+        "align=3,file.max-transfer=7",
+        "align=512,file.opt-write-zero=4096,file.max-write-zero=2048",
+        "max-discard=2049,file.opt-discard=2048",
+        "take-child-perms.0=write,file.take-child-perms.1=resize",
+        "unshare-child-perms.0=consistent-read",
+        "take-child-perms.0=graph-mod",
+        "take-child-perms=write",
+        "take-child-perms.1=write",
+        "take-child-perms.x=write",
+        "unshare-child-perms.0.x=write",
+        "opt-bogus=1",
+    ] {
+        lines += &format!("\n{RAW},file.{option}: length\n-r {RAW},file.{option}: length");
+    }
+    lines += "\n: open -o driver=raw,file.align=4k blkdebug::odd.img; length";
+    lines += "\n: open -r -o driver=raw,file.align=4k blkdebug::odd.img; length; read -v 1500 36";
+    lines += "\n: open -o driver=raw,file.align=4k odd.img; length";
+    check(&["create -q -f raw a.img 1M", "create -q -f raw odd.img 1536"], &lines);
+}

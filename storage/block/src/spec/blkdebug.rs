@@ -1,16 +1,18 @@
 //! Rules of blkdebug in a name: `inject-error.0.event=...`, or a list in JSON.
 
 use super::{SpecError, tree};
-use crate::blkdebug::{BlkdebugOptions, Section, rules_of};
+use crate::blkdebug::{BlkdebugOptions, Limits, Section, rules_of};
 
-/// Most bytes `max-transfer` may say.
-const TRANSFER_MAX_BYTES: u64 = i32::MAX as u64;
+/// What can be done to a node of QEMU's graph (`BlockPermission` in `qapi/block-core.json`).
+const PERMISSIONS: [&str; 4] = ["consistent-read", "write", "write-unchanged", "resize"];
 
 /// What a name says of a blkdebug layer, beside its file of rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BlkdebugSpec {
     /// What it means.
     pub options: BlkdebugOptions,
+    /// It takes a permission that a file opened for reading does not have.
+    pub takes_write: bool,
     /// As it was given, with dotted names.
     pub(super) given: Vec<(String, String)>,
 }
@@ -44,14 +46,49 @@ impl BlkdebugSpec {
             }
         }
         spec.options.rules = rules_of(&sections)?;
-        if let Some(text) = tree::take_leaf(map, "max-transfer")? {
-            let value = tree::number("max-transfer", &text)?;
-            if value >= TRANSFER_MAX_BYTES {
-                return Err(SpecError::Constraint { option: "max-transfer", value });
+        let taken = take_permissions(map, "take-child-perms")?;
+        spec.takes_write = taken.iter().any(|(_, permission)| permission.starts_with("write"));
+        spec.given.extend(taken);
+        spec.given.extend(take_permissions(map, "unshare-child-perms")?);
+        let mut limits = [0; Limits::OPTIONS.len()];
+        for (option, limit) in Limits::OPTIONS.into_iter().zip(&mut limits) {
+            if let Some(text) = tree::take_leaf(map, option)? {
+                *limit = tree::number(option, &text)?;
+                spec.given.push((option.to_owned(), text));
             }
-            spec.options.max_transfer = Some(value);
-            spec.given.push(("max-transfer".to_owned(), text));
         }
+        spec.options.limits = Limits::new(limits)?;
         Ok(spec)
     }
+}
+
+/// Takes a list of permissions, as dotted options. The locks of a file follow from how it is opened, whatever the list
+/// says: nobody else shares the nodes of one process.
+fn take_permissions(map: &mut tree::Map, name: &str) -> Result<Vec<(String, String)>, SpecError> {
+    let listed = match map.remove(name) {
+        None => return Ok(Vec::new()),
+        Some(tree::Tree::Map(listed)) => listed,
+        Some(_) => {
+            return Err(SpecError::ProtocolOption { driver: "blkdebug".to_owned(), option: name.to_owned() });
+        }
+    };
+    let wrong = |place: &str, expected| SpecError::Type { place: place.to_owned(), expected };
+    let mut indices = Vec::new();
+    for index in listed.keys() {
+        indices.push(index.parse::<usize>().map_err(|_| wrong("<anonymous>", "array"))?);
+    }
+    if let Some(largest) = indices.iter().max().filter(|largest| **largest >= listed.len()) {
+        return Err(SpecError::ListIndices { seen: listed.len(), largest: *largest });
+    }
+    let mut given = Vec::new();
+    for (index, tree) in listed {
+        match tree {
+            tree::Tree::Leaf(text) if PERMISSIONS.contains(&text.as_str()) => {
+                given.push((format!("{name}.{index}"), text));
+            }
+            tree::Tree::Leaf(found) => return Err(SpecError::Value { option: "null".to_owned(), found }),
+            _ => return Err(wrong(&format!("[{index}]"), "string")),
+        }
+    }
+    Ok(given)
 }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use image::Format;
 use thiserror::Error;
 
-use crate::blkdebug::RuleError;
+use crate::blkdebug::{LimitError, RuleError};
 pub use blkdebug::BlkdebugSpec;
 pub use nbd::{NBD_PORT, NbdAddress, NbdSpec, NbdTls};
 use tree::Tree;
@@ -135,6 +135,8 @@ pub enum SpecError {
     NotAnObject,
     #[error("the option '{0}' is given both as a value and as a group of options")]
     Twice(String),
+    #[error("Can't specify 'file' and 'filename' options at the same time")]
+    FileTwice,
     #[error("Invalid parameter '{0}'")]
     Parameter(String),
     #[error("No valid URL specified")]
@@ -143,8 +145,12 @@ pub enum SpecError {
     BlkdebugName,
     #[error(transparent)]
     Rule(#[from] RuleError),
-    #[error("Cannot meet constraints with {option} {value}")]
-    Constraint { option: &'static str, value: u64 },
+    #[error(transparent)]
+    Limit(#[from] LimitError),
+    #[error("List indices are not contiguous, saw {seen} elements but {largest} largest index")]
+    ListIndices { seen: usize, largest: usize },
+    #[error("Invalid parameter type for '{place}', expected: {expected}")]
+    Type { place: String, expected: &'static str },
     #[error("NBD server address missing")]
     NbdAddress,
     #[error("error parsing address '{0}'")]
@@ -198,6 +204,22 @@ impl ImageSpec {
             return Err(SpecError::TooLong { bytes: text.len() });
         }
         ImageSpec::from_tree(tree::from_options(text, "file")?, 0)
+    }
+
+    /// Reads a name with options of its layers beside it: `file.align=4k` with `blkdebug::a.img`.
+    pub fn parse_with_options(name: &OsStr, text: &str) -> Result<ImageSpec, SpecError> {
+        if text.len() > NAME_MAX_BYTES {
+            return Err(SpecError::TooLong { bytes: text.len() });
+        }
+        let (Tree::Map(mut map), Tree::Map(more)) =
+            (ImageSpec::parse(name)?.to_tree(), tree::from_options(text, "file")?)
+        else {
+            return Err(SpecError::NotAnObject);
+        };
+        if !tree::merge(&mut map, more) {
+            return Err(SpecError::FileTwice);
+        }
+        ImageSpec::from_tree(Tree::Map(map), 0)
     }
 
     fn from_tree(tree: Tree, depth: usize) -> Result<ImageSpec, SpecError> {

@@ -139,6 +139,15 @@ fn insert(map: &mut Map, key: &str, value: Tree, mut depth: usize) -> Result<(),
     Ok(())
 }
 
+/// Puts options into a group that says nothing of them; `false` when it does.
+pub(super) fn merge(map: &mut Map, more: Map) -> bool {
+    more.into_iter().all(|(key, tree)| match (map.get_mut(&key), tree) {
+        (Some(Tree::Map(there)), Tree::Map(more)) => merge(there, more),
+        (Some(_), _) => false,
+        (None, tree) => map.insert(key, tree).is_none(),
+    })
+}
+
 /// Takes a text out of a layer's options.
 pub(super) fn take_leaf(map: &mut Map, key: &str) -> Result<Option<String>, SpecError> {
     match map.remove(key) {

@@ -2,18 +2,19 @@
 
 use std::ffi::OsString;
 use std::io::{Write, stdout};
-use std::time::Duration;
+use std::sync::Arc;
 
 use block::{CacheMode, Disk, ExtentKind, Preallocation};
 
+use super::breaks::{aio_flush, remove_break, resume, set_break, sigraise, sleep, wait_break};
 use super::report::amount;
-use super::requests::{discard, read, reason, write};
+use super::requests::{Request, discard, read, reason, write};
 use super::{Next, Session};
 use crate::error::{ImgError, host};
 use crate::getopt::{self, Opt, Parsed, flag, opt};
 use crate::layers;
 use crate::open::{self, Access, Named};
-use crate::size;
+use crate::size::{self, SizeError};
 
 /// Why a command did not do what it was asked.
 pub enum Failure {
@@ -34,20 +35,34 @@ impl From<std::io::Error> for Failure {
 }
 
 /// One command.
-struct Entry {
+pub(super) struct Entry {
     names: &'static [&'static str],
+    /// How many words may follow, options among them.
+    counts: (usize, usize),
     args: &'static str,
     about: &'static str,
     options: &'static [Opt],
     run: Run,
 }
 
+/// Reads a request from a command's words.
+type ReadRequest = fn(&'static str, &Parsed, &[&str]) -> Result<Request, Failure>;
+
+/// A command for the session and the image that is open.
+type OnOpen = fn(&mut Session, &Arc<Disk>, &[&str]) -> Result<(), Failure>;
+
 /// What a command needs.
 enum Run {
+    /// The image; nothing is waited for.
+    Look(fn(&Disk, &[&str]) -> Result<(), Failure>),
     /// The image, opened for reading at least. `true`: for writing.
     OnDisk(bool, fn(&Disk, &Parsed, &[&str]) -> Result<(), Failure>),
-    /// The same; failures are printed and do not count.
-    Async(bool, fn(&Disk, &Parsed, &[&str]) -> Result<(), Failure>),
+    /// The same, for a request with its verb in failures.
+    Request(bool, &'static str, ReadRequest),
+    /// The same; it goes on while the next commands run, and its failure does not count.
+    Async(bool, &'static str, ReadRequest),
+    /// The session, with an image.
+    OnOpen(OnOpen),
     /// The session.
     OnSession(fn(&mut Session, &Parsed, &[&str]) -> Result<Next, Failure>),
 }
@@ -80,6 +95,24 @@ const WRITE: &[Opt] = &[
     opt('P', &["pattern"], "BYTE", ""),
     opt('s', &["source"], "FILE", ""),
 ];
+const AIO_READ: &[Opt] = &[
+    flag('C', &["machine"], ""),
+    flag('i', &["invalid"], ""),
+    flag('q', &["quiet"], ""),
+    flag('r', &["ignored-r"], ""),
+    flag('v', &["verbose"], ""),
+    opt('P', &["pattern"], "BYTE", ""),
+];
+const AIO_WRITE: &[Opt] = &[
+    flag('C', &["machine"], ""),
+    flag('f', &["fua"], ""),
+    flag('i', &["invalid"], ""),
+    flag('q', &["quiet"], ""),
+    flag('r', &["ignored-r"], ""),
+    flag('u', &["unmap"], ""),
+    flag('z', &["zeroes"], ""),
+    opt('P', &["pattern"], "BYTE", ""),
+];
 const DISCARD: &[Opt] = &[flag('C', &["machine"], ""), flag('q', &["quiet"], "")];
 const OPEN: &[Opt] = &[
     flag('r', &["read-only"], ""),
@@ -92,29 +125,37 @@ const OPEN: &[Opt] = &[
 ];
 const REOPEN: &[Opt] = &[flag('r', &["read-only"], ""), flag('w', &["write"], ""), opt('c', &["cache"], "CACHE", "")];
 
+/// As many words as there are.
+const ANY: usize = usize::MAX;
+
 #[rustfmt::skip] // a command per line
 const COMMANDS: &[Entry] = &[
-    Entry { names: &["abort"], args: "", about: "simulate a program crash using abort(3)", options: &[], run: Run::OnSession(abort) },
-    Entry { names: &["aio_flush"], args: "", about: "completes all outstanding aio requests", options: &[], run: Run::OnDisk(false, nothing) },
-    Entry { names: &["aio_read"], args: "[-Ciqrv] [-P pattern] off len [len..]", about: "asynchronously reads a number of bytes", options: READ, run: Run::Async(false, read) },
-    Entry { names: &["aio_write"], args: "[-Cfiqruz] [-P pattern] off len [len..]", about: "asynchronously writes a number of bytes", options: WRITE, run: Run::Async(true, write) },
-    Entry { names: &["alloc", "a"], args: "offset [count]", about: "checks if offset is allocated in the file", options: &[], run: Run::OnDisk(false, alloc) },
-    Entry { names: &["close", "c"], args: "", about: "close the current open file", options: &[], run: Run::OnSession(close) },
-    Entry { names: &["discard", "d"], args: "[-Cq] off len", about: "discards a number of bytes at a specified offset", options: DISCARD, run: Run::OnDisk(true, discard) },
-    Entry { names: &["flush", "f"], args: "", about: "flush all in-core file state to disk", options: &[], run: Run::OnDisk(false, flush) },
-    Entry { names: &["help", "?"], args: "[command]", about: "help for one or all commands", options: &[], run: Run::OnSession(help) },
-    Entry { names: &["info", "i"], args: "", about: "prints information about the current file", options: &[], run: Run::OnSession(info) },
-    Entry { names: &["length", "l"], args: "", about: "gets the length of the current file", options: &[], run: Run::OnDisk(false, length) },
-    Entry { names: &["map"], args: "", about: "prints the allocated areas of a file", options: &[], run: Run::OnDisk(false, map) },
-    Entry { names: &["open", "o"], args: "[-rnkU] [-t cache] [-d discard] [-o options] [path]", about: "open the file specified by path", options: OPEN, run: Run::OnSession(open_image) },
-    Entry { names: &["quit", "q"], args: "", about: "exit the program", options: &[], run: Run::OnSession(quit) },
-    Entry { names: &["read", "r"], args: "[-abCqrv] [-P pattern [-s off] [-l len]] off len", about: "reads a number of bytes at a specified offset", options: READ, run: Run::OnDisk(false, read) },
-    Entry { names: &["readv", "rv"], args: "[-Cqrv] [-P pattern] off len [len..]", about: "reads a number of bytes at a specified offset", options: READ, run: Run::OnDisk(false, read) },
-    Entry { names: &["reopen"], args: "[(-r|-w)] [-c cache]", about: "reopens an image with new options", options: REOPEN, run: Run::OnSession(reopen) },
-    Entry { names: &["sleep"], args: "", about: "waits for the given value in milliseconds", options: &[], run: Run::OnSession(sleep) },
-    Entry { names: &["truncate", "t"], args: "[-m prealloc_mode] off", about: "truncates the current file at the given offset", options: &[opt('m', &["mode"], "MODE", "")], run: Run::OnDisk(true, truncate) },
-    Entry { names: &["write", "w"], args: "[-bcCfnqruz] [-P pattern | -s source_file] off len", about: "writes a number of bytes at a specified offset", options: WRITE, run: Run::OnDisk(true, write) },
-    Entry { names: &["writev", "wv"], args: "[-Cfqr] [-P pattern] off len [len..]", about: "writes a number of bytes at a specified offset", options: WRITE, run: Run::OnDisk(true, write) },
+    Entry { names: &["abort"], counts: (0, 0), args: "", about: "simulate a program crash using abort(3)", options: &[], run: Run::OnSession(abort) },
+    Entry { names: &["aio_flush"], counts: (0, 0), args: "", about: "completes all outstanding aio requests", options: &[], run: Run::OnOpen(aio_flush) },
+    Entry { names: &["aio_read"], counts: (2, ANY), args: "[-Ciqrv] [-P pattern] off len [len..]", about: "asynchronously reads a number of bytes", options: AIO_READ, run: Run::Async(false, "readv", read) },
+    Entry { names: &["aio_write"], counts: (2, ANY), args: "[-Cfiqruz] [-P pattern] off len [len..]", about: "asynchronously writes a number of bytes", options: AIO_WRITE, run: Run::Async(true, "aio_write", write) },
+    Entry { names: &["alloc", "a"], counts: (1, 2), args: "offset [count]", about: "checks if offset is allocated in the file", options: &[], run: Run::Look(alloc) },
+    Entry { names: &["break"], counts: (2, 2), args: "event tag", about: "sets a breakpoint on event and tags the stopped request as tag", options: &[], run: Run::OnOpen(set_break) },
+    Entry { names: &["close", "c"], counts: (0, 0), args: "", about: "close the current open file", options: &[], run: Run::OnSession(close) },
+    Entry { names: &["discard", "d"], counts: (2, ANY), args: "[-Cq] off len", about: "discards a number of bytes at a specified offset", options: DISCARD, run: Run::OnDisk(true, discard) },
+    Entry { names: &["flush", "f"], counts: (0, 0), args: "", about: "flush all in-core file state to disk", options: &[], run: Run::OnDisk(false, flush) },
+    Entry { names: &["help", "?"], counts: (0, 1), args: "[command]", about: "help for one or all commands", options: &[], run: Run::OnSession(help) },
+    Entry { names: &["info", "i"], counts: (0, 0), args: "", about: "prints information about the current file", options: &[], run: Run::OnSession(info) },
+    Entry { names: &["length", "l"], counts: (0, 0), args: "", about: "gets the length of the current file", options: &[], run: Run::Look(length) },
+    Entry { names: &["map"], counts: (0, 0), args: "", about: "prints the allocated areas of a file", options: &[], run: Run::Look(map) },
+    Entry { names: &["open", "o"], counts: (0, ANY), args: "[-rnkU] [-t cache] [-d discard] [-o options] [path]", about: "open the file specified by path", options: OPEN, run: Run::OnSession(open_image) },
+    Entry { names: &["quit", "q"], counts: (0, ANY), args: "", about: "exit the program", options: &[], run: Run::OnSession(quit) },
+    Entry { names: &["read", "r"], counts: (2, ANY), args: "[-abCqrv] [-P pattern [-s off] [-l len]] off len", about: "reads a number of bytes at a specified offset", options: READ, run: Run::Request(false, "read", read) },
+    Entry { names: &["readv", "rv"], counts: (2, ANY), args: "[-Cqrv] [-P pattern] off len [len..]", about: "reads a number of bytes at a specified offset", options: READ, run: Run::Request(false, "read", read) },
+    Entry { names: &["remove_break"], counts: (1, 1), args: "tag", about: "remove a breakpoint by tag", options: &[], run: Run::OnOpen(remove_break) },
+    Entry { names: &["reopen"], counts: (0, ANY), args: "[(-r|-w)] [-c cache]", about: "reopens an image with new options", options: REOPEN, run: Run::OnSession(reopen) },
+    Entry { names: &["resume"], counts: (1, 1), args: "tag", about: "resumes the request tagged as tag", options: &[], run: Run::OnOpen(resume) },
+    Entry { names: &["sigraise"], counts: (1, 1), args: "signal", about: "raises a signal", options: &[], run: Run::OnSession(sigraise) },
+    Entry { names: &["sleep"], counts: (1, 1), args: "", about: "waits for the given value in milliseconds", options: &[], run: Run::OnSession(sleep) },
+    Entry { names: &["truncate", "t"], counts: (1, 3), args: "[-m prealloc_mode] off", about: "truncates the current file at the given offset", options: &[opt('m', &["mode"], "MODE", "")], run: Run::OnDisk(true, truncate) },
+    Entry { names: &["wait_break"], counts: (1, 1), args: "tag", about: "waits for the suspension of a request", options: &[], run: Run::OnOpen(wait_break) },
+    Entry { names: &["write", "w"], counts: (2, ANY), args: "[-bcCfnqruz] [-P pattern | -s source_file] off len", about: "writes a number of bytes at a specified offset", options: WRITE, run: Run::Request(true, "write", write) },
+    Entry { names: &["writev", "wv"], counts: (2, ANY), args: "[-Cfqr] [-P pattern] off len [len..]", about: "writes a number of bytes at a specified offset", options: WRITE, run: Run::Request(true, "write", write) },
 ];
 
 impl Entry {
@@ -138,59 +179,121 @@ impl Session {
             return Ok(Next::Failed);
         };
         let args: Vec<OsString> = words.map(OsString::from).collect();
-        let outcome = match getopt::parse(entry.name(), entry.options, args) {
-            Ok(parsed) => self.run(entry, &parsed),
-            Err(error) => {
-                eprintln!("{error}");
-                Err(Failure::Usage)
-            }
-        };
-        let next = match outcome {
+        let next = match self.checked(entry, args) {
             Ok(next) => next,
-            Err(Failure::Silent) => Next::Failed,
-            Err(Failure::Usage) => {
-                println!("{}", entry.usage());
-                Next::Failed
-            }
-            Err(Failure::Said(text)) => {
-                println!("{text}");
-                Next::Failed
-            }
-            Err(Failure::Error(text)) => {
-                eprintln!("{text}");
+            Err(failure) => {
+                failure.print_for(entry);
                 Next::Failed
             }
         };
         stdout().flush()?;
-        Ok(if matches!(entry.run, Run::Async(..)) { Next::Go } else { next })
+        Ok(next)
+    }
+
+    fn checked(&mut self, entry: &Entry, args: Vec<OsString>) -> Result<Next, Failure> {
+        if self.disk.is_none() && !matches!(entry.run, Run::OnSession(_)) {
+            return Err(Failure::Error("no file open, try 'help open'".to_owned()));
+        }
+        let (min, max) = entry.counts;
+        if !(min..=max).contains(&args.len()) {
+            let expected = match max {
+                ANY => format!("at least {min}"),
+                _ if min == max => min.to_string(),
+                _ => format!("between {min} and {max}"),
+            };
+            let (count, name) = (args.len(), entry.name());
+            let text = format!("bad argument count {count} to {name}, expected {expected} arguments");
+            return Err(Failure::Error(text));
+        }
+        // A command without options takes what looks like one for a word.
+        let words_only = entry.options.is_empty().then(|| OsString::from("--"));
+        let args = words_only.into_iter().chain(args).collect();
+        let parsed = getopt::parse(entry.name(), entry.options, args).map_err(|error| {
+            eprintln!("{error}");
+            Failure::Usage
+        })?;
+        self.run(entry, &parsed)
     }
 
     fn run(&mut self, entry: &Entry, parsed: &Parsed) -> Result<Next, Failure> {
         let words: Vec<&str> = parsed.words.iter().filter_map(|word| word.to_str()).collect();
-        match entry.run {
-            Run::OnSession(run) => run(self, parsed, &words),
-            Run::OnDisk(write, run) | Run::Async(write, run) => {
-                let Some(disk) = &self.disk else {
-                    return Err(Failure::Error("no file open, try 'help open'".to_owned()));
-                };
-                if write && !self.access.write {
-                    return Err(Failure::Error(format!("{}: Block node is read-only", crate::program())));
-                }
-                run(disk, parsed, &words).map(|()| Next::Go)
+        let disk = match (&entry.run, &self.disk) {
+            (Run::OnSession(run), _) => return run(self, parsed, &words),
+            (_, Some(disk)) => disk.clone(),
+            (_, None) => return Err(Failure::Silent),
+        };
+        let writes = matches!(entry.run, Run::OnDisk(true, _) | Run::Request(true, ..) | Run::Async(true, ..));
+        if writes && !self.access.write {
+            return Err(Failure::Error(format!("{}: Block node is read-only", crate::program())));
+        }
+        let done = match entry.run {
+            Run::Look(run) => run(&disk, &words),
+            Run::OnDisk(_, run) => self.background.deliver().and_then(|()| run(&disk, parsed, &words)),
+            Run::Request(_, verb, read) => {
+                self.background.deliver()?;
+                read(verb, parsed, &words)?.run(&disk)?.print()
             }
+            Run::Async(writes, verb, read) => {
+                let request = read(verb, parsed, &words)?;
+                if parsed.has("invalid") {
+                    println!("injecting invalid {} request", if writes { "write" } else { "read" });
+                    return Ok(Next::Go);
+                }
+                self.background.start(&disk, request)
+            }
+            Run::OnOpen(run) => run(self, &disk, &words),
+            Run::OnSession(run) => return run(self, parsed, &words),
+        };
+        done.map(|()| Next::Go)
+    }
+
+    /// Waits for what is under way before the image is closed.
+    fn finish(&mut self) -> Result<(), Failure> {
+        match &self.disk {
+            Some(disk) => self.background.finish(disk),
+            None => Ok(()),
+        }
+    }
+
+    /// The last command is over. A request that waits at a breakpoint fails the run, and goes on.
+    pub fn end(&mut self) -> Result<(), Failure> {
+        let Some(disk) = &self.disk else { return Ok(()) };
+        let finished = self.background.finish(disk);
+        if let Err(failure) = &finished {
+            failure.print();
+        }
+        self.background.end(disk)?;
+        finished
+    }
+}
+
+impl Failure {
+    /// Prints why the command did not do what it was asked.
+    fn print_for(&self, entry: &Entry) {
+        match self {
+            Failure::Usage => println!("{}", entry.usage()),
+            other => other.print(),
+        }
+    }
+
+    /// Prints what there is to say without the command.
+    pub fn print(&self) {
+        match self {
+            Failure::Said(text) => println!("{text}"),
+            Failure::Error(text) => eprintln!("{text}"),
+            Failure::Usage | Failure::Silent => {}
         }
     }
 }
 
 /// A size in a command.
 pub fn size_of(text: &str) -> Result<u64, Failure> {
-    size::parse(text).ok().filter(|bytes| i64::try_from(*bytes).is_ok()).ok_or_else(|| {
-        Failure::Said(format!("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}"))
-    })
-}
-
-fn nothing(_: &Disk, _: &Parsed, _: &[&str]) -> Result<(), Failure> {
-    Ok(())
+    let refused = match size::parse(text) {
+        Ok(bytes) if i64::try_from(bytes).is_ok() => return Ok(bytes),
+        Ok(_) | Err(SizeError::Range) => "argument too large",
+        Err(SizeError::Text) => "non-numeric argument, or extraneous/unrecognized suffix",
+    };
+    Err(Failure::Said(format!("Parsing error: {refused} -- {text}")))
 }
 
 fn abort(_: &mut Session, _: &Parsed, _: &[&str]) -> Result<Next, Failure> {
@@ -201,18 +304,11 @@ fn quit(_: &mut Session, _: &Parsed, _: &[&str]) -> Result<Next, Failure> {
     Ok(Next::Quit)
 }
 
-fn sleep(_: &mut Session, _: &Parsed, words: &[&str]) -> Result<Next, Failure> {
-    let [millis] = words else { return Err(Failure::Usage) };
-    let millis = millis.parse().map_err(|_| Failure::Said(format!("{millis} is no number of milliseconds")))?;
-    std::thread::sleep(Duration::from_millis(millis));
-    Ok(Next::Go)
-}
-
 fn flush(disk: &Disk, _: &Parsed, _: &[&str]) -> Result<(), Failure> {
     disk.flush().map_err(|error| Failure::Said(format!("flush failed: {}", reason(&error))))
 }
 
-fn length(disk: &Disk, _: &Parsed, _: &[&str]) -> Result<(), Failure> {
+fn length(disk: &Disk, _: &[&str]) -> Result<(), Failure> {
     println!("{}", amount(disk.size_bytes() as f64));
     Ok(())
 }
@@ -246,7 +342,7 @@ fn allocated_runs(disk: &Disk, start: u64, end: u64) -> Result<Vec<(u64, u64, bo
     Ok(runs)
 }
 
-fn map(disk: &Disk, _: &Parsed, _: &[&str]) -> Result<(), Failure> {
+fn map(disk: &Disk, _: &[&str]) -> Result<(), Failure> {
     let mut out = stdout().lock();
     for (at, bytes, allocated) in allocated_runs(disk, 0, disk.size_bytes())? {
         let state = if allocated { "    allocated" } else { "not allocated" };
@@ -256,7 +352,7 @@ fn map(disk: &Disk, _: &Parsed, _: &[&str]) -> Result<(), Failure> {
     Ok(())
 }
 
-fn alloc(disk: &Disk, _: &Parsed, words: &[&str]) -> Result<(), Failure> {
+fn alloc(disk: &Disk, words: &[&str]) -> Result<(), Failure> {
     let (offset, count) = match words {
         [offset] => (size_of(offset)?, 512),
         [offset, count] => (size_of(offset)?, size_of(count)?),
@@ -280,6 +376,10 @@ fn info(session: &mut Session, _: &Parsed, _: &[&str]) -> Result<Next, Failure> 
 }
 
 fn close(session: &mut Session, _: &Parsed, _: &[&str]) -> Result<Next, Failure> {
+    if session.disk.is_none() {
+        return Err(Failure::Error("no file open, try 'help open'".to_owned()));
+    }
+    session.finish()?;
     session.close().map(|()| Next::Go).map_err(|error| Failure::Error(error.to_string()))
 }
 
@@ -302,9 +402,10 @@ fn open_image(session: &mut Session, parsed: &Parsed, words: &[&str]) -> Result<
     let named = match (words, value("options")?) {
         ([file], None) => Named::new(OsString::from(file).as_os_str(), false, None),
         ([], Some(options)) => Named::new(OsString::from(options).as_os_str(), true, None),
+        ([file], Some(options)) => Named::with_options(OsString::from(file).as_os_str(), options),
         _ => return Err(Failure::Usage),
     };
-    let label = words.first().copied().unwrap_or_default();
+    let label = words.first().copied();
     let secrets = session.secrets.clone();
     let opened = named.and_then(|named| session.open(named.with(secrets), access));
     opened
@@ -316,6 +417,7 @@ fn reopen(session: &mut Session, parsed: &Parsed, words: &[&str]) -> Result<Next
     if !words.is_empty() || (parsed.has("read-only") && parsed.has("write")) {
         return Err(Failure::Usage);
     }
+    session.finish()?;
     let write = (session.access.write || parsed.has("write")) && !parsed.has("read-only");
     let cache = cache_of(parsed.value("cache").map_err(|_| Failure::Usage)?, session.access.cache)?;
     let done = session.reopen(write, cache);

@@ -1,8 +1,11 @@
 //! `io`, and the name `qemu-io`: requests to an image one by one, in qemu-io's command language.
 //!
-//! A command is a line of words split at blanks. `aio_` requests are done before the next command starts: to a script
-//! they are requests that finished early. As in qemu-io, their failures are printed and do not fail the run.
+//! A command is a line of words split at blanks. A request of `aio_read` or `aio_write` that meets no breakpoint is done
+//! before the next command starts: to a script it has finished early. As in qemu-io, its failure is printed and does not
+//! fail the run.
 
+mod background;
+mod breaks;
 mod commands;
 mod report;
 mod requests;
@@ -10,9 +13,11 @@ mod requests;
 pub use report::amount;
 
 use std::io::{BufRead, Write, stdin, stdout};
+use std::sync::Arc;
 
 use block::{CacheMode, Disk};
 
+use self::background::Background;
 use crate::Command;
 use crate::error::{ImgError, Rule, why};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, flag, opt};
@@ -53,7 +58,8 @@ const OPTIONS: &[Opt] = &[
 /// The image that commands are for, and how it was opened.
 pub struct Session {
     /// The image; `None` before `open` and after `close`.
-    pub disk: Option<Disk>,
+    pub disk: Option<Arc<Disk>>,
+    background: Background,
     named: Option<Named>,
     access: Access,
     secrets: Secrets,
@@ -79,16 +85,18 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let cache = if parsed.has("nocache") { Some("none") } else { parsed.value("cache")? };
     let cache = open::cache_named("", cache, CacheMode::Writeback)?;
     let access = Access { write: !parsed.has("read-only"), share: parsed.has("force-share"), cache };
-    let mut session = Session { disk: None, named: None, access, secrets: Secrets::of(parsed)? };
+    let background = Background::default();
+    let mut session = Session { disk: None, background, named: None, access, secrets: Secrets::of(parsed)? };
     match parsed.words.as_slice() {
         [] => {}
         [file] => {
             let name = file.to_string_lossy();
+            let name = Some(&*name).filter(|_| !parsed.has("image-opts"));
             let named = Named::of(parsed, file, "format").map_err(|error| match error {
-                ImgError::Spec { .. } => cannot_open(&name, error),
+                ImgError::Spec { .. } => cannot_open(name, error),
                 other => other,
             })?;
-            session.open(named, access).map_err(|error| cannot_open(&name, error))?;
+            session.open(named, access).map_err(|error| cannot_open(name, error))?;
         }
         [_, extra, ..] => {
             return Err(ImgError::Extra { command: "io", found: extra.to_string_lossy().into_owned() });
@@ -118,32 +126,41 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
             Next::Quit => break,
         }
     }
+    if session.end().is_err() {
+        code = 1;
+    }
     session.close()?;
     Ok(code)
 }
 
-/// qemu-io's form of a refusal to open.
-fn cannot_open(name: &str, error: ImgError) -> ImgError {
+/// qemu-io's form of a refusal to open; options alone are no name.
+fn cannot_open(name: Option<&str>, error: ImgError) -> ImgError {
     let reason = match &error {
         ImgError::Open { source, .. } => why(source),
         ImgError::OpenRule { reason, .. } => reason.to_string(),
         ImgError::Spec { source, .. } => source.to_string(),
         other => other.to_string(),
     };
-    ImgError::Plain(Rule::IoOpen { name: name.to_owned(), reason })
+    ImgError::Plain(match name {
+        Some(name) => Rule::IoOpen { name: name.to_owned(), reason },
+        None => Rule::IoOpenOptions(reason),
+    })
 }
 
 impl Session {
     fn open(&mut self, named: Named, access: Access) -> Result<(), ImgError> {
-        self.disk = Some(open::disk(&named, access)?);
+        let disk = open::disk(&named, access)?;
+        background::announce(&disk);
+        self.disk = Some(Arc::new(disk));
         self.named = Some(named);
         self.access = access;
         Ok(())
     }
 
-    /// Closes the image; what was written is on the disk afterwards.
+    /// Closes the image when all requests are over; what was written is on the disk afterwards.
     fn close(&mut self) -> Result<(), ImgError> {
-        if let Some(disk) = self.disk.take().filter(|_| self.access.write) {
+        let Some(disk) = self.disk.take() else { return Ok(()) };
+        if self.access.write {
             let target = disk.path().display().to_string();
             disk.flush().map_err(|source| ImgError::Incomplete { target, source })?;
         }

@@ -1,7 +1,7 @@
 //! The commands of `io` that read, write, zero and discard.
 
 use std::io::Read;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use block::{BlockError, Disk, ErrorKind};
 
@@ -54,8 +54,104 @@ fn pattern(parsed: &Parsed) -> Result<Option<u8>, Failure> {
     value.map(Some).ok_or_else(|| Failure::Said(format!("{text} is not a valid pattern byte")))
 }
 
-/// `read`, `readv`, `aio_read`.
-pub fn read(disk: &Disk, parsed: &Parsed, words: &[&str]) -> Result<(), Failure> {
+/// A request that has been read from a command.
+pub struct Request {
+    what: What,
+    offset: u64,
+    bytes: u64,
+    /// The command in failures.
+    verb: &'static str,
+    quiet: bool,
+    machine: bool,
+}
+
+enum What {
+    Read { check: Option<Check>, verbose: bool },
+    Write { data: Vec<u8>, compressed: bool, fua: bool },
+    Zeroes { unmap: bool, fua: bool },
+}
+
+/// What a read has to find.
+struct Check {
+    byte: u8,
+    skip: u64,
+    /// `None`: up to the end.
+    length: Option<u64>,
+}
+
+/// What came of a request.
+pub struct Answer {
+    request: Request,
+    took: Duration,
+    /// What was read.
+    data: Vec<u8>,
+}
+
+impl Request {
+    /// Makes the request.
+    pub fn run(self, disk: &Disk) -> Result<Answer, Failure> {
+        let Request { offset, bytes, verb, .. } = self;
+        let mut room = match &self.what {
+            What::Read { .. } => vec![0; bytes as usize],
+            _ => Vec::new(),
+        };
+        let started = Instant::now();
+        let flushed = |fua: &bool| if *fua { disk.flush() } else { Ok(()) };
+        let done = match &self.what {
+            What::Read { .. } => disk.read(offset, &mut room),
+            What::Write { data, compressed: true, .. } => compressed(disk, offset, data),
+            What::Write { data, fua, .. } => disk.write(offset, data).and_then(|()| flushed(fua)),
+            What::Zeroes { unmap, fua } => disk.write_zeroes(offset, bytes, *unmap).and_then(|()| flushed(fua)),
+        };
+        done.map_err(|error| failed(verb, &error))?;
+        Ok(Answer { took: started.elapsed(), data: room, request: self })
+    }
+}
+
+impl Answer {
+    /// Prints it; fails when a read found something else.
+    pub fn print(self) -> Result<(), Failure> {
+        let Answer { request: Request { what, offset, bytes, quiet, machine, .. }, took, data } = self;
+        let mut outcome = Ok(());
+        let (verb, verbose) = match what {
+            What::Read { check, verbose } => {
+                if let Some(check) = check {
+                    outcome = check.holds(offset, &data);
+                    if matches!(outcome, Err(Failure::Said(_))) {
+                        return outcome;
+                    }
+                }
+                ("read", verbose)
+            }
+            What::Write { .. } | What::Zeroes { .. } => ("wrote", false),
+        };
+        if !quiet {
+            if verbose {
+                dump(offset, &data)?;
+            }
+            Done { verb, offset, bytes, took, machine }.print()?;
+        }
+        outcome
+    }
+}
+
+impl Check {
+    fn holds(&self, offset: u64, data: &[u8]) -> Result<(), Failure> {
+        let Check { byte, skip, length } = *self;
+        let length = length.unwrap_or((data.len() as u64).saturating_sub(skip));
+        let part = skip.checked_add(length).and_then(|end| data.get(skip as usize..end as usize));
+        let part =
+            part.ok_or_else(|| Failure::Said("pattern verification range exceeds end of read data".to_owned()))?;
+        if part.iter().any(|b| *b != byte) {
+            println!("Pattern verification failed at offset {}, {length} bytes", offset + skip);
+            return Err(Failure::Silent);
+        }
+        Ok(())
+    }
+}
+
+/// `read`, `readv`; `aio_read` with its `verb`.
+pub fn read(verb: &'static str, parsed: &Parsed, words: &[&str]) -> Result<Request, Failure> {
     let (offset, bytes) = range(words)?;
     let pattern = pattern(parsed)?;
     let option = |name: &'static str| {
@@ -69,33 +165,13 @@ pub fn read(disk: &Disk, parsed: &Parsed, words: &[&str]) -> Result<(), Failure>
     if parsed.has("vm-state") {
         return Err(Failure::Said("reading the VM state is not supported here".to_owned()));
     }
-    let mut room = vec![0; bytes as usize];
-    let started = Instant::now();
-    disk.read(offset, &mut room).map_err(|error| failed("read", &error))?;
-    let took = started.elapsed();
-    let mut outcome = Ok(());
-    if let Some(byte) = pattern {
-        let skip = skip.unwrap_or(0);
-        let length = length.unwrap_or(bytes.saturating_sub(skip));
-        let part = skip.checked_add(length).and_then(|end| room.get(skip as usize..end as usize));
-        let part =
-            part.ok_or_else(|| Failure::Said("pattern verification range exceeds end of read data".to_owned()))?;
-        if part.iter().any(|b| *b != byte) {
-            println!("Pattern verification failed at offset {}, {length} bytes", offset + skip);
-            outcome = Err(Failure::Silent);
-        }
-    }
-    if !parsed.has("quiet") {
-        if parsed.has("verbose") {
-            dump(offset, &room)?;
-        }
-        Done { verb: "read", offset, bytes, took, machine: parsed.has("machine") }.print()?;
-    }
-    outcome
+    let check = pattern.map(|byte| Check { byte, skip: skip.unwrap_or(0), length });
+    let what = What::Read { check, verbose: parsed.has("verbose") };
+    Ok(Request { what, offset, bytes, verb, quiet: parsed.has("quiet"), machine: parsed.has("machine") })
 }
 
-/// `write`, `writev`, `aio_write`.
-pub fn write(disk: &Disk, parsed: &Parsed, words: &[&str]) -> Result<(), Failure> {
+/// `write`, `writev`; `aio_write` with its `verb`.
+pub fn write(verb: &'static str, parsed: &Parsed, words: &[&str]) -> Result<Request, Failure> {
     let has = |name| parsed.has(name);
     let said = |text: &str| Err(Failure::Said(text.to_owned()));
     if has("vm-state") && has("zeroes") {
@@ -116,25 +192,18 @@ pub fn write(disk: &Disk, parsed: &Parsed, words: &[&str]) -> Result<(), Failure
     if [has("zeroes"), has("pattern"), has("source")].iter().filter(|given| **given).count() > 1 {
         return said("Only one of -z, -P, and -s can be specified at the same time");
     }
+    if has("zeroes") && words.len() > 2 {
+        return said("-z supports only a single length parameter");
+    }
     let byte = pattern(parsed)?.unwrap_or(PATTERN);
     let (offset, bytes) = range(words)?;
-    let data = match parsed.os_value("source") {
-        Some(file) => from_file(file, bytes)?,
-        None if has("zeroes") => Vec::new(),
-        None => vec![byte; bytes as usize],
+    let (compressed, fua) = (has("compressed"), has("fua"));
+    let what = match parsed.os_value("source") {
+        Some(file) => What::Write { data: from_file(file, bytes)?, compressed, fua },
+        None if has("zeroes") => What::Zeroes { unmap: has("unmap"), fua },
+        None => What::Write { data: vec![byte; bytes as usize], compressed, fua },
     };
-    let started = Instant::now();
-    let done = match (has("zeroes"), has("compressed")) {
-        (true, _) => disk.write_zeroes(offset, bytes, has("unmap")),
-        (false, true) => compressed(disk, offset, &data),
-        (false, false) => disk.write(offset, &data),
-    };
-    let done = done.and_then(|()| if has("fua") { disk.flush() } else { Ok(()) });
-    done.map_err(|error| failed("write", &error))?;
-    if !has("quiet") {
-        Done { verb: "wrote", offset, bytes, took: started.elapsed(), machine: has("machine") }.print()?;
-    }
-    Ok(())
+    Ok(Request { what, offset, bytes, verb, quiet: has("quiet"), machine: has("machine") })
 }
 
 /// The bytes of a file over and over.
