@@ -22,7 +22,7 @@ const UNSAFE: [(&str, &str); 7] = [
 
 /// Where a thread may sleep, each with why.
 const SLEEPS: [(&str, &str); 7] = [
-    ("storage/img/src/io/commands.rs", "has a command that waits, as qemu-io has"),
+    ("storage/img/src/io/breaks.rs", "has a command that waits, as qemu-io has"),
     ("storage/img/src/progress.rs", "keeps a copy to the rate that was asked for"),
     ("ui/cli/src/verbs/host.rs", "a rate is two readings a second apart"),
     ("xtask/src/bench/manage_daemon.rs", "lets a measured process settle, and polls it"),
