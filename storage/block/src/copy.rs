@@ -133,6 +133,9 @@ struct Shared<'a> {
     turn: Mutex<u64>,
     turned: Condvar,
     stop: AtomicBool,
+    /// Held by who writes to the page cache. The kernel lets one thread at a time write to a file, and others spin for
+    /// as long as that takes.
+    writes: Mutex<()>,
     /// Whether the source's file system may copy inside the kernel without moving bytes, asked once.
     shares_blocks: OnceLock<bool>,
     /// These two files cannot be copied inside the kernel.
@@ -174,6 +177,7 @@ pub fn copy(
         next: Mutex::new(Cursor::default()),
         turn: Mutex::new(0),
         turned: Condvar::new(),
+        writes: Mutex::new(()),
         stop: AtomicBool::new(false),
         shares_blocks: OnceLock::new(),
         no_kernel_copy: AtomicBool::new(false),
@@ -405,6 +409,7 @@ impl Shared<'_> {
         };
         match way {
             Way::Mapped(place) => {
+                let _alone = (!self.target.is_direct()).then(|| self.writes.lock());
                 place.file.write_at(place.host, &WriteBufs::from_slice(part)).map_err(failed)?;
                 place.finish().and_then(|()| self.target.written())
             }

@@ -49,6 +49,7 @@ done
 
 /// The loads on both disks of one monitor, three times, with the processor time that the process takes for each, in
 /// hundredths of a second: all of it, and the guest's own. The first time, code is translated for the lab's processor.
+/// Both start with free memory in large pieces, so that both have huge pages.
 const DRIVE: &str = "\
 mkdir -p /mnt; mount -t ext4 /dev/vda /mnt || exit 1
 cpu() { awk '{ print $14 + $15 }' /proc/$1/stat; }
@@ -72,13 +73,14 @@ loads() {
   echo off >&3; wait $pid; exec 3>&-
   rm /tmp/in /tmp/out
 }
+fresh() { sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory; mkfifo /tmp/in; : > /tmp/out; }
 for cache in writeback none; do
-  mkfifo /tmp/in; : > /tmp/out
+  fresh
   vireo-vmm run --accel kvm --kernel /l2/vmlinuz --initrd /l2/load.img --append 'console=ttyS0 quiet' --memory 192 \\
     --disk path=/mnt/raw.img,format=raw,cache=$cache --disk path=/mnt/disk.qcow2,format=qcow2,cache=$cache < /tmp/in > /tmp/out &
   loads vireo-$cache
   [ $cache = none ] && aio=native || aio=threads
-  mkfifo /tmp/in; : > /tmp/out
+  fresh
   qemu-system-x86_64 -L /qemu -M q35 -accel kvm -cpu host -m 192 -nodefaults -no-user-config -display none -serial stdio \\
     -kernel /l2/vmlinuz -initrd /l2/load.img -append 'console=ttyS0 quiet' \\
     -drive file=/mnt/raw.img,if=none,id=a,format=raw,cache=$cache,aio=$aio -device virtio-blk-pci,drive=a \\
