@@ -13,7 +13,7 @@ use huffman::{Code, lengths};
 use matches::{Finder, Token};
 
 /// Tokens of one block. Codes follow the data more closely when blocks are short, and cost their lengths each time.
-const BLOCK_TOKENS: usize = 1 << 15;
+const BLOCK_TOKENS: usize = 1 << 14;
 const END_OF_BLOCK: usize = 256;
 /// The last two never occur; the fixed code counts them.
 const LITERALS: usize = 288;
