@@ -62,7 +62,16 @@ impl Room {
 
     /// Starts a server in the background; it listens when this returns.
     fn start(&self, line: &str) -> Server {
-        let started = self.serve(&format!("--fork --pid-file=DIR/pid {line}"));
+        self.start_with(&self.tool, line)
+    }
+
+    /// The same with QEMU's server.
+    fn start_peer(&self, line: &str) -> Server {
+        self.start_with(Path::new("qemu-nbd"), line)
+    }
+
+    fn start_with(&self, program: &Path, line: &str) -> Server {
+        let started = self.run(program, &format!("--fork --pid-file=DIR/pid {line}"));
         assert_eq!(started, (Some(0), String::new(), started.2.clone()), "{line}");
         let text = std::fs::read_to_string(self.path("pid")).unwrap();
         Server { pid: Pid::from_raw(text.trim().parse().unwrap()).unwrap() }
@@ -336,10 +345,7 @@ fn what_a_bitmap_marks_is_told_as_qemu_nbd_tells_it() {
         server.end();
         told
     };
-    let peer = "-t -r -B b -B fine -f qcow2 --fork --pid-file=DIR/pid -k DIR/s a.qcow2";
-    assert_eq!(room.run(Path::new("qemu-nbd"), peer).0, Some(0));
-    let text = std::fs::read_to_string(room.path("pid")).unwrap();
-    let server = Server { pid: Pid::from_raw(text.trim().parse().unwrap()).unwrap() };
+    let server = room.start_peer("-t -r -B b -B fine -f qcow2 -k DIR/s a.qcow2");
     let theirs = ["b", "fine", "other"].map(map);
     server.end();
     assert_eq!(ours, theirs);
@@ -400,13 +406,7 @@ fn tls_carries_data_between_both_and_their_peers() {
     let line = format!("{server} --tls-creds t -t -e 4 -k DIR/s -f raw a.raw");
     let name = export(",file.tls-creds=t,file.tls-hostname=localhost");
     for ours_serves in [true, false] {
-        let running = if ours_serves {
-            room.start(&line)
-        } else {
-            assert_eq!(room.run(Path::new("qemu-nbd"), &format!("--fork --pid-file=DIR/pid {line}")).0, Some(0));
-            let text = std::fs::read_to_string(room.path("pid")).unwrap();
-            Server { pid: Pid::from_raw(text.trim().parse().unwrap()).unwrap() }
-        };
+        let running = if ours_serves { room.start(&line) } else { room.start_peer(&line) };
         for ours_asks in [true, false] {
             let who = format!("ours serves: {ours_serves}, ours asks: {ours_asks}");
             std::fs::write(room.path("a.raw"), vec![0; 4 << 20]).unwrap();
@@ -497,10 +497,7 @@ fn tls_that_does_not_fit_says_what_helps() {
         server.end();
     }
     // QEMU's server says of a client without a certificate nothing at all.
-    let line = format!("--fork --pid-file=DIR/pid {} --tls-creds t -t -k DIR/s -f raw a.raw", creds("server", "pki"));
-    assert_eq!(room.run(Path::new("qemu-nbd"), &line).0, Some(0));
-    let text = std::fs::read_to_string(room.path("pid")).unwrap();
-    let server = Server { pid: Pid::from_raw(text.trim().parse().unwrap()).unwrap() };
+    let server = room.start_peer(&format!("{} --tls-creds t -t -k DIR/s -f raw a.raw", creds("server", "pki")));
     let (code, _, err) = room.img(&format!(
         "info {} --image-opts {}",
         creds("client", "onlyca"),

@@ -167,12 +167,11 @@ fn outcome(dir: &Path, job: &Job, ours: &Path) -> Result<Outcome> {
     let (mut a, mut b) = (Vec::new(), Vec::new());
     let peer = Path::new("qemu-img");
     for run in 0..RUNS {
-        if run % 2 == 1 {
-            b.push(run_once(dir, job, peer)?);
-        }
-        a.push(run_once(dir, job, ours)?);
-        if run % 2 == 0 {
-            b.push(run_once(dir, job, peer)?);
+        for turn in [run, run + 1] {
+            match turn % 2 {
+                0 => a.push(run_once(dir, job, ours)?),
+                _ => b.push(run_once(dir, job, peer)?),
+            }
         }
     }
     let least = |costs: &[Cost]| {

@@ -33,8 +33,9 @@ const RANGE_MAX_BYTES: u64 = 1 << 30;
 /// Zeroes written as data, where a server knows no other way.
 const ZEROES_BYTES: u64 = 1 << 20;
 
-/// An export of an NBD server as a file. Its length changes when this client changes it, if the server lets it. Any number of threads use it at once: their requests
-/// are in flight together on one connection. When that is lost, every request fails from then on.
+/// An export of an NBD server as a file. Its length changes when this client changes it, if the server lets it. Any
+/// number of threads use it at once: their requests are in flight together on one connection. When that is lost, every
+/// request fails from then on.
 pub struct NbdFile {
     server: String,
     transport: Transport,
