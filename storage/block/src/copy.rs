@@ -409,11 +409,14 @@ impl Shared<'_> {
         };
         match way {
             Way::Mapped(place) => {
-                let _alone = (!self.target.is_direct()).then(|| self.writes.lock());
+                let _alone = place.file.as_host_file().map(|_| self.writes.lock());
                 place.file.write_at(place.host, &WriteBufs::from_slice(part)).map_err(failed)?;
                 place.finish().and_then(|()| self.target.written())
             }
-            _ => self.target.write(offset, part),
+            _ => {
+                let _alone = self.target.writes_to_page_cache().then(|| self.writes.lock());
+                self.target.write(offset, part)
+            }
         }
     }
 

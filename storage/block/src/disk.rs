@@ -448,6 +448,11 @@ impl Disk {
         self.cache.is_direct()
     }
 
+    /// See [`Node::writes_to_page_cache`].
+    pub(crate) fn writes_to_page_cache(&self) -> bool {
+        self.nodes.first().is_some_and(|top| top.writes_to_page_cache())
+    }
+
     /// Whether the top image can only be written once, compressed, in ascending order.
     pub fn is_stream(&self) -> bool {
         self.nodes.first().is_some_and(|top| top.is_stream())

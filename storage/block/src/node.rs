@@ -154,6 +154,10 @@ pub(crate) trait Node: Send + Sync {
     }
     /// A request that was [`Placed::Here`] is over.
     fn land(&self, _ticket: Ticket) {}
+    /// Whether [`Node::write`] is little else than to move bytes to the host's page cache, in one file.
+    fn writes_to_page_cache(&self) -> bool {
+        false
+    }
     /// Makes a range read as zeroes. `may_unmap` allows its space to go back.
     fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError>;
     /// The range is not needed any more. It reads as zeroes or unchanged afterwards.

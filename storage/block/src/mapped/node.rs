@@ -45,6 +45,10 @@ impl<T: BlockTable> Node for MappedNode<T> {
         self.disk.write(&[], offset, bufs)
     }
 
+    fn writes_to_page_cache(&self) -> bool {
+        self.disk.store.file.as_host_file().is_some()
+    }
+
     fn write_zeroes(&self, _below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
         self.disk.write_zeroes(&[], offset, bytes, may_unmap)
     }

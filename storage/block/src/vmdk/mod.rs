@@ -254,6 +254,10 @@ impl Node for VmdkNode {
         })
     }
 
+    fn writes_to_page_cache(&self) -> bool {
+        matches!(&*self.parts, [Part { kind: PartKind::Sparse(disk), .. }] if disk.store.file.as_host_file().is_some())
+    }
+
     fn write_zeroes(&self, below: Below<'_>, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), BlockError> {
         self.each_part(offset, bytes, |part, at, _, bytes| match &part.kind {
             PartKind::Zero => Ok(()),
