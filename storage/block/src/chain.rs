@@ -333,7 +333,9 @@ fn settle_format(path: &Path, file: &File, format: Option<Format>) -> Result<For
     let mut first = [0; PROBE_BYTES];
     let got = pread(file, 0, &ReadBufs::from_slice(&mut first)).map_err(|e| BlockError::io(path, Action::Read, e))?;
     let first = first.get(..got).unwrap_or_default();
-    let Some(declared) = format else { return Ok(image::probe(first)) };
+    let Some(declared) = format else {
+        return image::probe(first).map_err(|source| BlockError::Unread { path: path.to_owned(), source });
+    };
     let checked = image::check_declared(declared, first);
     checked.map_err(|source| BlockError::Mismatch { path: path.to_owned(), source })?;
     Ok(declared)

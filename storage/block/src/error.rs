@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use image::luks::LuksError;
 use image::qcow2::check::CheckError;
 use image::qcow2::{DecompressError, EntryError, HeaderError};
-use image::{Format, FormatMismatch};
+use image::{Format, FormatMismatch, UnreadFormat};
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -83,6 +83,8 @@ pub enum BlockError {
     Header { path: PathBuf, source: HeaderError },
     #[error("{path}: the file is not what it is declared to be; correct the format, or the file", path = path.display())]
     Mismatch { path: PathBuf, source: FormatMismatch },
+    #[error("{path}: its format was guessed", path = path.display())]
+    Unread { path: PathBuf, source: UnreadFormat },
     #[error("{path}: guest offset {guest_offset:#x} is mapped by a damaged entry; run a check with repair on the image", path = path.display())]
     Entry { path: PathBuf, guest_offset: u64, source: EntryError },
     #[error("{path}: the {table} at {offset:#x} lies past the end of the file ({file_bytes} bytes); the image was truncated", path = path.display())]
@@ -235,6 +237,7 @@ impl BlockError {
             E::Io { .. } | E::FlushFailed { .. } => ErrorKind::Io,
             E::BackingMissing { .. } | E::Locked { .. } | E::Nbd(_) => ErrorKind::Io,
             E::Mismatch { .. }
+            | E::Unread { .. }
             | E::RefcountTableFull { .. }
             | E::NoCompression { .. }
             | E::NoPackedCluster { .. }

@@ -70,7 +70,7 @@ pub use image::ova;
 pub use image::qcow2::Snapshot;
 pub use image::qcow2::{CompressionType, CryptMethod};
 pub use image::vmdk::layout::{AdapterType, NewExtent, Subformat};
-pub use image::{Format, PROBE_BYTES, probe};
+pub use image::{Format, PROBE_BYTES, UnreadFormat, probe};
 pub use io::{FileBackend, ReadBackend, ReadOnly};
 pub use luks::{
     EncryptionInfo, KeySlotChange, KeySlotError, LayerKey, LuksCreate, Passphrase, change_key_slots, create_luks,

@@ -209,6 +209,39 @@ fn structured_replies_are_what_the_spec_draws() {
     }
 }
 
+/// A long read costs a server little memory: it is answered in parts, which end once, unless one chunk is asked for.
+#[test]
+fn long_reads_are_answered_in_parts() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = new_image(dir.path(), Format::Raw, 4 << 20);
+    let pattern: Vec<u8> = (0..4u32 << 20).map(|at| (at >> 9) as u8 | 1).collect();
+    disk.write(0, &pattern).unwrap();
+    let served = Served::new(disk, ServeOptions { max_clients: CLIENTS_UNLIMITED, ..ServeOptions::default() });
+    let start = [hex("00000003"), option(8, &[]), option(7, &hex(GO))].concat();
+    let skip = 18 + 20 + 20 + 32;
+    for (flags, offset, length, want) in [
+        (0, 4096, 3 << 20, &[512 << 10; 6][..]),
+        (0, 0, (512 << 10) + 1, &[512 << 10, 1]),
+        (0, 0, 512 << 10, &[512 << 10]),
+        (4, 0, 3 << 20, &[3 << 20]),
+    ] {
+        let answer = send(&served, &[start.clone(), request(flags, 0, 77, offset, length)].concat());
+        let (mut rest, mut got, mut at) = (&answer[skip..], Vec::new(), offset as usize);
+        while !rest.is_empty() {
+            let bytes = u32::from_be_bytes(rest[16..20].try_into().unwrap()) as usize - 8;
+            let is_last = rest.len() == 28 + bytes;
+            assert_eq!(rest[4..8], [0, u8::from(is_last), 0, 1], "{flags} {offset} {length}");
+            assert_eq!(rest[20..28], (at as u64).to_be_bytes());
+            assert!(rest[28..28 + bytes] == pattern[at..at + bytes]);
+            got.push(bytes);
+            (rest, at) = (&rest[28 + bytes..], at + bytes);
+        }
+        assert_eq!(got, want, "{flags} {offset} {length}");
+    }
+    let outside = send(&served, &[start, request(0, 0, 77, 3 << 20, 2 << 20)].concat());
+    assert_eq!(outside[skip..][4..8], hex("0001 8001"), "an error, and nothing before it");
+}
+
 /// A server of a few bytes: what it says to one client whatever that asks.
 fn against(dir: &std::path::Path, bytes: &[u8], client: impl FnOnce(&std::path::Path)) {
     let path = dir.join("hostile");

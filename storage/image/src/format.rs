@@ -79,6 +79,17 @@ pub struct FormatMismatch {
     pub found: &'static str,
 }
 
+/// The first bytes of a file are those of a format that this crate does not read.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "the file looks like {found}, which is not supported; convert it with a program that reads it, or declare it as raw \
+     if it is a disk that begins like one"
+)]
+pub struct UnreadFormat {
+    /// What it looks like, in words.
+    pub found: &'static str,
+}
+
 /// Signatures of formats at offset 0, with the words an error uses for them.
 const SIGNATURES: [(&[u8], &str); 9] = [
     (b"QFI\xfb", "a qcow signature"),
@@ -93,21 +104,27 @@ const SIGNATURES: [(&[u8], &str); 9] = [
 ];
 
 /// Guesses the format from the first [`PROBE_BYTES`] of a file, as QEMU does: by a magic, qcow2 also by its
-/// version, else raw. A fixed vpc, whose magic is at its end, looks like a raw disk.
+/// version, else raw. A fixed vpc, whose magic is at its end, looks like a raw disk. What is known and not read is an error:
+/// taken as a raw disk it would be copied, grown and written to as if its tables were data.
 ///
 /// A guest can write any bytes into its raw disk, so a guess must never decide how a disk of a machine is
 /// opened. It serves a person who asks what a file is.
-pub fn probe(first: &[u8]) -> Format {
+pub fn probe(first: &[u8]) -> Result<Format, UnreadFormat> {
     let has = |at: usize, magic: &[u8]| first.get(at..at + magic.len()) == Some(magic);
-    match crate::be32(first, 4) {
-        Some(2 | 3) if has(0, b"QFI\xfb") => Format::Qcow2,
+    let unread = |found| Err(UnreadFormat { found });
+    Ok(match crate::be32(first, 4) {
+        // A version that does not exist yet is refused by who reads the header.
+        Some(2..) if has(0, b"QFI\xfb") => Format::Qcow2,
+        Some(1) if has(0, b"QFI\xfb") => return unread("qcow version 1"),
+        _ if has(0, b"QED\0") => return unread("a QED image"),
+        _ if has(0, b"WithoutFreeSpace") || has(0, b"WithouFreSpacExt") => return unread("a Parallels disk"),
         _ if has(0, b"LUKS\xba\xbe\0\x01") => Format::Luks,
         _ if has(0, b"vhdxfile") => Format::Vhdx,
         _ if has(0, b"conectix") => Format::Vpc,
         _ if has(0, b"KDMV") || has(0, b"COWD") || has(0, b"# Disk DescriptorFile") => Format::Vmdk,
         _ if has(0x40, &[0x7f, 0x10, 0xda, 0xbe]) => Format::Vdi,
         _ => Format::Raw,
-    }
+    })
 }
 
 /// Checks that a file is what its owner declared. Raw accepts any bytes, because a guest may put an
@@ -129,7 +146,8 @@ fn probing_needs_magic_and_a_version_that_exists() {
     for (bytes, want) in [
         (&b"QFI\xfb\0\0\0\x02"[..], Format::Qcow2),
         (b"QFI\xfb\0\0\0\x03", Format::Qcow2),
-        (b"QFI\xfb\0\0\0\x01", Format::Raw),
+        (b"QFI\xfb\0\0\0\x04", Format::Qcow2),
+        (b"QFI\xfb\0\0\0\0", Format::Raw),
         (b"QFI\xfb", Format::Raw),
         (b"", Format::Raw),
         (b"LUKS\xba\xbe\0\x01", Format::Luks),
@@ -141,7 +159,15 @@ fn probing_needs_magic_and_a_version_that_exists() {
         (b"# Disk", Format::Raw),
         (&[&[0; 0x40][..], &0xbeda_107fu32.to_le_bytes()].concat(), Format::Vdi),
     ] {
-        assert_eq!(probe(bytes), want, "{bytes:?}");
+        assert_eq!(probe(bytes), Ok(want), "{bytes:?}");
+    }
+    for (bytes, found) in [
+        (&b"QFI\xfb\0\0\0\x01"[..], "qcow version 1"),
+        (b"QED\0", "a QED image"),
+        (b"WithoutFreeSpace", "a Parallels disk"),
+        (b"WithouFreSpacExt", "a Parallels disk"),
+    ] {
+        assert_eq!(probe(bytes), Err(UnreadFormat { found }));
     }
 }
 

@@ -23,4 +23,4 @@ pub mod vpc;
 pub use bytes::NewFile;
 pub(crate) use bytes::{be16, be32, be64};
 pub use foreign::FormatError;
-pub use format::{Format, FormatMismatch, PROBE_BYTES, check_declared, probe};
+pub use format::{Format, FormatMismatch, PROBE_BYTES, UnreadFormat, check_declared, probe};

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use block::blkdebug::RulesFileError;
 use block::ova::OvaError;
 use block::spec::SpecError;
-use block::{Action, BlockError, LuksError};
+use block::{Action, BlockError, LuksError, UnreadFormat};
 
 use crate::serve::ServeError;
 use crate::size::{self, SizeError};
@@ -186,6 +186,8 @@ pub enum OvaFault {
     NotThere { member: String },
     #[error("the contents of '{member}' do not match their digest in the manifest; the archive was changed or damaged")]
     Digest { member: String },
+    #[error("the disk '{member}' is not supported: {source}")]
+    Unread { member: String, source: UnreadFormat },
 }
 
 /// Why an image was not created.
@@ -488,6 +490,7 @@ pub fn why(error: &BlockError) -> String {
         BlockError::Luks { source, .. } => source.to_string(),
         BlockError::KeySlot { source, .. } => source.to_string(),
         BlockError::IterTime { iterations, max, .. } => format!("PBKDF iterations {iterations} larger than {max}"),
+        BlockError::Unread { source, .. } => source.to_string(),
         BlockError::Mismatch { source, .. } => format!("Image is not in {} format", source.declared),
         BlockError::BackingMissing { backing, .. } => {
             format!("Could not open backing file: Could not open '{}': No such file or directory", backing.display())

@@ -168,7 +168,7 @@ impl Opener<'_> {
         let mut first = [0; PROBE_BYTES];
         let read = file.read_at(0, &ReadBufs::from_slice(&mut first));
         read.map_err(|source| self.rule(Rule::Probing(source)))?;
-        Ok(probe(&first))
+        probe(&first).map_err(|source| self.failed(BlockError::Unread { path: PathBuf::from(self.label), source }))
     }
 
     fn host(&self, source: io::Error) -> ImgError {

@@ -198,6 +198,7 @@ fn path_of(error: &BlockError) -> Option<&Path> {
         | BlockError::KeyNeeded { path, .. }
         | BlockError::WrongKey { path }
         | BlockError::Luks { path, .. }
+        | BlockError::Unread { path, .. }
         | BlockError::Mismatch { path, .. } => Some(path),
         _ => None,
     }

@@ -114,7 +114,7 @@ impl Archive {
     fn format_of(&self, member: &Member) -> Result<Format, ImgError> {
         let mut first = vec![0; member.bytes.min(PROBE_BYTES as u64) as usize];
         self.read(member.offset, &mut first)?;
-        Ok(probe(&first))
+        probe(&first).map_err(|source| self.refused(OvaFault::Unread { member: member.name.clone(), source }))
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ImgError> {

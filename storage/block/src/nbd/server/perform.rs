@@ -12,7 +12,9 @@ use crate::qcow2::BitmapBits;
 
 /// Reads from this length on leave holes out.
 const SPARSE_BYTES: u64 = 64 << 10;
-/// Most chunks of one read.
+/// Longer reads are answered in parts of this many bytes: a client that asks for 32 MiB takes no more memory.
+const PART_BYTES: u32 = 512 << 10;
+/// Most chunks of one part of a read.
 const PIECES_MAX: usize = 64;
 /// Most runs in one answer about blocks.
 const RUNS_MAX: usize = 1024;
@@ -90,6 +92,13 @@ impl Target<'_> {
             return refused;
         }
         self.attempt(request, room).unwrap_or_else(|error| refusal(&error))
+    }
+
+    /// How much of a request is answered at once. A client that wants one chunk gets one.
+    pub fn part_bytes(&self, request: &Request) -> u32 {
+        let in_parts = self.structured && request.command == command::READ && request.flags & flag::DF == 0;
+        // What is wrong with the whole of it is said before any of it is done.
+        if in_parts && self.check(request).is_ok() { PART_BYTES } else { request.length }
     }
 
     fn check(&self, request: &Request) -> Result<(), Answer> {

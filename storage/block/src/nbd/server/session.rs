@@ -2,6 +2,7 @@
 
 use std::io::{self, BufReader, IoSlice, Read};
 use std::net::Shutdown;
+use std::ops::Range;
 
 use parking_lot::Mutex;
 
@@ -87,13 +88,27 @@ impl Session<'_> {
                 Ok(None) => return,
                 Err(error) => return self.end(error),
             };
-            let answer = self.target.perform(&request, &mut room);
-            if let Err(error) = self.reply(request.cookie, &answer, &room) {
+            if let Err(error) = self.answer(request, &mut room) {
                 return self.end(error.into());
             }
             if room.capacity() > KEEP_BYTES {
                 room = Vec::new();
             }
+        }
+    }
+
+    /// Does what a request asks, and replies: part by part where that can be done.
+    fn answer(&self, mut rest: Request, room: &mut Vec<u8>) -> io::Result<()> {
+        let part_bytes = self.target.part_bytes(&rest);
+        loop {
+            let part = Request { length: rest.length.min(part_bytes), ..rest };
+            let answer = self.target.perform(&part, room);
+            let is_last = part.length == rest.length || matches!(answer, Answer::Error(..));
+            self.reply(rest.cookie, &answer, room, is_last)?;
+            if is_last {
+                return Ok(());
+            }
+            rest = Request { offset: rest.offset + u64::from(part.length), length: rest.length - part.length, ..rest };
         }
     }
 
@@ -116,12 +131,16 @@ impl Session<'_> {
         read
     }
 
-    fn reply(&self, cookie: u64, answer: &Answer, room: &[u8]) -> io::Result<()> {
+    /// Sends an answer. Only one of data may be followed by more (`is_last`).
+    fn reply(&self, cookie: u64, answer: &Answer, room: &[u8], is_last: bool) -> io::Result<()> {
         let mut output = self.output.lock();
         let Output { stream, head } = &mut *output;
         head.clear();
         match answer {
-            Answer::Data(pieces) if self.structured => return reply_pieces(stream, head, cookie, pieces, room),
+            Answer::Data(pieces) if self.structured => {
+                let cuts = encode_pieces(head, cookie, pieces, is_last);
+                return write_pieces(stream, head, &cuts, pieces, room);
+            }
             Answer::Data(_) => {
                 encode_simple(head, 0, cookie);
                 return write_all_vectored(stream, &mut [IoSlice::new(head), IoSlice::new(room)]);
@@ -139,12 +158,12 @@ impl Session<'_> {
     }
 }
 
-/// Sends the chunks of a read in as few calls as possible.
-fn reply_pieces(stream: &mut Stream, head: &mut Vec<u8>, cookie: u64, pieces: &[Piece], room: &[u8]) -> io::Result<()> {
+/// Writes the heads of the chunks of a read; returns where each one is.
+fn encode_pieces(head: &mut Vec<u8>, cookie: u64, pieces: &[Piece], is_last: bool) -> Vec<Range<usize>> {
     let mut cuts = Vec::with_capacity(pieces.len());
     for (index, piece) in pieces.iter().enumerate() {
         let start = head.len();
-        let flags = if index + 1 == pieces.len() { chunk::DONE } else { 0 };
+        let flags = if is_last && index + 1 == pieces.len() { chunk::DONE } else { 0 };
         let (kind, length) = match piece.data {
             Some(_) => (chunk::OFFSET_DATA, 8 + piece.bytes),
             None => (chunk::OFFSET_HOLE, 12),
@@ -156,9 +175,20 @@ fn reply_pieces(stream: &mut Stream, head: &mut Vec<u8>, cookie: u64, pieces: &[
         }
         cuts.push(start..head.len());
     }
+    cuts
+}
+
+/// Sends the chunks of a read in as few calls as possible.
+fn write_pieces(
+    stream: &mut Stream,
+    head: &[u8],
+    cuts: &[Range<usize>],
+    pieces: &[Piece],
+    room: &[u8],
+) -> io::Result<()> {
     let mut slices = Vec::with_capacity(2 * pieces.len());
     for (piece, cut) in pieces.iter().zip(cuts) {
-        slices.push(IoSlice::new(head.get(cut).unwrap_or_default()));
+        slices.push(IoSlice::new(head.get(cut.clone()).unwrap_or_default()));
         if let Some(at) = piece.data {
             slices.push(IoSlice::new(room.get(at..at + piece.bytes as usize).unwrap_or_default()));
         }
