@@ -255,6 +255,35 @@ struct Guestfs {
     callers: Callers,
     kernel: PathBuf,
     version: String,
+    _modules: HostModules,
+}
+
+/// The host's `/lib/modules`, whose mode supermin gives to the appliance's: on a host without a kernel package it is made,
+/// and goes away again.
+struct HostModules {
+    is_ours: bool,
+}
+
+impl HostModules {
+    const PATH: &str = "/lib/modules";
+
+    fn new() -> HostModules {
+        let is_ours = !Path::new(Self::PATH).exists();
+        if is_ours {
+            let why = "supermin needs it; make it, or run this as root";
+            fs::create_dir(Self::PATH).unwrap_or_else(|error| panic!("{}: {error}: {why}", Self::PATH));
+        }
+        HostModules { is_ours }
+    }
+}
+
+impl Drop for HostModules {
+    fn drop(&mut self) {
+        if self.is_ours {
+            // Whoever has put something there meanwhile keeps it.
+            let _ = fs::remove_dir(Self::PATH);
+        }
+    }
 }
 
 impl Guestfs {
@@ -268,7 +297,7 @@ impl Guestfs {
         fs::create_dir_all(&copy).unwrap();
         succeed(Command::new("cp").arg("-r").arg(modules).arg(copy));
         succeed(callers.command("depmod", false).arg("-b").arg(callers.path("root")).arg(&version));
-        Guestfs { callers, kernel, version }
+        Guestfs { callers, kernel, version, _modules: HostModules::new() }
     }
 
     fn run(&self, line: &str) -> String {
