@@ -12,8 +12,9 @@ use crate::qcow2::BitmapBits;
 
 /// Reads from this length on leave holes out.
 const SPARSE_BYTES: u64 = 64 << 10;
-/// Longer reads are answered in parts of this many bytes: a client that asks for 32 MiB takes no more memory.
-const PART_BYTES: u32 = 512 << 10;
+/// Longer reads are answered in parts of this many bytes: a client that asks for 32 MiB takes no more memory. It is the
+/// longest read of QEMU's tools: each part waits for the others' turn to send, which costs more than it saves.
+const PART_BYTES: u32 = 2 << 20;
 /// Most chunks of one part of a read.
 const PIECES_MAX: usize = 64;
 /// Most runs in one answer about blocks.
