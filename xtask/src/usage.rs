@@ -1,8 +1,11 @@
 //! Running a program and knowing what it cost.
 
+use std::fs;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ExitStatus};
+
+use anyhow::{Context, Result};
 
 /// What a finished process used, its waited-for children included.
 #[derive(Clone, Copy, Debug, Default)]
@@ -35,6 +38,14 @@ pub fn wait(child: &Child) -> io::Result<(ExitStatus, Usage)> {
     Ok((ExitStatus::from_raw(status), usage))
 }
 
+/// A field of a file under `/proc` that counts in kB, such as `VmHWM` of `/proc/PID/status`.
+pub fn proc_kib(path: &str, field: &str) -> Result<u64> {
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
+    let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.strip_suffix("kB"));
+    let value = value.with_context(|| format!("{path} has no {field}"))?;
+    value.trim().parse().with_context(|| format!("{path}: {field} is {value:?}"))
+}
+
 /// CPU time a living process has used so far, its ended threads included, in seconds. Exact, unlike the clock ticks of
 /// `/proc/PID/stat`.
 pub fn cpu_of(pid: u32) -> io::Result<f64> {
@@ -49,4 +60,12 @@ pub fn cpu_of(pid: u32) -> io::Result<f64> {
         return Err(io::Error::last_os_error());
     }
     Ok(now.tv_sec as f64 + now.tv_nsec as f64 / 1e9)
+}
+
+#[test]
+fn fields_of_proc_are_read_by_their_whole_name() {
+    // Neither changes while other tests run: the code of the program, and all its addresses are more.
+    let [code, all] = ["VmExe", "VmSize"].map(|field| proc_kib("/proc/self/status", field).unwrap());
+    assert!(0 < code && code < all);
+    assert!(proc_kib("/proc/self/status", "VmHW").is_err() && proc_kib("/proc/nothing", "VmHWM").is_err());
 }

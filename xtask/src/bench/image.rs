@@ -382,10 +382,7 @@ fn run_once(dir: &Path, job: &Job, tool: &Path) -> Result<Cost> {
 /// Where this machine is itself a guest, its host takes free memory back, and a run that has to get it again takes up to
 /// three times as long. This gets it beforehand.
 fn warm_memory() -> Result<()> {
-    let info = fs::read_to_string("/proc/meminfo")?;
-    let have = info.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix("kB"));
-    let have_kib: u64 = have.context("/proc/meminfo without MemAvailable")?.trim().parse()?;
-    let bytes = (have_kib / 2 * 1024).min(WARM_MIB * MIB);
+    let bytes = (usage::proc_kib("/proc/meminfo", "MemAvailable")? / 2 * 1024).min(WARM_MIB * MIB);
     drop(std::hint::black_box(vec![1u8; bytes as usize]));
     Ok(())
 }
@@ -409,10 +406,8 @@ impl Server {
 
     /// CPU seconds and the most memory in MiB so far.
     fn cost(&self) -> Result<(f64, f64)> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB"));
-        let peak_kib: f64 = peak.context("a process without VmHWM")?.trim().parse()?;
-        Ok((usage::cpu_of(self.pid)?, peak_kib / 1024.0))
+        let peak_kib = usage::proc_kib(&format!("/proc/{}/status", self.pid), "VmHWM")?;
+        Ok((usage::cpu_of(self.pid)?, peak_kib as f64 / 1024.0))
     }
 }
 

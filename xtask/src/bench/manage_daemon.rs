@@ -181,10 +181,7 @@ impl Daemon {
 
     /// Resident memory in MiB.
     pub fn resident_mib(&self) -> Result<f64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        let kib: f64 = line.split_whitespace().next().context("no number")?.parse()?;
-        Ok(kib / 1024.0)
+        Ok(usage::proc_kib(&format!("/proc/{}/status", self.pid), "VmRSS")? as f64 / 1024.0)
     }
 
     /// Ends the daemon.

@@ -12,8 +12,8 @@ use crate::qcow2::BitmapBits;
 
 /// Reads from this length on leave holes out.
 const SPARSE_BYTES: u64 = 64 << 10;
-/// Longer reads are answered in parts of this many bytes: a client that asks for 32 MiB takes no more memory. It is the
-/// longest read of QEMU's tools: each part waits for the others' turn to send, which costs more than it saves.
+/// Longer reads are answered in parts of this many bytes: a client that asks for 32 MiB takes no more memory. QEMU's
+/// tools ask for this much at most; with shorter parts, threads that answer at once wait for each other at every one.
 const PART_BYTES: u32 = 2 << 20;
 /// Most chunks of one part of a read.
 const PIECES_MAX: usize = 64;
@@ -99,7 +99,7 @@ impl Target<'_> {
     pub fn part_bytes(&self, request: &Request) -> u32 {
         let in_parts = self.structured && request.command == command::READ && request.flags & flag::DF == 0;
         // What is wrong with the whole of it is said before any of it is done.
-        if in_parts && self.check(request).is_ok() { PART_BYTES } else { request.length }
+        if in_parts && request.length > PART_BYTES && self.check(request).is_ok() { PART_BYTES } else { request.length }
     }
 
     fn check(&self, request: &Request) -> Result<(), Answer> {

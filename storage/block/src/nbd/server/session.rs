@@ -2,7 +2,6 @@
 
 use std::io::{self, BufReader, IoSlice, Read};
 use std::net::Shutdown;
-use std::ops::Range;
 
 use parking_lot::Mutex;
 
@@ -138,8 +137,7 @@ impl Session<'_> {
         head.clear();
         match answer {
             Answer::Data(pieces) if self.structured => {
-                let cuts = encode_pieces(head, cookie, pieces, is_last);
-                return write_pieces(stream, head, &cuts, pieces, room);
+                return reply_pieces(stream, head, cookie, pieces, room, is_last);
             }
             Answer::Data(_) => {
                 encode_simple(head, 0, cookie);
@@ -158,8 +156,15 @@ impl Session<'_> {
     }
 }
 
-/// Writes the heads of the chunks of a read; returns where each one is.
-fn encode_pieces(head: &mut Vec<u8>, cookie: u64, pieces: &[Piece], is_last: bool) -> Vec<Range<usize>> {
+/// Sends the chunks of a read in as few calls as possible. With the last ones it ends.
+fn reply_pieces(
+    stream: &mut Stream,
+    head: &mut Vec<u8>,
+    cookie: u64,
+    pieces: &[Piece],
+    room: &[u8],
+    is_last: bool,
+) -> io::Result<()> {
     let mut cuts = Vec::with_capacity(pieces.len());
     for (index, piece) in pieces.iter().enumerate() {
         let start = head.len();
@@ -175,20 +180,9 @@ fn encode_pieces(head: &mut Vec<u8>, cookie: u64, pieces: &[Piece], is_last: boo
         }
         cuts.push(start..head.len());
     }
-    cuts
-}
-
-/// Sends the chunks of a read in as few calls as possible.
-fn write_pieces(
-    stream: &mut Stream,
-    head: &[u8],
-    cuts: &[Range<usize>],
-    pieces: &[Piece],
-    room: &[u8],
-) -> io::Result<()> {
     let mut slices = Vec::with_capacity(2 * pieces.len());
     for (piece, cut) in pieces.iter().zip(cuts) {
-        slices.push(IoSlice::new(head.get(cut.clone()).unwrap_or_default()));
+        slices.push(IoSlice::new(head.get(cut).unwrap_or_default()));
         if let Some(at) = piece.data {
             slices.push(IoSlice::new(room.get(at..at + piece.bytes as usize).unwrap_or_default()));
         }
