@@ -1,8 +1,8 @@
 //! `bench disk`: a guest's disk under load, by ours and by QEMU in the lab, where KVM is real: the same guest, the same
 //! files, the same requests. What counts is the processor time of the whole monitor for them.
 //!
-//! The lab's own processor is emulated, so its seconds are long ones; both monitors pay the same for an instruction. Of
-//! three runs of a load the cheapest counts.
+//! The lab's own processor is emulated, so its seconds are long ones, and their length changes with what else the machine
+//! does: hence the turns, and the ratios of turns that follow each other.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -47,45 +47,51 @@ while read line; do
 done
 ";
 
-/// The loads on both disks of one monitor, three times, with the processor time that the process takes for each, in
-/// hundredths of a second: all of it, and the guest's own. The first time, code is translated for the lab's processor.
-/// Both start with free memory in large pieces, so that both have huge pages.
+/// Two guests, ours and QEMU's, that stand side by side and are given each load in turn, with the processor time that the
+/// monitor takes for it, in hundredths of a second: all of it, and the guest's own. QEMU takes no locks, so that both can
+/// have the same files. Both start with free memory in large pieces, so that both have huge pages.
 const DRIVE: &str = "\
 mkdir -p /mnt; mount -t ext4 /dev/vda /mnt || exit 1
 cpu() { awk '{ print $14 + $15 }' /proc/$1/stat; }
 inside() { awk '{ print $43 }' /proc/$1/stat; }
-wait_for() { n=0; until [ \"$(grep -c \"$1\" /tmp/out)\" -ge $2 ]; do n=$((n + 1)); [ $n = 3000 ] && { cat /tmp/out; exit 1; }; [ -d /proc/$pid ] || { cat /tmp/out; exit 1; }; sleep 0.2; done; }
-loads() {
-  pid=$!
-  exec 3> /tmp/in
-  wait_for GUEST-READY 1
-  done=0
-  for disk in a b a b a b; do
-    while read -r way order block depth count; do
-      sync; [ $cache = writeback ] || echo 3 > /proc/sys/vm/drop_caches
-      before=$(cpu $pid); guest=$(inside $pid)
-      echo \"/dev/vd$disk $way $order $block $depth $count\" >&3
-      done=$((done + 1)); wait_for LOAD-DONE $done
-      echo \"LAB-LOAD $1 $disk $way-$order $(($(cpu $pid) - before)) $(($(inside $pid) - guest))\"
-    done < /loads
-  done
-  grep -q LOAD-FAILED /tmp/out && { cat /tmp/out; exit 1; }
-  echo off >&3; wait $pid; exec 3>&-
-  rm /tmp/in /tmp/out
+fail() { cat /tmp/$1.out; exit 1; }
+wait_for() { n=0; until [ \"$(grep -c \"$2\" /tmp/$1.out)\" -ge $3 ]; do n=$((n + 1)); [ $n = 3000 ] && fail $1; [ -d /proc/$pid ] || fail $1; sleep 0.2; done; }
+fresh() { sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory; mkfifo /tmp/$1.in; : > /tmp/$1.out; }
+turn() {
+  eval pid=\\$$1; who=$1; shift
+  sync; [ $cache = writeback ] || echo 3 > /proc/sys/vm/drop_caches
+  before=$(cpu $pid); guest=$(inside $pid)
+  case $who in ours) echo \"/dev/vd$*\" >&3;; *) echo \"/dev/vd$*\" >&4;; esac
+  wait_for $who LOAD-DONE $done
+  echo \"LAB-LOAD $cache $1 $2-$3-$4 $round $who $(($(cpu $pid) - before)) $(($(inside $pid) - guest))\"
 }
-fresh() { sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory; mkfifo /tmp/in; : > /tmp/out; }
 for cache in writeback none; do
-  fresh
+  fresh ours
   vireo-vmm run --accel kvm --kernel /l2/vmlinuz --initrd /l2/load.img --append 'console=ttyS0 quiet' --memory 192 \\
-    --disk path=/mnt/raw.img,format=raw,cache=$cache --disk path=/mnt/disk.qcow2,format=qcow2,cache=$cache < /tmp/in > /tmp/out &
-  loads vireo-$cache
+    --disk path=/mnt/raw.img,format=raw,cache=$cache --disk path=/mnt/disk.qcow2,format=qcow2,cache=$cache \\
+    < /tmp/ours.in > /tmp/ours.out &
+  ours=$!; exec 3> /tmp/ours.in
+  pid=$ours; wait_for ours GUEST-READY 1
   [ $cache = none ] && aio=native || aio=threads
-  fresh
+  fresh peer
+  disk=cache=$cache,aio=$aio,if=none,file.locking=off
   qemu-system-x86_64 -L /qemu -M q35 -accel kvm -cpu host -m 192 -nodefaults -no-user-config -display none -serial stdio \\
     -kernel /l2/vmlinuz -initrd /l2/load.img -append 'console=ttyS0 quiet' \\
-    -drive file=/mnt/raw.img,if=none,id=a,format=raw,cache=$cache,aio=$aio -device virtio-blk-pci,drive=a \\
-    -drive file=/mnt/disk.qcow2,if=none,id=b,format=qcow2,cache=$cache,aio=$aio -device virtio-blk-pci,drive=b < /tmp/in > /tmp/out &
-  loads qemu-$cache
+    -drive $disk,id=a,format=raw,file.filename=/mnt/raw.img -device virtio-blk-pci,drive=a \\
+    -drive $disk,id=b,format=qcow2,file.filename=/mnt/disk.qcow2 -device virtio-blk-pci,drive=b \\
+    < /tmp/peer.in > /tmp/peer.out 3>&- &
+  peer=$!; exec 4> /tmp/peer.in
+  pid=$peer; wait_for peer GUEST-READY 1
+  done=0
+  for round in 0 1 2 3 4 5; do for disk in a b; do
+    while read -r load; do
+      done=$((done + 1))
+      case $round in 0|2|4) turn ours $disk $load; turn peer $disk $load;; *) turn peer $disk $load; turn ours $disk $load;; esac
+    done < /loads
+  done; done
+  for who in ours peer; do grep -q LOAD-FAILED /tmp/$who.out && fail $who; done
+  echo off >&3; echo off >&4; wait $ours; wait $peer; exec 3>&- 4>&-
+  rm /tmp/*.in /tmp/*.out
 done
 ";
 
@@ -157,46 +163,62 @@ fn make_disks(dir: &Path, disk: &Path) -> Result<()> {
     Ok(fs::remove_dir_all(&tree)?)
 }
 
-/// Processor time for a load: of the whole monitor, and of what is not the guest.
+/// Processor time for a load in hundredths of a second: of the whole monitor, and of what is not the guest.
+#[derive(Clone, Copy)]
 struct Spent {
-    all_s: f64,
-    outside_s: f64,
+    all: f64,
+    outside: f64,
 }
 
-fn spent(said: &str, who: &str, disk: &str, load: &str) -> Result<Spent> {
-    let way: Vec<&str> = load.split(' ').take(2).collect();
-    let prefix = format!("LAB-LOAD {who} {disk} {} ", way.join("-"));
+/// What one monitor took for a load, round by round, without the first: there code is translated for the lab's processor.
+fn spent(said: &str, cache: &str, disk: &str, load: &str, who: &str) -> Result<Vec<Spent>> {
+    let way: Vec<&str> = load.split(' ').take(3).collect();
+    let prefix = format!("LAB-LOAD {cache} {disk} {} ", way.join("-"));
     let parse = |line: &str| {
-        let mut numbers = line.strip_prefix(&prefix)?.split_whitespace().map(str::parse::<f64>);
+        let (round, rest) = line.strip_prefix(&prefix)?.split_once(' ')?;
+        let mut numbers = rest.strip_prefix(who)?.split_whitespace().map(str::parse::<f64>);
         let (all, guest) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
-        Some(Spent { all_s: all / 100.0, outside_s: (all - guest) / 100.0 })
+        (round != "0").then_some(Spent { all, outside: all - guest })
     };
-    let cheapest = said.lines().filter_map(parse).min_by(|a, b| a.all_s.total_cmp(&b.all_s));
-    cheapest.with_context(|| format!("the lab measured no {prefix}"))
+    let rounds: Vec<Spent> = said.lines().filter_map(parse).collect();
+    if rounds.is_empty() { bail!("the lab measured no {prefix}of {who}") } else { Ok(rounds) }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn print(said: &str) -> Result<()> {
     println!("\ndisk: requests per CPU second of the monitor, in the lab; ratio above 1: ours does more");
-    println!("{:<44} {:>10} {:>10} {:>8} {:>16}", "", "vireo", "qemu", "ratio", "without guest");
-    let mut ratios = Vec::new();
+    println!("(medians of the rounds; the ratio is the median of the rounds' ratios, of turns that follow each other)");
+    println!(
+        "{:<44} {:>10} {:>10} {:>8} {:>8} {:>8} {:>16}",
+        "", "vireo", "qemu", "ratio", "least", "most", "without guest"
+    );
+    let mut product = 0.0;
+    let mut cases = 0;
     for cache in ["writeback", "none"] {
         for (disk, format) in [("a", "raw"), ("b", "qcow2")] {
             for (name, load, count) in LOADS {
-                let ours = spent(said, &format!("vireo-{cache}"), disk, load)?;
-                let peer = spent(said, &format!("qemu-{cache}"), disk, load)?;
-                let per_s = |spent: f64| f64::from(count) / spent;
-                let ratio = peer.all_s / ours.all_s;
-                ratios.push(ratio);
+                let [ours, peer] = [spent(said, cache, disk, load, "ours")?, spent(said, cache, disk, load, "peer")?];
+                let per_s = |rounds: &[Spent]| f64::from(count) / median(rounds.iter().map(|spent| spent.all / 100.0));
+                let ratios =
+                    |of: fn(&Spent) -> f64| ours.iter().zip(&peer).map(move |(ours, peer)| of(peer) / of(ours));
+                let ratio = median(ratios(|spent| spent.all));
+                let least = ratios(|spent| spent.all).fold(f64::INFINITY, f64::min);
+                let most = ratios(|spent| spent.all).fold(0.0, f64::max);
+                let outside = median(ratios(|spent| spent.outside));
+                product += ratio.ln();
+                cases += 1;
                 let what = format!("{format}, cache={cache}, {name}");
-                let (a, b) = (per_s(ours.all_s), per_s(peer.all_s));
-                println!("{what:<44} {a:>10.0} {b:>10.0} {ratio:>8.2} {:>16.2}", peer.outside_s / ours.outside_s);
+                let (ours, peer) = (per_s(&ours), per_s(&peer));
+                println!("{what:<44} {ours:>10.0} {peer:>10.0} {ratio:>8.2} {least:>8.2} {most:>8.2} {outside:>16.2}");
             }
         }
     }
-    if ratios.is_empty() {
-        bail!("nothing was measured");
-    }
-    let mean = (ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / ratios.len() as f64).exp();
+    let mean = (product / f64::from(cases)).exp();
     println!("{:<44} {:>10} {:>10} {mean:>8.2}", "geometric mean", "", "");
     Ok(())
 }
