@@ -36,8 +36,9 @@ const HEADER_BYTES: usize = 16;
 const MAX_RANGES: usize = 16;
 /// Sectors in one such range: 1 GiB, so that one request does not take the thread for long.
 const MAX_RANGE_SECTORS: u32 = 1 << 21;
-/// Requests that a queue holds where nothing else is asked for.
-pub(crate) const QUEUE_SIZE: u16 = 256;
+/// Requests that a queue holds where nothing else is asked for. A chain is no longer than its queue, and 1 MiB in pages of
+/// 4 KiB, with header and status, is a chain of 258: in half the queue a driver would make two requests of it.
+pub(crate) const QUEUE_SIZE: u16 = 512;
 
 /// How many queues, and how many requests each holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -419,6 +420,27 @@ mod tests {
             rig.offer(0, &[(table, 48, INDIRECT)]);
             assert_eq!((rig.used(0), rig.get(BODY, 2)), (Some(513), vec![5, 5]));
         });
+    }
+
+    #[test]
+    fn a_mebibyte_in_pages_is_one_request() {
+        const PAGE: u32 = 4096;
+        let disk = MemoryDisk::new(1 << 20);
+        let mut segments = [0; 4];
+        segments.copy_from_slice(&model(&disk, BlkQueues::default()).config[12..16]);
+        assert!(u32::from_le_bytes(segments) >= 256, "a driver would split it");
+        let mut rig = rig(&disk, false);
+        rig.start(1, 0);
+        rig.put(DATA, &header(T_OUT, 0));
+        rig.put(BODY, &[9; PAGE as usize]);
+        let mut chain = vec![(DATA, 16, 0)];
+        chain.resize(257, (BODY, PAGE, 0));
+        chain.push((STATUS, 1, WRITE_ONLY));
+        let table = DATA + 0x4000;
+        rig.put_table(table, &chain);
+        rig.offer(0, &[(table, 16 * chain.len() as u32, INDIRECT)]);
+        assert_eq!((rig.used(0), rig.get(STATUS, 1)[0]), (Some(1), S_OK));
+        assert!(disk.bytes.lock().iter().all(|&byte| byte == 9));
     }
 
     /// Starts a rig with a write of sector 3, which the disk must not take yet.

@@ -10,7 +10,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 pub(crate) type Buffers<'a> = SmallVec<[GuestBuffer<'a>; 8]>;
 
 /// The most descriptors of one chain that are looked at; the most segments a driver is told it may use lies below.
-pub(crate) const MAX_SEGMENTS: usize = 256;
+pub(crate) const MAX_SEGMENTS: usize = 512;
 
 /// A chain that cannot be used: too long, outside guest memory, or readable parts behind writable ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -131,7 +131,7 @@ impl Disk {
             on_read_error: DiskErrorPolicy::Report,
             detect_zeroes: DetectZeroes::Off,
             queues: 1,
-            queue_size: 256,
+            queue_size: 512, // a transfer of 1 MiB in pages is one request
             io_threads: vec![0],
             io: DiskIo::Auto,
             throttle: DiskThrottle::default(),
