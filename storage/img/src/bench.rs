@@ -36,10 +36,9 @@ const OPTIONS: &[Opt] = &[
     OBJECT,
 ];
 
-/// Most threads of direct reads; a deeper queue is as deep as this.
-const DIRECT_READERS_MAX: u64 = 8;
-/// Most threads of direct writes. A file system lets one write at a time grow a file, and the others spin for their turn.
-const DIRECT_WRITERS_MAX: u64 = 4;
+/// Most threads of direct requests; a deeper queue is as deep as this. More do not make a disk quicker, and those that
+/// write to a file that grows spin for their turn.
+const DIRECT_THREADS_MAX: u64 = 8;
 
 /// What is measured.
 struct Plan {
@@ -86,8 +85,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     // A request that the host serves from memory keeps a processor busy; more threads would only take turns. One that
     // goes to the disk keeps a thread waiting.
     let most = match cache {
-        CacheMode::None | CacheMode::DirectSync if plan.write => DIRECT_WRITERS_MAX,
-        CacheMode::None | CacheMode::DirectSync => DIRECT_READERS_MAX,
+        CacheMode::None | CacheMode::DirectSync => DIRECT_THREADS_MAX,
         _ => default_workers() as u64,
     };
     measure(&disk, &plan, plan.depth.min(most)).map_err(|source| ImgError::BenchFailed { source })?;
