@@ -137,6 +137,8 @@ pub enum ImgError {
     CreatingOutput { name: String, source: MakeError },
     #[error("Failed request: {}", why(source))]
     BenchFailed { source: BlockError },
+    #[error("The kernel takes no requests from the ring any more: {0}; try --aio=threads")]
+    Ring(io::Error),
     #[error("{name}: {}", why(source))]
     Commit { name: String, source: BlockError },
     #[error("Could not open new backing file '{name}': {}", why(source))]

@@ -559,6 +559,19 @@ fn bench_measures_and_refuses() {
         ok bench -c 100 -w --pattern 5 --flush-interval 10 -d 4 -s 64k -S 128k -o 1M base.qcow2
         same base.qcow2
         ok bench -c 100 -t none -n -d 8 top.qcow2
+        ok bench -c 100 -i io_uring -d 8 top.qcow2
+        ok bench -c 40 -w -t none --pattern 6 -d 16 -s 5000 -S 40000 base.qcow2
+        same base.qcow2
+        ok bench -c 40 -w -i io_uring --pattern 7 -d 3 -s 64k -o 1M base.qcow2
+        same base.qcow2
+        ok bench -c 40 -w -t none -i threads --pattern 8 --flush-interval 8 -d 8 base.qcow2
+        same base.qcow2
+        peer create -q -f qcow2 -o cluster_size=4k new.qcow2 4M
+        ok bench -c 2000 -w -t none --pattern 9 --flush-interval 100 --no-drain -d 16 new.qcow2
+        same new.qcow2
+        peer create -q -f vmdk new.vmdk 4M
+        ok bench -c 900 -w -t none --pattern 9 -d 16 -f vmdk new.vmdk
+        same new.vmdk
         fail 1 bench -c 0 base.qcow2
         fail 1 bench -c 10 -s 0 base.qcow2
         fail 1 bench -c 10 --flush-interval 10 base.qcow2
