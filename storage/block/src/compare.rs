@@ -1,10 +1,12 @@
 //! Comparing what two disks hold.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use crate::copy::{CHUNK_BYTES, run_on_threads};
+use crate::copy::CHUNK_BYTES;
+use crate::crew::Crew;
 use crate::disk::Disk;
 use crate::error::BlockError;
 use crate::node::ExtentKind;
@@ -24,6 +26,7 @@ struct Shared<'a> {
     differs: AtomicU64,
     stop: AtomicBool,
     error: Mutex<Option<BlockError>>,
+    crew: Crew,
     progress: &'a (dyn Fn(u64, u64) + Sync),
 }
 
@@ -44,9 +47,10 @@ pub fn compare(
         differs: AtomicU64::new(u64::MAX),
         stop: AtomicBool::new(false),
         error: Mutex::new(None),
+        crew: Crew::new(workers, first.is_remote() || second.is_remote()),
         progress,
     };
-    run_on_threads(workers.clamp(1, 16), &|| shared.work());
+    shared.crew.run(&|| shared.work());
     let differs = shared.differs.into_inner();
     match shared.error.into_inner() {
         // A difference before what could not be read is an answer all the same, but which is first is not known.
@@ -75,7 +79,12 @@ impl Shared<'_> {
         let mut room = [PageBuf::default(), PageBuf::default()];
         while !self.stop.load(Ordering::Relaxed) {
             let result = match self.take() {
-                Ok(Some((offset, bytes, data))) => self.compare(offset, bytes, data, &mut room),
+                Ok(Some((offset, bytes, data))) => {
+                    let began = Instant::now();
+                    let done = self.compare(offset, bytes, data, &mut room);
+                    self.crew.took(began.elapsed());
+                    done
+                }
                 Ok(None) => return,
                 Err(error) => Err(error),
             };

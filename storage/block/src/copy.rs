@@ -4,9 +4,11 @@
 use std::fs::File;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::crew::Crew;
 use crate::disk::{ChainExtent, Disk};
 use crate::error::{Action, BlockError};
 use crate::host_file::{copy_inside_kernel, shares_blocks};
@@ -29,13 +31,11 @@ const CHUNK_MAX_BYTES: u64 = 2 << 20;
 const DIRECT_WORKERS: usize = 3;
 /// Zeroes that one step skips or writes.
 const ZERO_STEP_BYTES: u64 = 1 << 30;
-/// Memory of one thread's stack. Nothing recurses deeper than a backing chain, 200 images at most.
-const STACK_BYTES: usize = 512 << 10;
 
 /// How a disk is copied.
 #[derive(Clone, Debug)]
 pub struct CopyOptions {
-    /// Threads, 1 to 16.
+    /// Threads, 1 to 16; all of them where a server keeps them waiting.
     pub workers: usize,
     /// Let writes overtake each other.
     pub out_of_order: bool,
@@ -142,6 +142,7 @@ struct Shared<'a> {
     no_kernel_copy: AtomicBool,
     done_bytes: AtomicU64,
     error: Mutex<Option<BlockError>>,
+    crew: Crew,
     progress: &'a (dyn Fn(u64, u64) -> bool + Sync),
 }
 
@@ -183,24 +184,14 @@ pub fn copy(
         no_kernel_copy: AtomicBool::new(false),
         done_bytes: AtomicU64::new(0),
         error: Mutex::new(None),
+        crew: Crew::new(opts.workers, source.is_remote() || target.is_remote()),
         progress,
     };
-    run_on_threads(opts.workers.clamp(1, 16), &|| shared.work());
+    shared.crew.run(&|| shared.work());
     match shared.error.into_inner() {
         Some(error) => Err(error),
         None => Ok(()),
     }
-}
-
-/// Runs `work` on this thread and `count - 1` others, fewer where the host gives no more.
-pub fn run_on_threads(count: usize, work: &(dyn Fn() + Sync)) {
-    std::thread::scope(|scope| {
-        for _ in 1..count {
-            // One thread less is slower and nothing else.
-            let _ = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
-        }
-        work();
-    });
 }
 
 impl Shared<'_> {
@@ -209,7 +200,12 @@ impl Shared<'_> {
         let mut packed = Vec::new();
         loop {
             let result = match self.take() {
-                Ok(Some(step)) => self.perform(&step, &mut room, &mut packed),
+                Ok(Some(step)) => {
+                    let began = Instant::now();
+                    let done = self.perform(&step, &mut room, &mut packed);
+                    self.crew.took(began.elapsed());
+                    done
+                }
                 Ok(None) => return,
                 Err(error) => Err(error),
             };

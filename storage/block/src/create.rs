@@ -133,6 +133,10 @@ pub fn format_qcow2(
     };
     let plan = Plan::new(&new, &features).map_err(refused)?;
     let failed = |e| BlockError::io(path, Action::Create, e);
+    let held = file.len_bytes().map_err(failed)?.min(plan.file_bytes());
+    if held > 0 {
+        file.write_zeroes(0, held, true).map_err(failed)?;
+    }
     for (offset, bytes) in plan.pieces() {
         file.write_at(offset, &WriteBufs::from_slice(&bytes)).map_err(failed)?;
     }
@@ -161,11 +165,20 @@ pub fn format_data_file(
     size_bytes: u64,
     opts: &Qcow2Create,
 ) -> Result<(), BlockError> {
-    file.set_len_bytes(0).map_err(|e| BlockError::io(path, Action::Create, e))?;
+    empty(file).map_err(|e| BlockError::io(path, Action::Create, e))?;
     format_raw(file, path, size_bytes, opts.preallocation)
 }
 
-/// Makes `file` a raw image of zeroes; `path` names it in errors. The size is rounded up to 512 bytes.
+/// Makes a file hold nothing; one that cannot be cut, as a block device, holds zeroes then.
+pub(crate) fn empty(file: &dyn FileBackend) -> std::io::Result<()> {
+    match file.keeps_len() {
+        false => file.set_len_bytes(0),
+        true => file.write_zeroes(0, file.len_bytes()?, true),
+    }
+}
+
+/// Makes `file` a raw image of zeroes; `path` names it in errors. The size is rounded up to 512 bytes. A block device that
+/// is large enough keeps what it holds, as QEMU leaves it.
 pub fn format_raw(
     file: &dyn FileBackend,
     path: &Path,

@@ -177,6 +177,8 @@ pub struct Disk {
     discard: Discard,
     detect_zeroes: DetectZeroes,
     cache: CacheMode,
+    /// A layer lies on a server.
+    remote: bool,
     meters: Arc<Meters>,
     /// Where requests of the top image can be made to stop.
     breakpoints: Option<Arc<Breakpoints>>,
@@ -209,6 +211,7 @@ impl Disk {
         }
         let path = top.path_label.clone();
         let breakpoints = top.file.breakpoints();
+        let remote = chain.iter().any(|layer| layer.file.is_remote());
         let labels: Vec<PathBuf> = chain.iter().map(|file| file.path_label.clone()).collect();
         let mut nodes = Vec::with_capacity(chain.len());
         for (depth, layer) in chain.into_iter().enumerate() {
@@ -222,6 +225,7 @@ impl Disk {
             discard: opts.discard,
             detect_zeroes: opts.detect_zeroes,
             cache: opts.cache,
+            remote,
             meters: Arc::default(),
             breakpoints,
             taps: SmallVec::new(),
@@ -443,6 +447,11 @@ impl Disk {
         self.nodes.first().map_or(0, |top| top.cluster_bytes())
     }
 
+    /// Whether requests wait for a server, so that many at once take as long as one.
+    pub fn is_remote(&self) -> bool {
+        self.remote
+    }
+
     /// Whether the host's page cache is bypassed.
     pub(crate) fn is_direct(&self) -> bool {
         self.cache.is_direct()
@@ -529,13 +538,15 @@ impl Disk {
     pub(crate) fn view(&self, depth: usize, read_only: bool) -> Disk {
         let nodes = self.nodes.get(depth..).unwrap_or_default().to_vec();
         let path = nodes.first().map_or_else(PathBuf::new, |top| top.path().to_owned());
-        let Disk { discard, cache, .. } = *self;
+        let Disk { discard, cache, remote, .. } = *self;
         let (meters, breakpoints, taps) = (Arc::default(), None, SmallVec::new());
-        Disk { nodes, path, read_only, discard, detect_zeroes: DetectZeroes::Off, cache, meters, breakpoints, taps }
+        let detect_zeroes = DetectZeroes::Off;
+        Disk { nodes, path, read_only, discard, detect_zeroes, cache, remote, meters, breakpoints, taps }
     }
 
     /// Goes on with the layers of another disk: no request is under way.
     pub(crate) fn move_to(&mut self, target: Disk) {
+        self.remote = target.remote;
         self.set_nodes(target.nodes);
     }
 

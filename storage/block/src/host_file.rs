@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
@@ -25,6 +25,8 @@ type BounceStep<'a> = dyn FnMut(u64, &mut [u8], std::ops::Range<usize>, usize) -
 pub struct HostFile {
     file: File,
     direct: bool,
+    /// It is a block device, whose length is not ours.
+    device: bool,
     /// The file may become longer than what was written to it.
     growing: bool,
     /// Held while a request that is not aligned reads and writes the blocks around it.
@@ -70,7 +72,8 @@ impl HostFile {
     /// Takes an open file; its flags say whether it is direct.
     pub fn new(file: File) -> io::Result<HostFile> {
         let direct = rustix::fs::fcntl_getfl(&file)?.contains(OFlags::DIRECT);
-        Ok(HostFile { file, direct, growing: false, ragged: Mutex::new(()) })
+        let device = file.metadata()?.file_type().is_block_device();
+        Ok(HostFile { file, direct, device, growing: false, ragged: Mutex::new(()) })
     }
 
     /// The same, as a file whose length means nothing: its end need not be kept at the byte.
@@ -220,7 +223,15 @@ impl FileBackend for HostFile {
     }
 
     fn set_len_bytes(&self, bytes: u64) -> io::Result<()> {
-        self.file.set_len(bytes)
+        match self.device {
+            false => self.file.set_len(bytes),
+            true if bytes <= self.len_bytes()? => Ok(()),
+            true => Err(io::Error::new(io::ErrorKind::InvalidInput, "Cannot grow device files")),
+        }
+    }
+
+    fn keeps_len(&self) -> bool {
+        self.device
     }
 
     fn allocated_bytes(&self) -> io::Result<u64> {

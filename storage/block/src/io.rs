@@ -49,8 +49,16 @@ pub trait FileBackend: Send + Sync {
     }
     /// Length in bytes.
     fn len_bytes(&self) -> io::Result<u64>;
-    /// Sets the length.
+    /// Sets the length. What [keeps its length](FileBackend::keeps_len) has room for any that is no longer.
     fn set_len_bytes(&self, bytes: u64) -> io::Result<()>;
+    /// It cannot be cut, so its length says nothing of what is in it: a device, or an export of a server.
+    fn keeps_len(&self) -> bool {
+        false
+    }
+    /// Each request waits for a server.
+    fn is_remote(&self) -> bool {
+        false
+    }
     /// Bytes of storage in use, at most 512 off.
     fn allocated_bytes(&self) -> io::Result<u64>;
 }

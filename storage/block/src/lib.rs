@@ -19,6 +19,7 @@ mod chain;
 mod compare;
 mod copy;
 mod create;
+mod crew;
 mod disk;
 mod error;
 mod foreign;
@@ -53,11 +54,12 @@ pub use chain::{
     inspect_backend, open_alone, resolve_chain, resolve_chain_probing,
 };
 pub use compare::compare;
-pub use copy::{CopyOptions, copy, run_on_threads};
+pub use copy::{CopyOptions, copy};
 pub use create::{
     DataFile, Preallocation, Qcow2Create, create_qcow2, create_raw, format_data_file, format_qcow2, format_raw,
     open_for_new,
 };
+pub use crew::run_on_threads;
 pub use disk::{CacheMode, ChainBackend, ChainExtent, Counters, DetectZeroes, Discard, Disk, OpenOptions};
 pub use error::{Action, BlockError, ErrorKind};
 pub use foreign::{ForeignImage, ForeignInfo, ForeignReport};

@@ -80,12 +80,16 @@ impl Node for RawNode {
         if self.no_sync { Ok(()) } else { self.done(Action::Sync, self.file.sync_data()) }
     }
 
-    /// A block device keeps its size; the host says so.
     fn resize(&self, _below: Below<'_>, to_bytes: u64, shrink: bool, room: Preallocation) -> Result<(), BlockError> {
         check_shrink(&self.path, self.size_bytes(), to_bytes, shrink)?;
         let rounded = to_bytes.min(i64::MAX as u64 - 511).next_multiple_of(512);
         // The last sector may be a part of one, as in any raw file.
-        self.done(Action::Write, self.file.set_len_bytes(to_bytes.min(rounded)))?;
+        let wanted = to_bytes.min(rounded);
+        self.done(Action::Write, self.file.set_len_bytes(wanted))?;
+        if self.done(Action::Stat, self.file.len_bytes())? != wanted {
+            let fixed = std::io::Error::new(std::io::ErrorKind::InvalidInput, "Cannot resize device files");
+            return self.done(Action::Write, Err(fixed));
+        }
         preallocate(&*self.file, &self.path, self.size_bytes()..rounded, room)?;
         self.size_bytes.store(rounded, Ordering::Relaxed);
         Ok(())

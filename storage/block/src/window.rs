@@ -79,6 +79,12 @@ impl FileBackend for Window {
             None => self.below.set_len_bytes(self.place(bytes, 0)?),
         }
     }
+    fn keeps_len(&self) -> bool {
+        self.below.keeps_len()
+    }
+    fn is_remote(&self) -> bool {
+        self.below.is_remote()
+    }
     fn allocated_bytes(&self) -> io::Result<u64> {
         self.below.allocated_bytes()
     }

@@ -41,6 +41,8 @@ const OPTIONS: &[Opt] = &[
 /// Most threads of direct requests; a deeper queue is as deep as this. More do not make a disk quicker, and those that
 /// write to a file that grows spin for their turn.
 const DIRECT_THREADS_MAX: u64 = 8;
+/// Most threads of requests to a server.
+const REMOTE_THREADS_MAX: u64 = 64;
 /// Most requests in a ring; a deeper queue is as deep as this.
 const RING_REQUESTS_MAX: u64 = 4096;
 /// So many requests that the ring refused in a row, and the rest is for threads: this one waits for each.
@@ -95,8 +97,12 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     }
     let started = Instant::now();
     // A request that the host serves from memory keeps a processor busy; more threads would only take turns. One that
-    // goes to the disk keeps a thread waiting.
-    let threads = if cache.is_direct() { DIRECT_THREADS_MAX } else { default_workers() as u64 };
+    // goes to the disk keeps a thread waiting, and one that goes to a server for longer.
+    let threads = match cache.is_direct() {
+        _ if disk.is_remote() => REMOTE_THREADS_MAX,
+        true => DIRECT_THREADS_MAX,
+        false => default_workers() as u64,
+    };
     let run = Run { disk: &disk, plan: &plan, next: AtomicU64::new(0), error: Mutex::new(None) };
     if by_ring {
         run.by_ring().map_err(ImgError::Ring)?;

@@ -345,6 +345,14 @@ impl FileBackend for Blkdebug {
         self.below.set_len_bytes(bytes)
     }
 
+    fn keeps_len(&self) -> bool {
+        self.below.keeps_len()
+    }
+
+    fn is_remote(&self) -> bool {
+        self.below.is_remote()
+    }
+
     fn allocated_bytes(&self) -> io::Result<u64> {
         self.below.allocated_bytes()
     }

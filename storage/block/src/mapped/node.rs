@@ -76,7 +76,7 @@ impl<T: BlockTable> Node for MappedNode<T> {
 
 /// Makes `file` hold a new image, on stable storage when this returns.
 pub(crate) fn write_new(file: &dyn FileBackend, path: &Path, layout: &NewFile) -> Result<(), BlockError> {
-    let written = file.set_len_bytes(0).and_then(|()| {
+    let written = crate::create::empty(file).and_then(|()| {
         for (offset, bytes) in &layout.pieces {
             file.write_at(*offset, &WriteBufs::from_slice(bytes))?;
         }

@@ -197,8 +197,7 @@ impl Tables {
             let offset = cluster << geometry.cluster_bits;
             return Err(place.refuse(MaintenanceError::RefcountOverflow { offset, max }));
         }
-        let start = report.counts.end().max(file_bytes.div_ceil(geometry.cluster_bytes()));
-        let new = write_refcounts_anew(place, &geometry, &report.counts, start)?;
+        let new = write_refcounts_anew(place, &geometry, &report.counts)?;
         (header.reftable_offset, header.reftable_clusters) = new.table();
         let mut old_area = vec![0; geometry.cluster_bytes().min(file_bytes) as usize];
         place.read(0, &mut old_area)?;

@@ -127,6 +127,10 @@ impl Rewrite<'_> {
         let failed = |e| self.data.failed(Action::Write, e);
         let file = &*self.data.file;
         file.set_len_bytes(from_bytes).map_err(failed)?;
+        let held = file.len_bytes().map_err(failed)?.min(to_bytes).saturating_sub(from_bytes);
+        if held > 0 {
+            file.write_zeroes(from_bytes, held, true).map_err(failed)?;
+        }
         file.set_len_bytes(to_bytes).map_err(failed)?;
         preallocate(file, &self.data.path, from_bytes..to_bytes, room)
     }

@@ -33,14 +33,13 @@ impl Tables {
 
     fn write_new_structures(&mut self, counts: &Counts) -> Result<(), BlockError> {
         let place = Place { file: &*self.file, path: &self.path };
-        let start = counts.end().max(self.file_clusters);
-        let new = write_refcounts_anew(place, &self.geometry, counts, start)?;
+        let new = write_refcounts_anew(place, &self.geometry, counts)?;
         self.barrier()?;
         self.write_file(REFTABLE_POINTER_OFFSET, &new.pointer())?;
         self.barrier()?;
         self.header.reftable_offset = new.table_offset;
         self.header.reftable_clusters = new.table_clusters;
-        self.file_clusters = new.end_cluster;
+        self.file_clusters = new.end_cluster.max(self.file_clusters);
         Ok(())
     }
 }
@@ -67,13 +66,23 @@ impl NewRefcounts {
     }
 }
 
-/// Writes refcount blocks and a table for `counts` and themselves from a cluster on, behind everything in use.
+/// The first cluster behind everything: what is in use, and what a file holds that no table knows of. How long a device
+/// is says nothing of that.
+fn first_behind(place: Place<'_>, geometry: &Geometry, counts: &Counts) -> Result<u64, BlockError> {
+    if place.file.keeps_len() {
+        return Ok(counts.end());
+    }
+    let file_bytes = place.file.len_bytes().map_err(|e| BlockError::io(place.path, Action::Stat, e))?;
+    Ok(counts.end().max(file_bytes.div_ceil(geometry.cluster_bytes())))
+}
+
+/// Writes refcount blocks and a table for `counts` and themselves, behind everything in use.
 pub(super) fn write_refcounts_anew(
     place: Place<'_>,
     geometry: &Geometry,
     counts: &Counts,
-    start: u64,
 ) -> Result<NewRefcounts, BlockError> {
+    let start = first_behind(place, geometry, counts)?;
     let bits = geometry.cluster_bits;
     let Some((by_block, table_clusters)) = arrange(geometry, counts, start) else {
         return Err(BlockError::RefcountTableFull { path: place.path.to_owned() });

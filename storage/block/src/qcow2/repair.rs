@@ -191,8 +191,7 @@ impl Mender<'_> {
             let path = self.place.path.to_owned();
             return Err(BlockError::Unrepairable { path, corruptions: found.corruptions.max(1), first });
         }
-        let start = found.counts.end().max(file_bytes.div_ceil(geometry.cluster_bytes()));
-        let new = write_refcounts_anew(self.place, &geometry, &found.counts, start)?;
+        let new = write_refcounts_anew(self.place, &geometry, &found.counts)?;
         self.barrier()?;
         self.place.write(REFTABLE_POINTER_OFFSET, &new.pointer())?;
         self.barrier()?;

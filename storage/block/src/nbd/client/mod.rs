@@ -343,6 +343,14 @@ impl FileBackend for NbdFile {
         Ok(())
     }
 
+    fn keeps_len(&self) -> bool {
+        !self.has(can::SEND_RESIZE)
+    }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
+
     /// A server does not say.
     fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(0)

@@ -13,7 +13,7 @@ use super::super::wire::{
 };
 use super::ServeOptions;
 use super::perform::{Answer, Piece, Target};
-use crate::copy::run_on_threads;
+use crate::crew::run_on_threads;
 use crate::disk::Disk;
 
 /// Read ahead for the heads of requests.
