@@ -221,3 +221,33 @@ fn a_disk_of_no_bytes_is_a_disk() {
         disk.flush().unwrap();
     }
 }
+
+#[test]
+fn what_is_discarded_reads_as_zeroes_over_a_backing_file() {
+    // The whole disk has no tables yet in the first, a cluster of its own in the second.
+    for (version, extended_l2, own) in [(3, false, false), (3, false, true), (3, true, false), (2, false, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, top) = (dir.path().join("base.raw"), dir.path().join("top.qcow2"));
+        std::fs::write(&base, vec![5; 1 << 20]).unwrap();
+        let backing = Some(("base.raw".to_owned(), "raw".to_owned()));
+        create_qcow2(&top, 1 << 20, &Qcow2Create { backing, version, extended_l2, ..Qcow2Create::default() }).unwrap();
+        let disk = Disk::open(resolve_chain(&top, None, false, true).unwrap(), &OpenOptions::default()).unwrap();
+        if own {
+            disk.write(128 << 10, &[6; 64 << 10]).unwrap();
+        }
+        disk.discard(100 << 10, 400 << 10).unwrap();
+        disk.flush().unwrap();
+        let all = contents(&disk);
+        // Whole clusters; version 2 has no entry for zeroes.
+        let gone = if version == 3 { 128 << 10..448 << 10 } else { 0..0 };
+        for (at, byte) in all.iter().enumerate() {
+            assert_eq!(
+                *byte,
+                if gone.contains(&at) { 0 } else { 5 },
+                "{at} in version {version}, {extended_l2}, {own}"
+            );
+        }
+        drop(disk);
+        assert!(qemu_img(&["check", top.to_str().unwrap()]).contains("No errors"));
+    }
+}

@@ -181,7 +181,8 @@ impl Tables {
     }
 
     fn discard_step(&mut self, at: u64, end: u64) -> Result<u64, BlockError> {
-        if self.l1_entry(at)?.table.is_none() {
+        let shows_through = self.options.has_backing && self.geometry.version >= 3;
+        if !shows_through && self.l1_entry(at)?.table.is_none() {
             let reach = self.geometry.l2_reach_bytes();
             return Ok((at - at % reach).saturating_add(reach).min(end));
         }

@@ -245,11 +245,11 @@ pub fn plan_zero(entry: L2Entry, geometry: &Geometry, has_backing: bool, may_unm
     }
 }
 
-/// Decides how a whole cluster is discarded. It reads as zeroes afterwards, or is kept where version 2 has
-/// no way to say so: a discard is a hint.
+/// Decides how a whole cluster is discarded. It reads as zeroes afterwards, whatever a backing file holds there, or is
+/// kept where version 2 has no way to say so: a discard is a hint.
 pub fn plan_discard(entry: L2Entry, geometry: &Geometry, has_backing: bool) -> ZeroPlan {
     match (entry, has_backing) {
-        (L2Entry::Unallocated, _) | (L2Entry::Zero { host: None, .. }, _) => ZeroPlan::Keep,
+        (L2Entry::Unallocated, false) | (L2Entry::Zero { host: None, .. }, _) => ZeroPlan::Keep,
         (_, false) => ZeroPlan::Set { raw: 0, free: entry.freed(geometry) },
         (_, true) if geometry.version >= 3 => ZeroPlan::Set { raw: ZERO, free: entry.freed(geometry) },
         (_, true) => ZeroPlan::Keep,
@@ -319,6 +319,9 @@ fn plans_never_change_a_shared_cluster_in_place() {
         assert_eq!(plan_zero(entry, &geometry, backing, unmap), want, "{entry:?} {backing} {unmap}");
     }
     assert_eq!(plan_discard(own, &V2, true), ZeroPlan::Keep);
+    assert_eq!(plan_discard(L2Entry::Unallocated, &V2, true), ZeroPlan::Keep);
+    assert_eq!(plan_discard(L2Entry::Unallocated, &V3, true), ZeroPlan::Set { raw: 1, free: None });
+    assert_eq!(plan_discard(L2Entry::Unallocated, &V3, false), ZeroPlan::Keep);
     assert_eq!(plan_discard(own, &V3, true), ZeroPlan::Set { raw: 1, free });
     assert_eq!(plan_discard(own, &V3, false), ZeroPlan::Set { raw: 0, free });
 }
