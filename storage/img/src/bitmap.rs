@@ -126,6 +126,9 @@ fn reason(error: BlockError) -> String {
                 "Bitmap '{name}' is inconsistent and cannot be used\nTry block-dirty-bitmap-remove to delete this bitmap \
                  from disk"
             ),
+            MaintenanceError::BitmapSizes { have, other, .. } => format!(
+                "Bitmaps are of different sizes (destination size is {have}, source size is {other}) and can't be merged"
+            ),
             _ => why(&error),
         },
         _ => why(&error),

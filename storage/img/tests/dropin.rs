@@ -691,6 +691,9 @@ fn bitmap_is_called_by_vdsm() {
         fail 1 bitmap --clear a.qcow2 nope
         fail 1 bitmap --merge b1 a.qcow2 nope
         fail 1 bitmap --merge nope a.qcow2 b1
+        peer create -q -f qcow2 larger.qcow2 6M
+        run bitmap --add larger.qcow2 b
+        fail 1 bitmap --merge b -b larger.qcow2 -F qcow2 a.qcow2 b1
         fail 1 bitmap a.qcow2 b1
         fail 1 bitmap -g 4k --remove a.qcow2 b1
         fail 1 bitmap --add -b b.qcow2 a.qcow2 b2

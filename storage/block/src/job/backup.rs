@@ -159,7 +159,8 @@ pub fn backup(
         match (&result, bits, &options.bitmap) {
             (Err(_), Some(bits), Some((name, _))) => {
                 let image = source.qcow2().ok_or_else(|| BlockError::NoBitmaps { path: source.path().to_owned() })?;
-                // What changed since is marked there; what was to be backed up belongs there too.
+                // What changed since is marked there; what was to be backed up belongs there too. The disk may have grown.
+                let bits = bits.resized(source.size_bytes()).unwrap_or(bits);
                 image.merge_bitmap(name, &bits).and(result)
             }
             _ => result,

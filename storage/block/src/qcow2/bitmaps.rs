@@ -102,7 +102,7 @@ impl BitmapBits {
         ((next << self.granularity_bits).min(end) - offset, is_marked)
     }
 
-    fn resized(&self, disk_bytes: u64) -> Option<BitmapBits> {
+    pub(crate) fn resized(&self, disk_bytes: u64) -> Option<BitmapBits> {
         let mut new = BitmapBits::clear(disk_bytes, self.granularity_bits)?;
         self.ranges().into_iter().for_each(|(offset, bytes)| new.set(offset, bytes));
         Some(new)
@@ -219,10 +219,14 @@ impl Qcow2Image {
         read_bits(place, &tables.geometry, bitmap)
     }
 
-    /// Marks in a bitmap what another one, of this image or of another, has marked.
+    /// Marks in a bitmap what another one, of this image or of another with a disk of the same size, has marked.
     pub fn merge_bitmap(&self, name: &str, source: &BitmapBits) -> Result<(), BlockError> {
         self.change_bitmap(name, |rewrite, bitmap| {
             let mut bits = read_bits(rewrite.place, &rewrite.geometry, bitmap)?;
+            if bits.disk_bytes != source.disk_bytes {
+                let (name, have, other) = (name.to_owned(), bits.disk_bytes, source.disk_bytes);
+                return Err(rewrite.place.refuse(MaintenanceError::BitmapSizes { name, have, other }));
+            }
             source.ranges().into_iter().for_each(|(offset, bytes)| bits.set(offset, bytes));
             rewrite.drop_bits(bitmap)?;
             rewrite.store_bits(bitmap, &bits)
@@ -344,7 +348,12 @@ impl Rewrite<'_> {
         }
         let disk_bytes = self.header.geometry.size_bytes;
         self.change_bitmaps(|rewrite, bitmaps| {
-            for bitmap in bitmaps.iter_mut().filter(|bitmap| !bitmap.in_use) {
+            for bitmap in bitmaps.iter_mut() {
+                // One that may miss changes would look whole at its new size. A snapshot that is applied leaves it alone.
+                if bitmap.in_use && all {
+                    continue;
+                }
+                consistent(rewrite.place, bitmap)?;
                 let old = read_bits(rewrite.place, &rewrite.geometry, bitmap)?;
                 let Some(mut new) = old.resized(disk_bytes) else {
                     let reason = "a bitmap would have more bits than fit in memory; remove it";

@@ -38,6 +38,8 @@ pub enum MaintenanceError {
     BitmapExists { name: String },
     #[error("bitmap '{name}' was not stored by its last writer, so it may miss changes; remove it")]
     BitmapInconsistent { name: String },
+    #[error("bitmap '{name}' is of a disk of {have} bytes, the other one of a disk of {other}: they cannot be merged")]
+    BitmapSizes { name: String, have: u64, other: u64 },
 }
 
 impl MaintenanceError {

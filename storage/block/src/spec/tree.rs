@@ -24,7 +24,7 @@ pub(super) fn from_json(text: &str) -> Result<Tree, SpecError> {
     if text.trim().is_empty() {
         return Err(SpecError::Json("Expecting a JSON value".to_owned()));
     }
-    let value: serde_json::Value = serde_json::from_str(text).map_err(|error| {
+    let value: serde_json::Value = serde_json::from_str(&double_quoted(text)).map_err(|error| {
         SpecError::Json(match error.classify() {
             Category::Eof => "JSON parse error, premature EOI".to_owned(),
             _ => format!("JSON parse error, {error}"),
@@ -34,6 +34,32 @@ pub(super) fn from_json(text: &str) -> Result<Tree, SpecError> {
     let mut map = Map::new();
     insert_object(&mut map, object, 0)?;
     Ok(Tree::Map(map))
+}
+
+/// The same JSON with strings in double quotes: QEMU reads `'text'` too, which shells and its documentation prefer.
+fn double_quoted(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut string = None;
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match (string, c) {
+            (None, '"' | '\'') => {
+                string = Some(c);
+                out.push('"');
+            }
+            (Some(quote), _) if c == quote => {
+                string = None;
+                out.push('"');
+            }
+            (Some(_), '"') => out.push_str("\\\""),
+            (Some(_), '\\') => match chars.next() {
+                Some('\'') => out.push('\''),
+                next => out.extend(std::iter::once('\\').chain(next)),
+            },
+            _ => out.push(c),
+        }
+    }
+    out
 }
 
 /// Puts the members of an object into a group that is `depth` groups down.
@@ -210,5 +236,18 @@ pub(super) fn print(tree: &Tree) -> String {
                 .collect();
             format!("{{{}}}", fields.join(", "))
         }
+    }
+}
+
+#[test]
+fn strings_may_stand_in_either_quotes() {
+    for (text, want) in [
+        (r#"{'driver':'raw',"a":"b"}"#, r#"{"driver":"raw","a":"b"}"#),
+        (r#"{'a"b':'c\'d\"e\\'}"#, r#"{"a\"b":"c'd\"e\\"}"#),
+        (r#"{"it's":1,"\'":'\n'}"#, r#"{"it's":1,"'":"\n"}"#),
+        (r#"{'a"#, r#"{"a"#),
+        (r#"{'a\"#, r#"{"a\"#),
+    ] {
+        assert_eq!(double_quoted(text), want, "{text}");
     }
 }
