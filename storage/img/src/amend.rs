@@ -8,6 +8,7 @@ use crate::error::{ImgError, Rule};
 use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
 use crate::optlist::{self, OptList};
+use crate::output::say;
 use crate::progress::Progress;
 
 /// `amend`.
@@ -116,7 +117,7 @@ fn created_only(format: Format, name: &str) -> bool {
 
 fn print_help(format: &str) -> Result<u8, ImgError> {
     let defs = optlist::amendable(format).ok_or_else(|| not_amended(format))?;
-    print!("{}", optlist::help(&format!("Amend options for '{format}'"), &defs));
+    say(optlist::help(&format!("Amend options for '{format}'"), &defs));
     Ok(0)
 }
 

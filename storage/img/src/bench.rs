@@ -13,6 +13,7 @@ use crate::convert::default_workers;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
+use crate::output::say_line;
 
 /// `bench`.
 pub const COMMAND: Command =
@@ -81,7 +82,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     }
     let disk = open::disk(&named, Access { write: plan.write, share: parsed.has("force-share"), cache })?;
     if !parsed.has("quiet") || crate::program() == "qemu-img" {
-        println!(
+        say_line(format_args!(
             "Sending {} {} requests, {} bytes each, {} in parallel (starting at offset {}, step size {})",
             plan.count,
             if plan.write { "write" } else { "read" },
@@ -89,10 +90,10 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
             plan.depth,
             plan.offset,
             plan.step
-        );
+        ));
         if plan.flush_interval > 0 {
             let drain = if plan.drain { "" } else { "asynchronous " };
-            println!("Sending {drain}flush every {} requests", plan.flush_interval);
+            say_line(format_args!("Sending {drain}flush every {} requests", plan.flush_interval));
         }
     }
     let started = Instant::now();
@@ -110,7 +111,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     run.by_threads(plan.depth.min(threads));
     let error = run.error.into_inner().unwrap_or_else(PoisonError::into_inner);
     error.map_or(Ok(()), |source| Err(ImgError::BenchFailed { source }))?;
-    println!("Run completed in {:.3} seconds.", started.elapsed().as_secs_f64());
+    say_line(format_args!("Run completed in {:.3} seconds.", started.elapsed().as_secs_f64()));
     Ok(0)
 }
 

@@ -1,6 +1,6 @@
 //! `check`: compares what is referenced in an image with what is counted.
 
-use std::io::{Write, stdout};
+use std::io::Write;
 
 use block::{CacheMode, ChainFile, Checked, Format, Repair, check_foreign, check_image, repair_image};
 use serde_json::{Value, json};
@@ -10,6 +10,7 @@ use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, QUIET, opt};
 use crate::json::write_json;
 use crate::open::{self, Access, Named};
+use crate::output::stdout;
 
 /// `check`.
 pub const COMMAND: Command =
@@ -62,7 +63,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         }
     };
     print_findings(&checked);
-    let mut out = stdout().lock();
+    let mut out = stdout();
     if json {
         write_json(&mut out, &as_json(&named.label, &checked, fixed))?;
     } else if !parsed.has("quiet") {
@@ -90,7 +91,7 @@ fn check_other(parsed: &Parsed, named: &Named, top: &ChainFile, repair: bool) ->
     for finding in &report.findings {
         eprintln!("{finding}");
     }
-    let mut out = stdout().lock();
+    let mut out = stdout();
     if parsed.json()? {
         let mut value = json!({"check-errors": 0, "filename": named.label, "format": top.format.name()});
         if report.corruptions > 0 {

@@ -8,6 +8,7 @@ use crate::Command;
 use crate::convert::default_workers;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
+use crate::output::say_line;
 use block::spec::BackingSpec;
 
 use crate::open::{self, Access, Named};
@@ -74,7 +75,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         empty(top).map_err(failed)?;
     }
     if !parsed.has("quiet") {
-        println!("Image committed.");
+        say_line("Image committed.");
     }
     Ok(0)
 }

@@ -1,7 +1,5 @@
 //! `compare`: do two images hold the same?
 
-use std::io::{Write, stdout};
-
 use block::{CacheMode, Disk, ExtentKind};
 
 use crate::Command;
@@ -9,6 +7,7 @@ use crate::convert::default_workers;
 use crate::error::ImgError;
 use crate::getopt::{FORCE_SHARE, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
+use crate::output::say_line;
 use crate::progress::Progress;
 
 /// `compare`.
@@ -54,25 +53,29 @@ fn compare(parsed: &Parsed) -> Result<u8, ImgError> {
     let second = open::disk(&Named::of(parsed, second, "b-format")?, access)?;
     let quiet = parsed.has("quiet");
     let strict = parsed.has("strict");
-    let say = |text: String| if quiet { Ok(()) } else { writeln!(stdout(), "{text}") };
+    let say = |text: String| {
+        if !quiet {
+            say_line(text);
+        }
+    };
     if first.size_bytes() != second.size_bytes() && strict {
-        say("Strict mode: Image size mismatch!".to_owned())?;
+        say("Strict mode: Image size mismatch!".to_owned());
         return Ok(1);
     }
     if strict && let Some(at) = status_differs(&first, &second)? {
-        say(format!("Strict mode: Offset {at} block status mismatch!"))?;
+        say(format!("Strict mode: Offset {at} block status mismatch!"));
         return Ok(1);
     }
     let progress = Progress::of(parsed, None);
     let differs = block::compare(&first, &second, default_workers(), &|done, total| progress.report(done, total))
         .map_err(|source| ImgError::WithCode { code: READ_FAILED, source: Box::new(ImgError::Comparing { source }) })?;
     if let Some(at) = differs {
-        say(format!("Content mismatch at offset {at}!"))?;
+        say(format!("Content mismatch at offset {at}!"));
     } else {
         if first.size_bytes() != second.size_bytes() {
-            say("Warning: Image size mismatch!".to_owned())?;
+            say("Warning: Image size mismatch!".to_owned());
         }
-        say("Images are identical.".to_owned())?;
+        say("Images are identical.".to_owned());
     }
     progress.end();
     Ok(u8::from(differs.is_some()))

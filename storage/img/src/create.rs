@@ -17,6 +17,7 @@ use crate::error::{ImgError, MakeError, Rule};
 use crate::getopt::{OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
 use crate::optlist::{self, Def, OptList, Value};
+use crate::output::{say, say_line};
 use crate::qcow2_options::Qcow2Options;
 use crate::secret::Secrets;
 
@@ -58,7 +59,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     request.add_backing(parsed.value("backing")?, parsed.value("backing-format")?)?;
     request.settle_size(size_word, parsed.has("backing-unsafe"))?;
     if !parsed.has("quiet") {
-        println!("{}", request.announcement());
+        say_line(request.announcement());
     }
     request.make(true).map_err(|source| ImgError::Create { name: request.label.clone(), source })?;
     Ok(0)
@@ -68,13 +69,13 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
 pub fn print_help(format: &str, with_file: bool) -> Result<u8, ImgError> {
     let defs = optlist::names_of(format).ok_or_else(|| ImgError::Plain(Rule::UnknownFormat(format.to_owned())))?;
     if with_file {
-        print!("{}", optlist::help("Supported options", &defs));
+        say(optlist::help("Supported options", &defs));
         return Ok(0);
     }
     let own: Vec<&Def> = defs.into_iter().filter(|def| !optlist::is_of_file(format, def)).collect();
-    print!("{}", optlist::help(&format!("Supported {format} options"), &own));
-    println!(
-        "\nThe protocol level may support further options.\nSpecify the target filename to include those options."
+    say(optlist::help(&format!("Supported {format} options"), &own));
+    say_line(
+        "\nThe protocol level may support further options.\nSpecify the target filename to include those options.",
     );
     Ok(0)
 }

@@ -1,6 +1,6 @@
 //! `explain`: how an image is, in plain words, and what a repair would do before it does it. Not a command of qemu-img.
 
-use std::io::{Write, stdout};
+use std::io::Write;
 
 use block::{BlockError, Checked, Format, check_image};
 use serde_json::json;
@@ -11,6 +11,7 @@ use crate::error::{ImgError, why};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed};
 use crate::json::write_json;
 use crate::open::{self, Access, Named};
+use crate::output::stdout;
 use crate::size::human;
 use crate::tree::Ink;
 
@@ -60,7 +61,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     } else {
         account.say(Tone::Fact, "The format has no tables of its own, so there is nothing in it to check.".to_owned());
     }
-    let mut out = stdout().lock();
+    let mut out = stdout();
     if parsed.json()? {
         let lines: Vec<_> = account
             .lines

@@ -1,6 +1,6 @@
 //! `info`: what an image says about itself.
 
-use std::io::{Write, stdout};
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,7 @@ use crate::io::amount;
 use crate::json::write_json;
 use crate::layers;
 use crate::open::{self, Access, Named};
+use crate::output::stdout;
 use crate::ova;
 use crate::size::human;
 use crate::snapshot::table;
@@ -40,7 +41,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let file = parsed.one_file()?;
     let json = parsed.json()?;
     if let Some(archive) = ova::of(parsed)? {
-        let mut out = stdout().lock();
+        let mut out = stdout();
         match (json, parsed.has("backing-chain")) {
             (true, true) => write_json(&mut out, &json!([archive.to_json()?]))?,
             (true, false) => write_json(&mut out, &archive.to_json()?)?,
@@ -57,7 +58,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         true => walk.collect::<Result<_, _>>()?,
         false => walk.take(1).collect::<Result<_, _>>()?,
     };
-    let mut out = stdout().lock();
+    let mut out = stdout();
     if json {
         let mut values: Vec<Value> = images.iter().map(as_json).collect();
         let value = if parsed.has("backing-chain") { Value::Array(values) } else { values.remove(0) };
@@ -80,7 +81,7 @@ fn layered(named: &Named, parsed: &Parsed, json: bool) -> Result<u8, ImgError> {
     let name = ImageSpec { driver: Some(format), ..named.spec.clone() }.to_string();
     let bottom = layers::innermost(&named.spec.file).map(|path| measured("file".to_owned(), path));
     let allocated = disk.counters().allocated_bytes;
-    let mut out = stdout().lock();
+    let mut out = stdout();
     if json {
         let children: Vec<Value> = bottom.iter().map(child_json).collect();
         let value = json!({

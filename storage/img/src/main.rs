@@ -30,6 +30,7 @@ mod map;
 mod measure;
 mod open;
 mod optlist;
+mod output;
 mod ova;
 mod progress;
 mod qcow2_options;
@@ -194,7 +195,7 @@ fn asks_help(command: &Command, args: &[OsString]) -> bool {
 }
 
 fn print(text: &str) -> Result<u8, ImgError> {
-    std::io::stdout().write_all(text.as_bytes())?;
+    output::say(text);
     Ok(0)
 }
 

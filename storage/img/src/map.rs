@@ -1,6 +1,6 @@
 //! `map`: where each part of a disk comes from.
 
-use std::io::{Write, stdout};
+use std::io::Write;
 
 use block::{ChainExtent, Disk, ExtentKind};
 
@@ -9,6 +9,7 @@ use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed, opt};
 use crate::layers;
 use crate::open::{self, Access, Named};
+use crate::output::stdout;
 
 /// `map`.
 pub const COMMAND: Command = Command {
@@ -56,7 +57,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let named = Named::of(parsed, file, "format")?;
     let (disk, names) = open::disk_with_names(&named, Access::read(parsed))?;
     let end = length.map_or(disk.size_bytes(), |length| start.saturating_add(length).min(disk.size_bytes()));
-    let mut out = std::io::BufWriter::new(stdout().lock());
+    let mut out = std::io::BufWriter::new(stdout());
     if json {
         write!(out, "[")?;
     } else {

@@ -1,6 +1,6 @@
 //! `measure`: how large a new image will be.
 
-use std::io::{Write, stdout};
+use std::io::Write;
 
 use block::{Disk, ExtentKind, LuksHeader, Preallocation};
 use serde_json::json;
@@ -13,6 +13,7 @@ use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, 
 use crate::json::write_json;
 use crate::open::{self, Access, Named};
 use crate::optlist::{self, OptList};
+use crate::output::stdout;
 use crate::qcow2_options::Qcow2Options;
 use crate::secret::Secrets;
 
@@ -71,7 +72,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         ([], None) | ([_, _, ..], None) => return Err(ImgError::Plain(Rule::MeasureWhat)),
         (_, Some(_)) => return Err(ImgError::Plain(Rule::MeasureBoth)),
     };
-    let mut out = stdout().lock();
+    let mut out = stdout();
     if json {
         let mut value = json!({"required": measured.required, "fully-allocated": measured.fully_allocated});
         if let Some(bytes) = measured.bitmaps {

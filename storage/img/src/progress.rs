@@ -2,12 +2,13 @@
 //! SIGUSR1. Also the limit of a rate, which is kept by waiting where progress is told.
 
 use std::ffi::{c_int, c_void};
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::getopt::Parsed;
+use crate::output::{self, say, say_line};
 
 /// Least change that is worth a new line, in percent.
 const STEP: f64 = 1.0;
@@ -71,8 +72,7 @@ impl Progress {
     pub fn end(&self) {
         self.show(100.0);
         if self.style != Style::Asked {
-            // Progress is for watching: when nobody can see it, the command goes on.
-            let _ = writeln!(std::io::stdout());
+            say_line("");
         }
     }
 
@@ -88,7 +88,6 @@ impl Progress {
             return;
         }
         *shown = percent;
-        let mut out = std::io::stdout().lock();
         let text = match self.style {
             Style::Bar => {
                 let full = (percent / 100.0 * BAR as f64) as usize;
@@ -96,6 +95,7 @@ impl Progress {
             }
             _ => format!("    ({percent:.2}/100%)\r"),
         };
-        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+        say(text);
+        output::flush();
     }
 }

@@ -8,6 +8,7 @@ use crate::Command;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
+use crate::output::say_line;
 use crate::size::{self, SizeError};
 
 /// `resize`.
@@ -84,7 +85,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     disk.resize(wanted, parsed.has("shrink"), room).map_err(failed)?;
     disk.flush().map_err(failed)?;
     if !parsed.has("quiet") {
-        println!("Image resized.");
+        say_line("Image resized.");
     }
     Ok(0)
 }

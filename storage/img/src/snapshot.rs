@@ -1,6 +1,6 @@
 //! `snapshot`: the internal snapshots of an image.
 
-use std::io::{Write, stdout};
+use std::io::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::{CacheMode, Format, Qcow2Image, Snapshot, SnapshotTime};
@@ -9,6 +9,7 @@ use crate::Command;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
+use crate::output::stdout;
 use crate::size::human;
 
 /// `snapshot`.
@@ -97,7 +98,7 @@ fn find(named: &Named, image: &Qcow2Image, name: &str, by_id: bool) -> Result<bo
 fn list(named: &Named, image: &Qcow2Image) -> Result<(), ImgError> {
     let all = image.snapshots().map_err(|source| ImgError::Open { name: named.label.clone(), source })?;
     if !all.is_empty() {
-        let mut out = stdout().lock();
+        let mut out = stdout();
         writeln!(out, "Snapshot list:")?;
         out.write_all(table(&all).as_bytes())?;
     }

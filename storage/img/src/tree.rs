@@ -1,6 +1,6 @@
 //! `tree`: the backing chain of an image, drawn. Not a command of qemu-img.
 
-use std::io::{IsTerminal, Write, stdout};
+use std::io::{IsTerminal, Write};
 
 use serde_json::{Value, json};
 
@@ -10,6 +10,7 @@ use crate::error::ImgError;
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, JSON, OBJECT, OUTPUT, Opt, Parsed};
 use crate::json::write_json;
 use crate::open::Named;
+use crate::output::stdout;
 use crate::ova;
 use crate::size::human;
 
@@ -32,7 +33,7 @@ pub struct Ink {
 impl Ink {
     /// Only for people who look at it.
     pub fn of_stdout() -> Ink {
-        Ink { on: stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() }
+        Ink { on: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() }
     }
     fn paint(&self, code: &str, text: &str) -> String {
         if self.on { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
@@ -57,7 +58,7 @@ impl Ink {
 
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     if let Some(archive) = ova::of(parsed)? {
-        let mut out = stdout().lock();
+        let mut out = stdout();
         match parsed.json()? {
             true => write_json(&mut out, &json!({"chain": [archive.to_json()?], "broken": null}))?,
             false => out.write_all(archive.tree()?.as_bytes())?,
@@ -75,7 +76,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
             Err(error) => broken = Some(error.to_string()),
         }
     }
-    let mut out = stdout().lock();
+    let mut out = stdout();
     if parsed.json()? {
         let layers: Vec<Value> = chain.iter().map(layer_json).collect();
         write_json(&mut out, &json!({"chain": layers, "broken": broken}))?;

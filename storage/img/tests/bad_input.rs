@@ -201,3 +201,48 @@ fn a_gibibyte_of_addresses_is_enough() {
         assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
     }
 }
+
+#[test]
+fn work_is_done_when_nobody_reads_the_answer() {
+    let lines = [
+        ("create -f qcow2 new.qcow2 1M", "info new.qcow2"),
+        ("create -f qcow2 -o help", "info a.qcow2"),
+        ("info --output=json a.qcow2", "info a.qcow2"),
+        ("map a.qcow2", "info a.qcow2"),
+        ("check a.qcow2", "info a.qcow2"),
+        ("measure -O qcow2 a.qcow2", "info a.qcow2"),
+        ("snapshot -l a.qcow2", "info a.qcow2"),
+        ("compare -p a.qcow2 a.qcow2", "info a.qcow2"),
+        ("bench -c 10 a.qcow2", "info a.qcow2"),
+        ("convert -p -O qcow2 a.qcow2 out.qcow2", "compare -s a.qcow2 out.qcow2"),
+        ("commit top.qcow2", "compare a.qcow2 one.raw"),
+        ("amend -p -o compat=0.10 a.qcow2", "info a.qcow2"),
+        ("rebase -p -b  top.qcow2", "compare top.qcow2 one.raw"),
+        ("resize a.qcow2 9M", "compare -s -f qcow2 -F qcow2 a.qcow2 nine.qcow2"),
+        ("--version", "info a.qcow2"),
+        ("info --help", "info a.qcow2"),
+    ];
+    for (line, probe) in lines {
+        for full in [true, false] {
+            let place = Place::new();
+            place.make(&["create", "-q", "-f", "qcow2", "a.qcow2", "4M"]);
+            place.make(&["create", "-q", "-f", "qcow2", "nine.qcow2", "9M"]);
+            place.make(&["create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "top.qcow2"]);
+            let io = place.command(Path::new("qemu-io"), &["-c", "write -P 7 1M 64k", "top.qcow2"]).output().unwrap();
+            assert!(io.status.success());
+            place.make(&["convert", "top.qcow2", "one.raw"]);
+            let sink = match full {
+                true => Stdio::from(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap()),
+                // Its other end is gone at once.
+                false => Stdio::from(std::io::pipe().unwrap().1),
+            };
+            let args: Vec<&str> = line.split(' ').collect();
+            let out = place.command(&place.path("qemu-img"), &args).stdout(sink).output().unwrap();
+            let said = String::from_utf8_lossy(&out.stderr);
+            assert!(out.status.success() && said.is_empty(), "{line}: {}: {said}", out.status);
+            let args: Vec<&str> = probe.split(' ').collect();
+            let probed = place.peer(&args);
+            assert!(probed.status.success(), "{line}: {probe}: {}", String::from_utf8_lossy(&probed.stdout));
+        }
+    }
+}

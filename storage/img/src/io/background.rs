@@ -3,7 +3,6 @@
 //! One without a breakpoint in its way is over before the next command starts. What came of it is said by the next
 //! command that waits for something, as in qemu-io.
 
-use std::io::{Write, stdout};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -14,6 +13,7 @@ use block::blkdebug::{Breakpoints, Stop};
 
 use super::commands::Failure;
 use super::requests::{Answer, Request};
+use crate::output::{self, say_line};
 
 /// Most requests under way at once: each is a thread.
 const REQUESTS_MAX: usize = 1024;
@@ -56,7 +56,7 @@ pub fn announce(disk: &Disk) {
             Stop::Resuming => "Resuming",
         };
         // Nobody is there to read it: the request goes on all the same.
-        let _ = writeln!(stdout(), "blkdebug: {what} request '{tag}'");
+        say_line(format_args!("blkdebug: {what} request '{tag}'"));
     };
     if let Some(breakpoints) = disk.breakpoints() {
         breakpoints.watch(Box::new(say));
@@ -128,7 +128,7 @@ impl Background {
                 failure.print();
             }
         }
-        stdout().flush()?;
+        output::flush();
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! The table of `io`'s commands, and those that are not requests.
 
 use std::ffi::OsString;
-use std::io::{Write, stdout};
+use std::io::Write;
 use std::sync::Arc;
 
 use block::{CacheMode, Disk, ExtentKind, Preallocation};
@@ -14,6 +14,7 @@ use crate::error::{ImgError, host};
 use crate::getopt::{self, Opt, Parsed, flag, opt};
 use crate::layers;
 use crate::open::{self, Access, Named};
+use crate::output::{self, say, say_line, stdout};
 use crate::size::{self, SizeError};
 
 /// Why a command did not do what it was asked.
@@ -186,7 +187,7 @@ impl Session {
                 Next::Failed
             }
         };
-        stdout().flush()?;
+        output::flush();
         Ok(next)
     }
 
@@ -236,7 +237,7 @@ impl Session {
             Run::Async(writes, verb, read) => {
                 let request = read(verb, parsed, &words)?;
                 if parsed.has("invalid") {
-                    println!("injecting invalid {} request", if writes { "write" } else { "read" });
+                    say_line(format_args!("injecting invalid {} request", if writes { "write" } else { "read" }));
                     return Ok(Next::Go);
                 }
                 self.background.start(&disk, request)
@@ -271,7 +272,7 @@ impl Failure {
     /// Prints why the command did not do what it was asked.
     fn print_for(&self, entry: &Entry) {
         match self {
-            Failure::Usage => println!("{}", entry.usage()),
+            Failure::Usage => say_line(entry.usage()),
             other => other.print(),
         }
     }
@@ -279,7 +280,7 @@ impl Failure {
     /// Prints what there is to say without the command.
     pub fn print(&self) {
         match self {
-            Failure::Said(text) => println!("{text}"),
+            Failure::Said(text) => say_line(text),
             Failure::Error(text) => eprintln!("{text}"),
             Failure::Usage | Failure::Silent => {}
         }
@@ -309,7 +310,7 @@ fn flush(disk: &Disk, _: &Parsed, _: &[&str]) -> Result<(), Failure> {
 }
 
 fn length(disk: &Disk, _: &[&str]) -> Result<(), Failure> {
-    println!("{}", amount(disk.size_bytes() as f64));
+    say_line(amount(disk.size_bytes() as f64));
     Ok(())
 }
 
@@ -343,7 +344,7 @@ fn allocated_runs(disk: &Disk, start: u64, end: u64) -> Result<Vec<(u64, u64, bo
 }
 
 fn map(disk: &Disk, _: &[&str]) -> Result<(), Failure> {
-    let mut out = stdout().lock();
+    let mut out = stdout();
     for (at, bytes, allocated) in allocated_runs(disk, 0, disk.size_bytes())? {
         let state = if allocated { "    allocated" } else { "not allocated" };
         let (length, offset) = (amount(bytes as f64), amount(at as f64));
@@ -361,7 +362,7 @@ fn alloc(disk: &Disk, words: &[&str]) -> Result<(), Failure> {
     let end = offset.saturating_add(count).min(disk.size_bytes());
     let runs = allocated_runs(disk, offset, end)?;
     let sum: u64 = runs.iter().filter(|(_, _, here)| *here).map(|(_, bytes, _)| bytes).sum();
-    println!("{sum}/{} bytes allocated at offset {}", end.saturating_sub(offset), amount(offset as f64));
+    say_line(format_args!("{sum}/{} bytes allocated at offset {}", end.saturating_sub(offset), amount(offset as f64)));
     Ok(())
 }
 
@@ -371,7 +372,7 @@ fn info(session: &mut Session, _: &Parsed, _: &[&str]) -> Result<Next, Failure> 
     };
     let format = layers::format_of(named).map_err(|error| Failure::Error(error.to_string()))?;
     let said = crate::info::of_disk(disk, format).map_err(|error| Failure::Error(reason(&error)))?;
-    print!("{said}");
+    say(said);
     Ok(Next::Go)
 }
 
@@ -425,7 +426,7 @@ fn reopen(session: &mut Session, parsed: &Parsed, words: &[&str]) -> Result<Next
 }
 
 fn help(_: &mut Session, _: &Parsed, words: &[&str]) -> Result<Next, Failure> {
-    let mut out = stdout().lock();
+    let mut out = stdout();
     match words {
         [] => {
             for entry in COMMANDS {

@@ -12,7 +12,7 @@ mod requests;
 
 pub use report::amount;
 
-use std::io::{BufRead, Write, stdin, stdout};
+use std::io::{BufRead, stdin};
 use std::sync::Arc;
 
 use block::{CacheMode, Disk};
@@ -22,6 +22,7 @@ use crate::Command;
 use crate::error::{ImgError, Rule, why};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, flag, opt};
 use crate::open::{self, Access, Named};
+use crate::output::{self, say};
 use crate::secret::Secrets;
 
 /// `io`.
@@ -106,8 +107,8 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let mut code = 0;
     if commands.is_empty() {
         loop {
-            print!("{}> ", crate::program());
-            stdout().flush()?;
+            say(format_args!("{}> ", crate::program()));
+            output::flush();
             let mut line = String::new();
             if stdin().lock().read_line(&mut line)? == 0 {
                 break;

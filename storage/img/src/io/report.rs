@@ -1,7 +1,9 @@
 //! How qemu-io prints amounts, times and bytes.
 
-use std::io::{Write, stdout};
+use std::io::Write;
 use std::time::Duration;
+
+use crate::output::stdout;
 
 /// A number of bytes with a binary unit; three digits behind the point, or none.
 pub fn amount(bytes: f64) -> String {
@@ -39,7 +41,7 @@ impl Done<'_> {
         let Done { verb, offset, bytes, took, machine } = self;
         let seconds = took.as_secs_f64().max(1e-9);
         let (rate, requests) = (*bytes as f64 / seconds, 1.0 / seconds);
-        let mut out = stdout().lock();
+        let mut out = stdout();
         if *machine {
             return writeln!(out, "{bytes},1,{},{rate:.3},{requests:.3}", clock(*took, true));
         }
@@ -61,7 +63,7 @@ fn clock(took: Duration, fixed: bool) -> String {
 
 /// Sixteen bytes a line, in hexadecimal and as letters.
 pub fn dump(offset: u64, bytes: &[u8]) -> std::io::Result<()> {
-    let mut out = stdout().lock();
+    let mut out = stdout();
     for (index, line) in bytes.chunks(16).enumerate() {
         let hex: String = line.iter().map(|byte| format!("{byte:02x} ")).collect();
         let text: String =

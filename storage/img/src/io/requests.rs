@@ -9,6 +9,7 @@ use super::commands::{Failure, size_of};
 use super::report::{Done, dump};
 use crate::error::{host, why};
 use crate::getopt::Parsed;
+use crate::output::say_line;
 
 /// The byte written when no pattern is given.
 const PATTERN: u8 = 0xcd;
@@ -143,7 +144,7 @@ impl Check {
         let part =
             part.ok_or_else(|| Failure::Said("pattern verification range exceeds end of read data".to_owned()))?;
         if part.iter().any(|b| *b != byte) {
-            println!("Pattern verification failed at offset {}, {length} bytes", offset + skip);
+            say_line(format_args!("Pattern verification failed at offset {}, {length} bytes", offset + skip));
             return Err(Failure::Silent);
         }
         Ok(())

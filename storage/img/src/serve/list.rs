@@ -1,13 +1,12 @@
 //! `-L`: what another server exports, printed as qemu-nbd does.
 
-use std::io::Write;
-
 use block::nbd::wire::transmission_flag as can;
 use block::nbd::{Export, TlsClient, list_exports};
 use block::spec::{NbdAddress, NbdSpec, NbdTls};
 
 use super::ServeError;
 use crate::error::ImgError;
+use crate::output::say;
 
 const FLAGS: [(u16, &str); 12] = [
     (can::READ_ONLY, "readonly"),
@@ -29,7 +28,7 @@ pub fn print(address: NbdAddress, tls: Option<(&TlsClient, NbdTls)>) -> Result<u
     let (client, tls) = tls.unzip();
     let spec = NbdSpec { address, export: String::new(), tls };
     let exports = list_exports(&spec, client).map_err(ServeError::Nbd)?;
-    std::io::stdout().write_all(described(&exports).as_bytes())?;
+    say(described(&exports));
     Ok(0)
 }
 
