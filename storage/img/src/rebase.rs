@@ -48,16 +48,15 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let cache = open::cache_named("destination ", parsed.value("cache")?, CacheMode::Writeback)?;
     let read_cache = open::cache_named("source ", parsed.value("backing-cache")?, CacheMode::Writeback)?;
     let named = Named::of(parsed, file, "format")?;
-    let access = Access { share: parsed.has("force-share"), ..Access::write(cache) };
+    // -U is for the files below; the image itself is written.
+    let access = Access::write(cache);
     let new = New { name: backing.unwrap_or_default(), format: parsed.value("backing-format")? };
     if name_only {
         return rename(&named, access, &new);
     }
     let disk = open::disk(&named, access)?;
     let Some(image) = disk.qcow2() else { return Err(new.refused("Operation not supported")) };
-    if let Some(format) = new.format {
-        format.parse::<Format>().map_err(|_| ImgError::Plain(Rule::FormatName(format.to_owned())))?;
-    }
+    new.check_format()?;
     let reading = Access { write: false, share: parsed.has("force-share"), cache: read_cache };
     let old_disk = open_old(&named, &image, reading)?;
     let new_disk = open_new(&named, &new, reading)?;
@@ -86,6 +85,12 @@ impl New<'_> {
         ImgError::Plain(Rule::Backing { name: self.name.to_owned(), reason })
     }
 
+    fn check_format(&self) -> Result<(), ImgError> {
+        let Some(format) = self.format else { return Ok(()) };
+        format.parse::<Format>().map_err(|_| ImgError::Plain(Rule::FormatName(format.to_owned())))?;
+        Ok(())
+    }
+
     fn put(&self, image: &Qcow2Image) -> Result<(), ImgError> {
         let name = (!self.name.is_empty()).then_some(self.name);
         image.set_backing(name, name.and(self.format)).map_err(|source| ImgError::Failed {
@@ -98,6 +103,7 @@ impl New<'_> {
 /// `-u`: the name changes, and nothing is read.
 fn rename(named: &Named, access: Access, new: &New<'_>) -> Result<u8, ImgError> {
     let top = open::top(named, access)?;
+    new.check_format()?;
     if top.format != Format::Qcow2 {
         return Err(new.refused("Operation not supported"));
     }
