@@ -99,7 +99,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     if stream::is_stream(target) {
         return to_stream(parsed, &sources, target, total, rate);
     }
-    let (target, created) = open_target(parsed, target, format, total, target_cache)?;
+    let (target, created) = open_target(parsed, target, format, (sources.len(), total), target_cache)?;
     if total > target.size_bytes() {
         return Err(ImgError::Plain(Rule::TargetTooSmall));
     }
@@ -231,15 +231,21 @@ struct Target {
     archive: Option<ova::Writer>,
 }
 
+/// Makes or finds the target for so many sources, which have so many bytes together.
 fn open_target(
     parsed: &Parsed,
     name: &OsString,
     format: Option<&str>,
-    total: u64,
+    (sources, total): (usize, u64),
     cache: CacheMode,
 ) -> Result<(Disk, Target), ImgError> {
     let label = name.to_string_lossy().into_owned();
+    let many =
+        Rule::Requires("Having a backing file for the target makes no sense when concatenating multiple input images");
     if parsed.has("no-create") {
+        if parsed.has("backing") && sources > 1 {
+            return Err(ImgError::Plain(many));
+        }
         let image_opts = parsed.has("target-image-opts");
         let format = if image_opts { format } else { Some(format.unwrap_or("raw")) };
         let named = Named::new(name, image_opts, format)?.with(Secrets::of(parsed)?);
@@ -257,6 +263,9 @@ fn open_target(
     let mut request = Request::unnamed(name, format, &parsed.values("target-options")?, Secrets::of(parsed)?)?;
     request.add_backing(parsed.value("backing")?, parsed.value("backing-format")?)?;
     let has_backing = request.list.has("backing_file");
+    if has_backing && sources > 1 {
+        return Err(ImgError::Plain(many));
+    }
     if has_backing && !request.list.has("backing_fmt") {
         return Err(ImgError::Plain(Rule::ConvertBackingFormat));
     }

@@ -25,3 +25,22 @@ fn rebase_looks_at_the_new_format_and_locks_the_image() {
         ",
     );
 }
+
+#[test]
+fn sources_put_together_have_no_backing_file() {
+    check(
+        "
+        peer create -q -f qcow2 a 1M
+        peer create -q -f qcow2 b 2M
+        peer create -q -f qcow2 there 4M
+        fail 1 convert -O qcow2 -B a -F qcow2 a b o
+        fail 1 convert -O qcow2 -B a a b o
+        fail 1 convert -O qcow2 -o backing_file=a,backing_fmt=qcow2 a b o
+        fail 1 convert -O raw -B a -F qcow2 a b o
+        fail 1 convert -n -O qcow2 -B a -F qcow2 a b there
+        run convert -O qcow2 -B a -F qcow2 b o
+        same o
+        same there
+        ",
+    );
+}
