@@ -112,10 +112,17 @@ fn text<'a>(option: &'static str, value: &'a OsStr) -> Result<&'a str, ImgError>
     value.to_str().ok_or(ImgError::NotText { option })
 }
 
+/// The subcommand whose second word may be a negative number, if it is right behind the first.
+const SIGNED_SIZE: &str = "resize";
+
+fn is_negative_number(arg: &OsString) -> bool {
+    matches!(arg.as_bytes(), [b'-', digit, ..] if digit.is_ascii_digit())
+}
+
 /// Splits a subcommand's arguments.
 pub fn parse(command: &'static str, known: &[Opt], args: Vec<OsString>) -> Result<Parsed, ImgError> {
     let mut parsed = Parsed { command, ..Parsed::default() };
-    let mut args = args.into_iter();
+    let mut args = args.into_iter().peekable();
     while let Some(arg) = args.next() {
         let bytes = arg.as_bytes();
         if bytes == b"--" {
@@ -125,7 +132,11 @@ pub fn parse(command: &'static str, known: &[Opt], args: Vec<OsString>) -> Resul
         } else if bytes.len() > 1 && bytes.starts_with(b"-") {
             shorts(&mut parsed, known, &arg, &mut args)?;
         } else {
+            let is_first = parsed.words.is_empty();
             parsed.words.push(arg);
+            if is_first && command == SIGNED_SIZE {
+                parsed.words.extend(args.next_if(is_negative_number));
+            }
         }
     }
     Ok(parsed)

@@ -167,11 +167,7 @@ fn run(args: Vec<OsString>) -> Result<u8, ImgError> {
     let Some(command) = commands().find(|command| name == command.name) else {
         return Err(ImgError::NoSuchCommand(name.to_string_lossy().into_owned()));
     };
-    let mut args: Vec<OsString> = args.collect();
-    if command.name == resize::COMMAND.name {
-        args = resize::keep_size(args);
-    }
-    run_command(command, args)
+    run_command(command, args.collect())
 }
 
 fn run_command(command: &Command, args: Vec<OsString>) -> Result<u8, ImgError> {

@@ -1,7 +1,5 @@
 //! `resize`: makes a disk longer or shorter.
 
-use std::ffi::OsString;
-
 use block::{CacheMode, Preallocation};
 
 use crate::Command;
@@ -29,18 +27,6 @@ const OPTIONS: &[Opt] = &[
     OBJECT,
 ];
 
-/// The size may start with a minus sign, like an option: it is the last word, and no option takes the last place.
-pub fn keep_size(mut args: Vec<OsString>) -> Vec<OsString> {
-    let negative = |arg: &OsString| {
-        let text = arg.to_string_lossy();
-        text.strip_prefix('-').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
-    };
-    if !args.iter().any(|arg| arg == "--") && args.last().is_some_and(negative) {
-        args.insert(args.len() - 1, "--".into());
-    }
-    args
-}
-
 /// The size word.
 enum Change {
     To(u64),
@@ -48,8 +34,12 @@ enum Change {
 }
 
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
-    let [file, word] = parsed.words.as_slice() else {
-        return Err(ImgError::Expecting { command: "resize", expected: "image file name and size" });
+    let (file, word) = match parsed.words.as_slice() {
+        [file, word] => (file, word),
+        [_, _, _, ..] => {
+            return Err(ImgError::Needed { command: "resize", what: "Extra argument(s) in command line" });
+        }
+        _ => return Err(ImgError::Expecting { command: "resize", expected: "image file name and size" }),
     };
     let change = change(&word.to_string_lossy())?;
     let room = match parsed.value("preallocation")? {

@@ -44,3 +44,35 @@ fn sources_put_together_have_no_backing_file() {
         ",
     );
 }
+
+#[test]
+fn a_size_may_be_negative_behind_the_file_name() {
+    check(
+        "
+        peer create -q -f raw raw.img 4M
+        peer create -q -f qcow2 a.qcow2 4M
+        run resize -f raw raw.img -1M --shrink
+        same raw.img
+        run resize --shrink a.qcow2 -1M -q
+        same a.qcow2
+        run resize --shrink -- a.qcow2 -1M
+        same a.qcow2
+        run resize a.qcow2 -1k --shrink -f qcow2
+        same a.qcow2
+        fail 1 resize a.qcow2 -1M
+        fail 1 resize --shrink a.qcow2 -1
+        fail 1 resize 5M a.qcow2
+        usage resize --shrink -1M a.qcow2
+        usage resize -1M --shrink a.qcow2
+        usage resize a.qcow2 --shrink -1M
+        usage resize a.qcow2 -1M -1M
+        usage resize a.qcow2 -- -1M --shrink
+        usage resize a.qcow2 -1M -- --shrink
+        usage resize a.qcow2 1M 2M
+        usage resize a.qcow2 1M -f
+        usage resize a.qcow2 -xM
+        usage resize
+        same a.qcow2
+        ",
+    );
+}
