@@ -306,6 +306,8 @@ pub enum Rule {
     FileTooLarge,
     #[error("Could not {action} snapshot '{name}': {reason}")]
     Snapshot { action: &'static str, name: String, reason: &'static str },
+    #[error("Invalid parameter '{name}'\n{}: Failed in parsing snapshot param '{params}'", crate::program())]
+    SnapshotParameter { name: String, params: String },
     #[error("Could not change the backing file to '{name}': {reason}")]
     Backing { name: String, reason: &'static str },
     #[error("Could not create '{0}': Is a directory")]

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use block::spec::{BackingSpec, FileSpec, ImageSpec};
 use block::{
-    BlockError, CacheMode, ChainFile, Disk, Format, LayerKey, MaintenanceError, OpenOptions, Qcow2Image, inspect,
-    open_alone, resolve_chain_probing, use_direct_io,
+    BlockError, CacheMode, ChainFile, Disk, Format, LayerKey, MaintenanceError, OpenOptions, Qcow2Image, Snapshot,
+    inspect, open_alone, resolve_chain_probing, use_direct_io,
 };
 
 use crate::error::{ImgError, Rule};
@@ -297,13 +297,50 @@ fn disk_with_all(named: &Named, access: Access, options: OpenOptions) -> Result<
     layers::disk_with_names(named, access, options)
 }
 
-/// Makes a disk show one of its internal snapshots: `snapshot.name=...`, `snapshot.id=...`, or either.
+/// Makes a disk show one of its internal snapshots: `snapshot.name=...`, `snapshot.id=...`, both, or either's value.
 pub fn show_snapshot(disk: &Disk, params: &str) -> Result<(), ImgError> {
-    let name = ["snapshot.name=", "snapshot.id="].iter().find_map(|key| params.strip_prefix(key)).unwrap_or(params);
     let missing = || ImgError::Plain(Rule::Requires("Failed to load snapshot: Can't find snapshot"));
-    let image = disk.qcow2().ok_or_else(missing)?;
-    image.show_snapshot(name).map_err(|source| match source {
+    let failed = |source| match source {
         BlockError::Maintenance { source: MaintenanceError::SnapshotNotFound { .. }, .. } => missing(),
         source => ImgError::Failed { doing: "Failed to load snapshot".to_owned(), source },
-    })
+    };
+    let wanted = if params.starts_with("snapshot.") { Some(SnapshotParams::read(params)?) } else { None };
+    let image = disk.qcow2().ok_or_else(missing)?;
+    let Some(wanted) = wanted else { return image.show_snapshot(params).map_err(failed) };
+    let all = image.snapshots().map_err(failed)?;
+    let found = all.iter().find(|snapshot| wanted.fits(snapshot)).ok_or_else(missing)?;
+    image.show_snapshot(&String::from_utf8_lossy(&found.id)).map_err(failed)
+}
+
+/// What `snapshot.id=...,snapshot.name=...` asks for.
+#[derive(Default)]
+struct SnapshotParams {
+    id: Option<String>,
+    name: Option<String>,
+}
+
+impl SnapshotParams {
+    fn read(params: &str) -> Result<SnapshotParams, ImgError> {
+        let mut read = SnapshotParams::default();
+        for item in block::spec::split_commas(params) {
+            let (key, value) = item.split_once('=').unwrap_or((&item, "on"));
+            if !item.contains('=') {
+                crate::warn(&format!("short-form boolean option '{key}' deprecated\nPlease use {key}=on instead"));
+            }
+            match key {
+                "snapshot.id" => read.id = Some(value.to_owned()),
+                "snapshot.name" => read.name = Some(value.to_owned()),
+                other => {
+                    let (name, params) = (other.to_owned(), params.to_owned());
+                    return Err(ImgError::Plain(Rule::SnapshotParameter { name, params }));
+                }
+            }
+        }
+        Ok(read)
+    }
+
+    fn fits(&self, snapshot: &Snapshot) -> bool {
+        let same = |wanted: &Option<String>, found: &[u8]| wanted.as_ref().is_none_or(|text| text.as_bytes() == found);
+        same(&self.id, &snapshot.id) && same(&self.name, &snapshot.name)
+    }
 }

@@ -76,3 +76,39 @@ fn a_size_may_be_negative_behind_the_file_name() {
         ",
     );
 }
+
+#[test]
+fn a_snapshot_is_named_by_its_id_and_its_name() {
+    let mut script = "
+        peer create -q -f qcow2 disk.qcow2 4M
+        io -c 'write -P 1 0 64k' disk.qcow2
+        peer snapshot -c one disk.qcow2
+        io -c 'write -P 2 64k 64k' disk.qcow2
+        # the second one has the first one's id for a name
+        peer snapshot -c 1 disk.qcow2
+        io -c 'write -P 3 0 1M' disk.qcow2
+    "
+    .to_owned();
+    let there = ["snapshot.id=1,snapshot.name=one", "snapshot.name=1", "snapshot.id=2", "1", "one"];
+    for params in there.into_iter().chain(["snapshot.name=x,snapshot.name=one"]) {
+        script += &format!(
+            "run convert -O raw -l {params} disk.qcow2 out.raw\nsame out.raw\nrun measure -O qcow2 -l {params} disk.qcow2\n"
+        );
+    }
+    for params in [
+        "snapshot.id=1,snapshot.name=1",
+        "snapshot.id=,snapshot.name=one",
+        "snapshot.id=3",
+        "snapshot.id=one",
+        "snapshot.foo=1",
+        "snapshot.id=1,snapshot.foo=1",
+        "snapshot.id=1,foo",
+        "snapshot.id",
+        "snapshot.",
+        "snapshot",
+        "foo=1",
+    ] {
+        script += &format!("fail 1 convert -l {params} disk.qcow2 no\nfail 1 measure -O raw -l {params} disk.qcow2\n");
+    }
+    check(&script);
+}
