@@ -54,6 +54,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     };
     let bitmap = bitmap.to_str().ok_or(ImgError::NotText { option: "add" })?;
     let granularity = parsed.value("granularity")?.map(|text| ImgError::size(text, "granularity")).transpose()?;
+    let granularity = granularity.filter(|bytes| *bytes > 0);
     let named = Named::of(parsed, file, "format")?;
     let top = open::top(&named, Access::write(CacheMode::Writeback))?;
     let failed = |action: &'static str, reason: String| {
