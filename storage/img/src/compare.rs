@@ -62,20 +62,23 @@ fn compare(parsed: &Parsed) -> Result<u8, ImgError> {
         say("Strict mode: Image size mismatch!".to_owned());
         return Ok(1);
     }
-    if strict && let Some(at) = status_differs(&first, &second)? {
-        say(format!("Strict mode: Offset {at} block status mismatch!"));
-        return Ok(1);
-    }
+    let status_at = if strict { status_differs(&first, &second)? } else { None };
     let progress = Progress::of(parsed, None);
     let differs = block::compare(&first, &second, default_workers(), &|done, total| progress.report(done, total))
         .map_err(|source| ImgError::WithCode { code: READ_FAILED, source: Box::new(ImgError::Comparing { source }) })?;
-    if let Some(at) = differs {
-        say(format!("Content mismatch at offset {at}!"));
-    } else {
-        if first.size_bytes() != second.size_bytes() {
-            say("Warning: Image size mismatch!".to_owned());
-        }
-        say("Images are identical.".to_owned());
+    if let Some(at) = status_at.filter(|at| differs.is_none_or(|content| content >= *at)) {
+        say(format!("Strict mode: Offset {at} block status mismatch!"));
+        progress.end();
+        return Ok(1);
+    }
+    // Said when the shorter image is done, before the rest of the longer one is looked at.
+    let both = first.size_bytes().min(second.size_bytes());
+    if first.size_bytes() != second.size_bytes() && differs.is_none_or(|at| at >= both) {
+        say("Warning: Image size mismatch!".to_owned());
+    }
+    match differs {
+        Some(at) => say(format!("Content mismatch at offset {at}!")),
+        None => say("Images are identical.".to_owned()),
     }
     progress.end();
     Ok(u8::from(differs.is_some()))
