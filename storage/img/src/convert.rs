@@ -185,9 +185,8 @@ fn copy_options(parsed: &Parsed) -> Result<CopyOptions, ImgError> {
         ..CopyOptions::default()
     };
     if let Some(text) = parsed.value("parallel")? {
-        let count: Option<usize> = text.parse().ok().filter(|count| (1..=16).contains(count));
-        let count = count.ok_or(ImgError::NumberRange { what: "number of coroutines", min: 1, max: 16 })?;
-        options.workers = options.workers.min(count);
+        let count = ImgError::count(text, "number of coroutines", 1..=16)?;
+        options.workers = options.workers.min(count as usize);
     }
     if let Some(text) = parsed.value("sparse-size")? {
         let bytes = ImgError::size(text, "buffer size for sparse output")?;

@@ -79,14 +79,14 @@ fn operands(words: &[OsString]) -> Result<Operands<'_>, ImgError> {
         let at = bytes.iter().position(|b| *b == b'=').unwrap_or(bytes.len());
         let (name, value) = bytes.split_at(at);
         let value = OsStr::from_bytes(value.get(1..).unwrap_or_default());
-        let number =
-            |what: &'static str, min: u64, max: u64| ImgError::number(&value.to_string_lossy(), what, min..=max);
+        let text = value.to_string_lossy();
+        let blocks = |what| ImgError::count(&text, what, 0..=i64::MAX as u64);
         match name {
             b"if" => input = Some(value),
             b"of" => output = Some(value),
-            b"bs" => block_bytes = number("bs", 1, i32::MAX as u64)?,
-            b"count" => count = Some(number("count", 0, i64::MAX as u64)?),
-            b"skip" => skip = number("skip", 0, i64::MAX as u64)?,
+            b"bs" => block_bytes = ImgError::number(&text, "bs", 1..=i32::MAX as u64)?,
+            b"count" => count = Some(blocks("count")?),
+            b"skip" => skip = blocks("skip")?,
             other => return Err(ImgError::Plain(Rule::DdOperand(String::from_utf8_lossy(other).into_owned()))),
         }
     }

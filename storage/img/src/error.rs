@@ -403,7 +403,21 @@ pub enum Rule {
 impl ImgError {
     /// Reads a number as sizes are written; `what` names it in the error.
     pub fn number(text: &str, what: &'static str, range: RangeInclusive<u64>) -> Result<u64, ImgError> {
-        match size::parse(text) {
+        ImgError::in_range(size::parse(text), text, what, range)
+    }
+
+    /// Reads a number without a suffix.
+    pub fn count(text: &str, what: &'static str, range: RangeInclusive<u64>) -> Result<u64, ImgError> {
+        ImgError::in_range(size::integer(text), text, what, range)
+    }
+
+    fn in_range(
+        read: Result<u64, SizeError>,
+        text: &str,
+        what: &'static str,
+        range: RangeInclusive<u64>,
+    ) -> Result<u64, ImgError> {
+        match read {
             Ok(number) if range.contains(&number) => Ok(number),
             Ok(_) | Err(SizeError::Range) => {
                 Err(ImgError::NumberRange { what, min: *range.start(), max: *range.end() })

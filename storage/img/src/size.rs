@@ -39,6 +39,25 @@ pub fn parse(text: &str) -> Result<u64, SizeError> {
     if negative && bytes != 0 { Err(SizeError::Range) } else { Ok(bytes) }
 }
 
+/// A number as C writes it: decimal, `0x` and hexadecimal, `0` and octal. No suffix.
+pub fn integer(text: &str) -> Result<u64, SizeError> {
+    let text = text.trim_start();
+    let (negative, text) = match text.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => (digits, 16),
+        None if text.starts_with('0') => (text, 8),
+        None => (text, 10),
+    };
+    if digits.is_empty() || !digits.chars().all(|digit| digit.is_digit(radix)) {
+        return Err(SizeError::Text);
+    }
+    let value = u64::from_str_radix(digits, radix).map_err(|_| SizeError::Range)?;
+    if negative && value != 0 { Err(SizeError::Range) } else { Ok(value) }
+}
+
 fn split_unit(text: &str) -> Result<(&str, u32), SizeError> {
     let (at, unit) = text.char_indices().next_back().ok_or(SizeError::Text)?;
     let shift = match unit.to_ascii_lowercase() {
@@ -121,6 +140,15 @@ mod tests {
         }
         for text in ["-1", "17E", "99999999999999999999"] {
             assert_eq!(parse(text), Err(SizeError::Range), "{text}");
+        }
+        for (text, number) in [("0", 0), ("10", 10), (" +7", 7), ("010", 8), ("0x1F", 31), ("-0", 0)] {
+            assert_eq!(integer(text), Ok(number), "{text}");
+        }
+        for text in ["", "1k", "1.5", "08", "0x", "5 ", "- 1"] {
+            assert_eq!(integer(text), Err(SizeError::Text), "{text}");
+        }
+        for text in ["-1", "18446744073709551616"] {
+            assert_eq!(integer(text), Err(SizeError::Range), "{text}");
         }
         assert_eq!(disk_bytes("8E"), Err(SizeError::Range));
         assert_eq!(disk_bytes("7E"), Ok(7 << 60));

@@ -112,3 +112,66 @@ fn a_snapshot_is_named_by_its_id_and_its_name() {
     }
     check(&script);
 }
+
+#[test]
+fn compare_tells_of_sizes_before_it_tells_of_contents() {
+    check(
+        "
+        peer create -q one.raw 1M
+        peer create -q two.raw 2M
+        io -f raw -c 'write -P 1 1536k 1k' two.raw
+        peer create -q three.raw 2M
+        io -f raw -c 'write -P 1 0 1k' three.raw
+        peer create -q four.raw 2M
+        says 1 compare -f raw -F raw one.raw two.raw
+        says 1 compare -f raw -F raw two.raw one.raw
+        says 1 compare -f raw -F raw one.raw three.raw
+        says 1 compare -f raw -F raw two.raw three.raw
+        says 0 compare -f raw -F raw one.raw four.raw
+        says 1 compare -s -f raw -F raw one.raw two.raw
+        says 1 compare -s -f raw -F raw one.raw four.raw
+        says 1 compare -s -f raw -F raw two.raw three.raw
+        says 1 compare -q -f raw -F raw one.raw two.raw
+        says 0 compare -q -f raw -F raw one.raw four.raw
+        says 1 compare -q -s -f raw -F raw one.raw two.raw
+        ",
+    );
+}
+
+#[test]
+fn bitmaps_of_granularity_0_have_the_usual_one() {
+    check(
+        "
+        peer create -q -f qcow2 a.qcow2 4M
+        run bitmap --add -g 0 a.qcow2 b0
+        fail 1 bitmap --add -g 256 a.qcow2 b1
+        fail 1 bitmap --add -g x a.qcow2 b1
+        json info --output=json a.qcow2
+        same a.qcow2
+        ",
+    );
+}
+
+#[test]
+fn numbers_that_are_no_sizes_have_no_suffix() {
+    let mut script = "
+        peer create -q raw.img 1M
+        io -f raw -c 'write -P 1 0 1M' raw.img
+    "
+    .to_owned();
+    for operand in ["count=0x10", "count=010", "skip=+1", "count=-0", "skip=010", "bs=1.5k", "bs=010", "'count= 5'"] {
+        script += &format!("run dd if=raw.img of=out {operand}\nsame out\n");
+    }
+    for value in ["1k", "1.5", "08", "0x", "1b", "", "9E", "-1", "9223372036854775808", "5."] {
+        script += &format!("fail 1 dd if=raw.img of=no count={value}\nfail 1 dd if=raw.img of=no skip={value}\n");
+    }
+    for value in ["x", "1k", "0", "17", "-1", "08"] {
+        script += &format!("fail 1 convert -m {value} raw.img no\n");
+    }
+    script += "
+        run convert -m 010 raw.img out
+        fail 1 dd bs=1x if=raw.img of=no
+        fail 1 dd bs=4G if=raw.img of=no
+    ";
+    check(&script);
+}

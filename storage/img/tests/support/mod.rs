@@ -7,6 +7,7 @@
 //! - `json`: both succeed; stdout is equal as JSON, apart from [`UNSTABLE`] fields.
 //! - `ok`: both succeed; what they print is not compared.
 //! - `fail CODE`: both exit with CODE; stderr is equal.
+//! - `says CODE`: both exit with CODE; stdout and stderr are equal.
 //! - `code CODE`: both exit with CODE; what they print is not compared.
 //! - `usage`: both exit with 1, say something on stderr and nothing on stdout: texts of wrong command lines are free.
 //! - `io`: qemu-io's commands for a file, run by the peer's qemu-io in both directories.
@@ -134,12 +135,16 @@ impl Twins {
                 [&self.ours, &self.theirs].into_iter().try_for_each(|dir| succeeds(&run(program, dir, words)))
             }
             "same" => self.same(&words[0]),
-            "fail" | "code" => {
+            "fail" | "says" | "code" => {
                 let code: i32 = words[0].parse().unwrap();
                 let (a, b) = self.both(&words[1..]);
                 let wanted = (Some(code), Some(code));
                 equal((a.status.code(), b.status.code()), wanted).map_err(|e| e + &stderr(&a) + &stderr(&b))?;
-                if verb == "fail" { equal(stderr(&a), stderr(&b)) } else { Ok(()) }
+                match verb {
+                    "fail" => equal(stderr(&a), stderr(&b)),
+                    "says" => equal(stderr(&a), stderr(&b)).and(equal(stdout(&a), stdout(&b))),
+                    _ => Ok(()),
+                }
             }
             "usage" => {
                 let (a, b) = self.both(words);
