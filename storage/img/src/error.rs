@@ -72,6 +72,23 @@ pub enum ImgError {
     // --- secrets
     #[error("object type '{0}' is not supported; 'secret' and 'tls-creds-x509' are")]
     ObjectType(String),
+    #[error("Parameter '{0}' is missing")]
+    ObjectMissing(&'static str),
+    #[error(
+        "Parameter 'id' expects an identifier\nIdentifiers consist of letters, digits, '-', '.', '_', starting with a \
+         letter."
+    )]
+    ObjectId,
+    #[error("attempt to add duplicate property '{0}' to object (type 'container')")]
+    ObjectTwice(String),
+    #[error("Expected '=' after parameter '{0}'")]
+    ObjectNoValue(String),
+    #[error("Invalid parameter type for '{name}', expected: {expected}")]
+    ObjectValueKind { name: String, expected: &'static str },
+    #[error("JSON parse error, {0}")]
+    ObjectJson(serde_json::Error),
+    #[error("Parameter '{name}' expects 'on' or 'off'")]
+    ObjectSwitch { name: &'static str },
     #[error("Parameter '{name}' does not accept value '{found}'")]
     ObjectValue { name: &'static str, found: String },
     #[error("Parameter '{0}' is unexpected")]
@@ -82,24 +99,18 @@ pub enum ImgError {
     TlsDir,
     #[error("{}", chain(.0))]
     Tls(block::nbd::TlsError),
-    #[error("Parameter 'id' is missing")]
-    SecretId,
     #[error("'file' and 'data' are mutually exclusive")]
     SecretBoth,
-    #[error("Must provide 'file' or 'data'")]
+    #[error("Either 'file' or 'data' must be provided")]
     SecretNothing,
-    #[error("Invalid parameter '{0}'")]
-    SecretParameter(String),
-    #[error("Parameter 'format' does not accept value '{0}'")]
-    SecretFormat(String),
     #[error("secret '{0}' is not valid base64")]
     SecretBase64(String),
     #[error("secret '{id}' has more than {max} bytes")]
     SecretSize { id: String, max: usize },
     #[error("IV is required to decrypt secret")]
     SecretIv,
-    #[error("IV should be 16 bytes in length")]
-    SecretIvSize,
+    #[error("IV should be 16 bytes in length not {0}")]
+    SecretIvSize(usize),
     #[error("Key should be 32 bytes in length")]
     SecretKeySize,
     #[error("secret '{0}' is not encrypted with its key: the padding is wrong")]

@@ -28,6 +28,7 @@ mod json;
 mod layers;
 mod map;
 mod measure;
+mod object;
 mod open;
 mod optlist;
 mod output;

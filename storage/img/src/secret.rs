@@ -10,6 +10,7 @@ use block::Passphrase;
 
 use crate::error::{ImgError, Rule};
 use crate::getopt::Parsed;
+use crate::object::{Kind, Object};
 use crate::tls_creds::TlsCreds;
 
 /// Longest passphrase read from a file or the command line, in bytes.
@@ -26,17 +27,21 @@ impl Secrets {
     /// Reads every `--object`.
     pub fn of(parsed: &Parsed) -> Result<Secrets, ImgError> {
         let mut secrets = Secrets::default();
-        for object in parsed.values("object")? {
-            let items = block::spec::split_commas(object);
-            if let Some((kind, parameters)) = items.split_first()
-                && kind.strip_prefix("qom-type=").unwrap_or(kind) == "tls-creds-x509"
-            {
-                let (id, creds) = TlsCreds::read(parameters)?;
-                secrets.tls.insert(id, creds);
-                continue;
+        for text in parsed.values("object")? {
+            let object = Object::parse(text)?;
+            if secrets.by_id.contains_key(&object.id) || secrets.tls.contains_key(&object.id) {
+                return Err(ImgError::ObjectTwice(object.id));
             }
-            let (id, bytes) = read(object, &secrets)?;
-            secrets.by_id.insert(id, Passphrase::new(bytes));
+            match object.kind {
+                Kind::TlsCredsX509 => {
+                    let creds = TlsCreds::read(&object.parameters)?;
+                    secrets.tls.insert(object.id, creds);
+                }
+                Kind::Secret => {
+                    let bytes = read(&object, &secrets)?;
+                    secrets.by_id.insert(object.id, Passphrase::new(bytes));
+                }
+            }
         }
         Ok(secrets)
     }
@@ -52,46 +57,42 @@ impl Secrets {
     }
 }
 
-fn read(object: &str, others: &Secrets) -> Result<(String, Vec<u8>), ImgError> {
-    let (mut id, mut data, mut file, mut base64) = (None, None, None, false);
-    let (mut key_id, mut iv) = (None, None);
-    for (index, item) in block::spec::split_commas(object).into_iter().enumerate() {
-        let (name, value) = item.split_once('=').unwrap_or(if index == 0 { ("qom-type", &item) } else { (&item, "") });
-        match name {
-            "qom-type" if value == "secret" => {}
-            "qom-type" => return Err(ImgError::ObjectType(value.to_owned())),
-            "id" => id = Some(value.to_owned()),
-            "data" => data = Some(value.as_bytes().to_vec()),
-            "file" => file = Some(value.to_owned()),
-            "format" => match value {
-                "raw" => base64 = false,
-                "base64" => base64 = true,
-                other => return Err(ImgError::SecretFormat(other.to_owned())),
-            },
-            "keyid" => key_id = Some(value.to_owned()),
-            "iv" => iv = Some(value.to_owned()),
-            other => return Err(ImgError::SecretParameter(other.to_owned())),
+fn read(object: &Object, others: &Secrets) -> Result<Vec<u8>, ImgError> {
+    let (mut data, mut file, mut base64) = (None, None, false);
+    let (mut key_id, mut iv, mut unexpected) = (None, None, None);
+    for (name, value) in &object.parameters {
+        match (name.as_str(), value.as_str()) {
+            ("data", _) => data = Some(value.as_bytes().to_vec()),
+            ("file", _) => file = Some(value),
+            ("format", "raw") => base64 = false,
+            ("format", "base64") => base64 = true,
+            ("format", found) => return Err(ImgError::ObjectValue { name: "format", found: found.to_owned() }),
+            ("keyid", _) => key_id = Some(value),
+            ("iv", _) => iv = Some(value),
+            (other, _) => unexpected = unexpected.or(Some(other)),
         }
     }
-    let id = id.filter(|id| !id.is_empty()).ok_or(ImgError::SecretId)?;
+    if let Some(name) = unexpected {
+        return Err(ImgError::ObjectParameter(name.to_owned()));
+    }
     let bytes = match (data, file) {
         (Some(_), Some(_)) => return Err(ImgError::SecretBoth),
         (Some(data), None) => data,
-        (None, Some(path)) => read_file(&path)?,
+        (None, Some(path)) => read_file(path)?,
         (None, None) => return Err(ImgError::SecretNothing),
     };
+    let id = &object.id;
     if bytes.len() > SECRET_MAX_BYTES {
-        return Err(ImgError::SecretSize { id, max: SECRET_MAX_BYTES });
+        return Err(ImgError::SecretSize { id: id.clone(), max: SECRET_MAX_BYTES });
     }
     let bytes = if base64 { decode_base64(&bytes).ok_or_else(|| ImgError::SecretBase64(id.clone()))? } else { bytes };
-    let Some(key_id) = key_id else { return Ok((id, bytes)) };
+    let Some(key_id) = key_id else { return Ok(bytes) };
     let iv = iv.ok_or(ImgError::SecretIv)?;
     let iv = decode_base64(iv.as_bytes()).ok_or_else(|| ImgError::SecretBase64(id.clone()))?;
-    let iv: [u8; 16] = iv.try_into().map_err(|_| ImgError::SecretIvSize)?;
-    let key = others.get(&key_id).ok_or(ImgError::NoSecret(key_id))?;
+    let iv: [u8; 16] = iv.try_into().map_err(|iv: Vec<u8>| ImgError::SecretIvSize(iv.len()))?;
+    let key = others.get(key_id).ok_or_else(|| ImgError::NoSecret(key_id.clone()))?;
     let key: &[u8; 32] = key.bytes().try_into().map_err(|_| ImgError::SecretKeySize)?;
-    let plain = decrypt(key, iv, bytes).ok_or_else(|| ImgError::SecretPadding(id.clone()))?;
-    Ok((id, plain))
+    decrypt(key, iv, bytes).ok_or_else(|| ImgError::SecretPadding(id.clone()))
 }
 
 /// AES-256-CBC; every byte of the padding, which is never empty, says how long it is. `None`: it does not.
@@ -138,8 +139,9 @@ mod tests {
             (format!("secret,id=b,file={},format=base64", path.display()), ("b", b"passw")),
             (format!("secret,id=b,file={},format=raw", path.display()), ("b", b"cGFz\nc3c=\n")),
         ] {
-            let (id, bytes) = read(&object, &Secrets::default()).unwrap();
-            assert_eq!((id.as_str(), bytes.as_slice()), want, "{object}");
+            let object = Object::parse(&object).unwrap();
+            let bytes = read(&object, &Secrets::default()).unwrap();
+            assert_eq!((object.id.as_str(), bytes.as_slice()), want);
         }
         let mut others = Secrets::default();
         for (id, bytes) in [("k", vec![b'k'; 32]), ("s", vec![1; 16])] {
@@ -147,16 +149,14 @@ mod tests {
         }
         // printf hello | openssl enc -aes-256-cbc -K 6b..6b -iv 41..41 -base64
         let encrypted = "secret,id=e,data=mK8CJeryCqQSqlJcF98Cmw==,format=base64,keyid=k,iv=QUFBQUFBQUFBQUFBQUFBQQ==";
-        assert_eq!(read(encrypted, &others).unwrap(), ("e".to_owned(), b"hello".to_vec()));
+        assert_eq!(read(&Object::parse(encrypted).unwrap(), &others).unwrap(), b"hello");
         for (object, want) in [
-            ("tls-creds-psk,id=a", "object type 'tls-creds-psk' is not supported; 'secret' and 'tls-creds-x509' are"),
-            ("secret,data=x", "Parameter 'id' is missing"),
-            ("secret,id=a", "Must provide 'file' or 'data'"),
+            ("secret,id=a", "Either 'file' or 'data' must be provided"),
             ("secret,id=a,data=x,file=y", "'file' and 'data' are mutually exclusive"),
             ("secret,id=a,data=x,format=hex", "Parameter 'format' does not accept value 'hex'"),
-            ("secret,id=a,data=x,ivs=y", "Invalid parameter 'ivs'"),
+            ("secret,id=a,data=x,ivs=y", "Parameter 'ivs' is unexpected"),
             ("secret,id=a,data=x,keyid=k", "IV is required to decrypt secret"),
-            ("secret,id=a,data=x,keyid=k,iv=QUFB", "IV should be 16 bytes in length"),
+            ("secret,id=a,data=x,keyid=k,iv=QUFB", "IV should be 16 bytes in length not 3"),
             ("secret,id=a,data=x,keyid=n,iv=QUFBQUFBQUFBQUFBQUFBQQ==", "No secret with id 'n'"),
             ("secret,id=a,data=x,keyid=s,iv=QUFBQUFBQUFBQUFBQUFBQQ==", "Key should be 32 bytes in length"),
             (
@@ -166,7 +166,8 @@ mod tests {
             ("secret,id=a,data=xyz,format=base64", "secret 'a' is not valid base64"),
             ("secret,id=a,file=/nowhere/x", "Unable to read /nowhere/x: No such file or directory"),
         ] {
-            assert_eq!(read(object, &others).unwrap_err().to_string(), want, "{object}");
+            let parsed = Object::parse(object).unwrap();
+            assert_eq!(read(&parsed, &others).unwrap_err().to_string(), want, "{object}");
         }
     }
 }

@@ -17,30 +17,27 @@ pub enum TlsCreds {
 }
 
 impl TlsCreds {
-    /// Reads an object, whose parameters follow its type, and its files; with its id.
-    pub fn read(parameters: &[String]) -> Result<(String, TlsCreds), ImgError> {
-        let (mut id, mut dir, mut server, mut verify) = (None, None, false, true);
-        for item in parameters {
-            let (name, value) = item.split_once('=').unwrap_or((item, ""));
-            let refused = |name| ImgError::ObjectValue { name, found: value.to_owned() };
-            match (name, value) {
-                ("id", _) => id = Some(value.to_owned()),
+    /// Reads the parameters of an object, and its files.
+    pub fn read(parameters: &[(String, String)]) -> Result<TlsCreds, ImgError> {
+        let (mut dir, mut server, mut verify) = (None, false, true);
+        for (name, value) in parameters {
+            match (name.as_str(), value.as_str()) {
                 ("dir", _) => dir = Some(PathBuf::from(value)),
                 ("endpoint", "client") => server = false,
                 ("endpoint", "server") => server = true,
-                ("endpoint", _) => return Err(refused("endpoint")),
+                ("endpoint", found) => {
+                    return Err(ImgError::ObjectValue { name: "endpoint", found: found.to_owned() });
+                }
                 ("verify-peer", "on" | "yes" | "true" | "y") => verify = true,
                 ("verify-peer", "off" | "no" | "false" | "n") => verify = false,
-                ("verify-peer", _) => return Err(refused("verify-peer")),
+                ("verify-peer", _) => return Err(ImgError::ObjectSwitch { name: "verify-peer" }),
                 // It asks for what is always checked.
                 ("sanity-check", _) => {}
-                ("priority" | "passwordid", _) => return Err(ImgError::ObjectNotBuilt(name.to_owned())),
-                _ => return Err(ImgError::ObjectParameter(name.to_owned())),
+                ("priority" | "passwordid", _) => return Err(ImgError::ObjectNotBuilt(name.clone())),
+                _ => return Err(ImgError::ObjectParameter(name.clone())),
             }
         }
-        let id = id.filter(|id| !id.is_empty()).ok_or(ImgError::SecretId)?;
-        let dir = dir.ok_or(ImgError::TlsDir)?;
-        Ok((id, TlsCreds::of(&dir, server, verify)?))
+        TlsCreds::of(&dir.ok_or(ImgError::TlsDir)?, server, verify)
     }
 
     fn of(dir: &Path, server: bool, verify: bool) -> Result<TlsCreds, ImgError> {
@@ -71,19 +68,19 @@ impl TlsCreds {
 #[test]
 fn wrong_objects_are_named_as_qemu_names_them() {
     for (object, want) in [
-        ("id=a,endpoint=client", "Missing 'dir' property value"),
-        ("dir=/nowhere", "Parameter 'id' is missing"),
-        ("id=a,endpoint=foo,dir=/nowhere", "Parameter 'endpoint' does not accept value 'foo'"),
-        ("id=a,verify-peer=maybe,dir=/nowhere", "Parameter 'verify-peer' does not accept value 'maybe'"),
-        ("id=a,dir=/nowhere,foo=bar", "Parameter 'foo' is unexpected"),
-        ("id=a,dir=/nowhere,priority=NORMAL", "'priority' of tls-creds-x509 is not supported; leave it out"),
-        ("id=a,dir=/nowhere", "Unable to access credentials /nowhere/ca-cert.pem: No such file or directory"),
+        ("endpoint=client", "Missing 'dir' property value"),
+        ("endpoint=foo,dir=/nowhere", "Parameter 'endpoint' does not accept value 'foo'"),
+        ("verify-peer=maybe,dir=/nowhere", "Parameter 'verify-peer' expects 'on' or 'off'"),
+        ("dir=/nowhere,foo=bar", "Parameter 'foo' is unexpected"),
+        ("dir=/nowhere,priority=NORMAL", "'priority' of tls-creds-x509 is not supported; leave it out"),
+        ("dir=/nowhere", "Unable to access credentials /nowhere/ca-cert.pem: No such file or directory"),
         (
-            "id=a,endpoint=server,dir=/nowhere",
+            "endpoint=server,dir=/nowhere",
             "Unable to access credentials /nowhere/ca-cert.pem: No such file or directory",
         ),
     ] {
-        let parameters: Vec<String> = object.split(',').map(str::to_owned).collect();
+        let pair = |item: &str| item.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let parameters: Vec<_> = object.split(',').filter_map(pair).collect();
         assert_eq!(TlsCreds::read(&parameters).unwrap_err().to_string(), want, "{object}");
     }
 }

@@ -175,3 +175,57 @@ fn numbers_that_are_no_sizes_have_no_suffix() {
     ";
     check(&script);
 }
+
+#[test]
+fn objects_are_described_in_both_forms() {
+    let mut script = "peer create -q raw.img 1M\n".to_owned();
+    for object in [
+        r#"{"qom-type":"secret","id":"a","data":"x"}"#,
+        r#"{"qom-type":"secret","id":"a","data":"eA==","format":"base64"}"#,
+        "secret,id=a.b-_1,data=x",
+    ] {
+        script += &format!("run info --object '{object}' raw.img\n");
+    }
+    script += r#"
+        file pass abc
+        run create -q -f luks --object {"qom-type":"secret","id":"a","file":"pass"} -o key-secret=a,iter-time=10 l 1M
+        run convert --image-opts --object {"qom-type":"secret","id":"a","data":"abc"} driver=luks,file.filename=l,key-secret=a out
+    "#;
+    for object in [
+        r#"{"qom-type":"secret","id":"a"}"#,
+        r#"{"qom-type":"secret","data":"x"}"#,
+        r#"{"id":"a","data":"x"}"#,
+        r#"{"qom-type":"foo","id":"a"}"#,
+        r#"{"qom-type":5,"id":"a"}"#,
+        r#"{"qom-type":"secret","id":"1a","data":"x"}"#,
+        r#"{"qom-type":"secret","id":"a","data":"x","foo":"1"}"#,
+        r#"{"qom-type":"secret","id":"a","data":1}"#,
+        r#"{"qom-type":"secret","id":"a","data":"x","format":"hex"}"#,
+        r#"{"qom-type":"secret","id":"a","data":"x","file":"y"}"#,
+        r#"{"qom-type":"secret","id":"a","data":"x","keyid":"n","iv":"QUFBQUFBQUFBQUFBQUFBQQ=="}"#,
+        r#"{"qom-type":"tls-creds-x509","id":"a"}"#,
+        r#"{"qom-type":"tls-creds-x509","id":"a","endpoint":"client","dir":"/nowhere","verify-peer":true}"#,
+        r#"{"qom-type":"tls-creds-x509","id":"a","endpoint":"client","dir":"/nowhere","verify-peer":"on"}"#,
+        "[]",
+        "{}",
+        "foo,id=a",
+        "foo",
+        "id=a,data=x",
+        "secret",
+        "secret,id=",
+        "secret,id=a",
+        "secret,id=a,data",
+        "secret,id=1a,data=x",
+        "secret,data=x,foo=1",
+        "secret,id=a,data=x,foo=1",
+        "secret,id=a,data=x,format=hex,foo=1",
+        "tls-creds-x509,id=a,verify-peer=maybe,dir=/nowhere",
+    ] {
+        script += &format!("fail 1 info --object '{object}' raw.img\n");
+    }
+    script += "
+        fail 1 info --object secret,id=a,data=x --object secret,id=a,data=x raw.img
+        code 1 info --object '{' raw.img
+    ";
+    check(&script);
+}
