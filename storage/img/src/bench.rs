@@ -13,7 +13,7 @@ use crate::convert::default_workers;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
-use crate::output::say_line;
+use crate::output::{self, say_line};
 
 /// `bench`.
 pub const COMMAND: Command =
@@ -111,7 +111,9 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     run.by_threads(plan.depth.min(threads));
     let error = run.error.into_inner().unwrap_or_else(PoisonError::into_inner);
     error.map_or(Ok(()), |source| Err(ImgError::BenchFailed { source }))?;
-    say_line(format_args!("Run completed in {:.3} seconds.", started.elapsed().as_secs_f64()));
+    let seconds = started.elapsed().as_secs_f64();
+    output::fact("seconds", seconds);
+    say_line(format_args!("Run completed in {seconds:.3} seconds."));
     Ok(0)
 }
 

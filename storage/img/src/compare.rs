@@ -7,7 +7,7 @@ use crate::convert::default_workers;
 use crate::error::ImgError;
 use crate::getopt::{FORCE_SHARE, IMAGE_OPTS, OBJECT, Opt, PROGRESS, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
-use crate::output::say_line;
+use crate::output::{self, say_line};
 use crate::progress::Progress;
 
 /// `compare`.
@@ -66,6 +66,9 @@ fn compare(parsed: &Parsed) -> Result<u8, ImgError> {
     let progress = Progress::of(parsed, None);
     let differs = block::compare(&first, &second, default_workers(), &|done, total| progress.report(done, total))
         .map_err(|source| ImgError::WithCode { code: READ_FAILED, source: Box::new(ImgError::Comparing { source }) })?;
+    if let Some(at) = differs {
+        output::fact("mismatch-offset", at);
+    }
     if let Some(at) = status_at.filter(|at| differs.is_none_or(|content| content >= *at)) {
         say(format!("Strict mode: Offset {at} block status mismatch!"));
         progress.end();
@@ -76,6 +79,7 @@ fn compare(parsed: &Parsed) -> Result<u8, ImgError> {
     if first.size_bytes() != second.size_bytes() && differs.is_none_or(|at| at >= both) {
         say("Warning: Image size mismatch!".to_owned());
     }
+    output::fact("identical", differs.is_none());
     match differs {
         Some(at) => say(format!("Content mismatch at offset {at}!")),
         None => say("Images are identical.".to_owned()),

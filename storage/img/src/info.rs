@@ -350,7 +350,7 @@ fn child_json(child: &Child) -> Value {
     json!({"name": name, "info": info})
 }
 
-fn snapshot_json(snapshot: &Snapshot) -> Value {
+pub fn snapshot_json(snapshot: &Snapshot) -> Value {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let mut value = json!({
         "id": text(&snapshot.id), "name": text(&snapshot.name), "vm-state-size": snapshot.vm_state_bytes,

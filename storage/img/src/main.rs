@@ -98,6 +98,9 @@ fn commands() -> impl Iterator<Item = &'static &'static Command> {
 /// The version of qemu-img whose options, outputs and texts these are. Callers read it to learn what they may use.
 const PEER_VERSION: &str = "10.0.2";
 const HELP: Opt = flag('h', &["help"], "print this help and exit");
+const JSON_NAME: &str = "json";
+/// For commands that have no JSON of their own.
+const JSON: Opt = flag('\0', &[JSON_NAME], "print one JSON object in the end: exit code, error, what was said");
 
 /// Names of QEMU's tools that this one answers to, as a link to it.
 const NAMES: [&str; 3] = ["qemu-img", "qemu-io", "qemu-nbd"];
@@ -175,10 +178,33 @@ fn run_command(command: &Command, args: Vec<OsString>) -> Result<u8, ImgError> {
     if asks_help(command, &args) {
         return print(&help(command));
     }
-    let parsed = getopt::parse(command.name, command.options, args)?;
+    let with_json = has_json(command);
+    let mut options = copied(command.options);
+    if !with_json && program() == "vireo-img" {
+        options.push(JSON);
+    }
+    let parsed = getopt::parse(command.name, &options, args)?;
+    let json = parsed.has(JSON_NAME);
+    if json && !with_json {
+        output::gather();
+    }
     // A wrong secret is told before anything is opened, whether the command comes to need it or not.
-    secret::Secrets::of(&parsed)?;
-    (command.run)(&parsed)
+    let done = secret::Secrets::of(&parsed).and_then(|_| (command.run)(&parsed));
+    match &done {
+        Err(error) if json => output::print_object(command.name, error.exit_code(), Some(error.to_string())),
+        Ok(code) if json && !with_json => output::print_object(command.name, *code, None),
+        _ => {}
+    }
+    done
+}
+
+/// Whether a command answers in JSON by itself.
+fn has_json(command: &Command) -> bool {
+    command.options.iter().any(|option| option.long.contains(&JSON_NAME))
+}
+
+fn copied(options: &[Opt]) -> Vec<Opt> {
+    options.iter().map(|o| Opt { short: o.short, long: o.long, value: o.value, help: o.help }).collect()
 }
 
 /// `-h` or `--help` among the options, and not as the value of one.
@@ -186,8 +212,8 @@ fn asks_help(command: &Command, args: &[OsString]) -> bool {
     if !args.iter().any(|arg| arg == "-h" || arg == "--help") {
         return false;
     }
-    let mut options: Vec<Opt> = vec![HELP];
-    options.extend(command.options.iter().map(|o| Opt { short: o.short, long: o.long, value: o.value, help: o.help }));
+    let mut options = copied(command.options);
+    options.extend([HELP, JSON]);
     getopt::parse(command.name, &options, args.to_vec()).map_or(true, |parsed| parsed.has("help"))
 }
 
@@ -222,8 +248,9 @@ fn overview() -> String {
 fn help(command: &Command) -> String {
     let Command { name, about, operands, options, .. } = command;
     let name = if is_one_command() { String::new() } else { format!("{name} ") };
+    let json = if has_json(command) || program() != "vireo-img" { String::new() } else { getopt::describe(&[JSON]) };
     format!(
-        "{about}.  Usage:\n\n  {} {name}[options] {operands}\n\nOptions:\n{}{}",
+        "{about}.  Usage:\n\n  {} {name}[options] {operands}\n\nOptions:\n{}{}{json}",
         program(),
         getopt::describe(&[HELP]),
         getopt::describe(options)

@@ -45,6 +45,7 @@ impl Progress {
     pub fn of(parsed: &Parsed, rate_bytes: Option<u64>) -> Progress {
         let style = match (parsed.has("progress") && !parsed.has("quiet"), crate::program()) {
             (false, _) => Style::Asked,
+            _ if output::is_gathering() => Style::Asked,
             (true, "vireo-img") if std::io::stdout().is_terminal() => Style::Bar,
             (true, _) => Style::Percent,
         };

@@ -6,7 +6,7 @@ use crate::Command;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, QUIET, flag, opt};
 use crate::open::{self, Access, Named};
-use crate::output::say_line;
+use crate::output::{self, say_line};
 use crate::size::{self, SizeError};
 
 /// `resize`.
@@ -74,6 +74,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let failed = |source| ImgError::Resize { source };
     disk.resize(wanted, parsed.has("shrink"), room).map_err(failed)?;
     disk.flush().map_err(failed)?;
+    output::fact("virtual-size", disk.size_bytes());
     if !parsed.has("quiet") {
         say_line("Image resized.");
     }

@@ -8,8 +8,9 @@ use block::{CacheMode, Format, Qcow2Image, Snapshot, SnapshotTime};
 use crate::Command;
 use crate::error::{ImgError, Rule};
 use crate::getopt::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Opt, Parsed, QUIET, flag, opt};
+use crate::info::snapshot_json;
 use crate::open::{self, Access, Named};
-use crate::output::stdout;
+use crate::output::{self, stdout};
 use crate::size::human;
 
 /// `snapshot`.
@@ -97,6 +98,7 @@ fn find(named: &Named, image: &Qcow2Image, name: &str, by_id: bool) -> Result<bo
 
 fn list(named: &Named, image: &Qcow2Image) -> Result<(), ImgError> {
     let all = image.snapshots().map_err(|source| ImgError::Open { name: named.label.clone(), source })?;
+    output::fact("snapshots", all.iter().map(snapshot_json).collect::<serde_json::Value>());
     if !all.is_empty() {
         let mut out = stdout();
         writeln!(out, "Snapshot list:")?;

@@ -128,12 +128,45 @@ fn progress_is_what_vdsm_reads() {
 fn secrets_are_looked_at_first() {
     let dir = images();
     for (line, says) in [
-        ("info --object secret,id=a top.qcow2", "Must provide 'file' or 'data'"),
-        ("info --object tls-creds,id=a top.qcow2", "object type 'tls-creds' is not supported"),
+        ("info --object secret,id=a top.qcow2", "Either 'file' or 'data' must be provided"),
+        ("info --object tls-creds,id=a top.qcow2", "Parameter 'qom-type' does not accept value 'tls-creds'"),
         ("map --image-opts driver=qcow2,file.filename=top.qcow2,encrypt.key-secret=sec0", "No secret with id 'sec0'"),
     ] {
         let (code, text) = ours(dir.path(), line);
         assert_eq!(code, Some(1), "{line}");
         assert!(text.contains(says), "{line}: {text}");
+    }
+}
+
+#[test]
+fn every_command_answers_in_json_also_when_it_fails() {
+    let dir = images();
+    for (line, code, holds) in [
+        ("create -f qcow2 new.qcow2 4M", 0, r#""command": "create""#),
+        ("create -f qcow2 gone/new.qcow2 4M", 1, r#""error": "gone/new.qcow2: Could not create"#),
+        ("convert -p -O raw mid.qcow2 out.raw", 0, r#""said": []"#),
+        ("compare mid.qcow2 out.raw", 0, r#""identical": true"#),
+        ("compare mid.qcow2 nope", 2, r#""exit-code": 2"#),
+        ("resize new.qcow2 5M", 0, r#""virtual-size": 5242880"#),
+        ("snapshot -c two new.qcow2", 0, r#""exit-code": 0"#),
+        ("snapshot new.qcow2", 0, r#""name": "two""#),
+        ("bitmap --add new.qcow2 b", 0, r#""command": "bitmap""#),
+        ("amend -o compat=1.1 new.qcow2", 0, r#""command": "amend""#),
+        ("rebase -b nope new.qcow2", 1, r#""error": "#),
+        ("commit new.qcow2", 1, r#""error": "Image does not have a backing file""#),
+        ("dd if=new.qcow2 of=part bs=1k count=1", 0, r#""command": "dd""#),
+        ("bench -c 10 new.qcow2", 0, r#""seconds": "#),
+        ("io -c length new.qcow2", 0, r#""5 MiB""#),
+        ("serve -f nope new.qcow2", 1, r#""error": "#),
+        ("info nope", 1, r#""error": "Could not open"#),
+        ("check new.qcow2", 0, r#""check-errors": 0"#),
+        ("map new.qcow2", 0, r#""start": 0"#),
+    ] {
+        let (command, rest) = line.split_once(' ').unwrap();
+        let out = run(Path::new(env!("CARGO_BIN_EXE_vireo-img")), dir.path(), &format!("{command} --json {rest}"));
+        let said = String::from_utf8(out.stdout).unwrap();
+        assert_eq!(out.status.code(), Some(code), "{line}: {said}");
+        serde_json::from_str::<serde_json::Value>(&said).unwrap_or_else(|error| panic!("{line}: {error}: {said}"));
+        assert!(said.contains(holds), "{line}: {said}");
     }
 }
