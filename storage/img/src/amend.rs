@@ -131,8 +131,9 @@ fn wanted(list: &OptList, image: &Qcow2Image) -> Result<Amend, ImgError> {
         Some("1.1" | "v3") => Some(3),
         Some(other) => return rule(Rule::Compat(other.to_owned())),
     };
-    let given = list.text("backing_file");
-    if given.is_some_and(|name| Some(name) != header.backing_name.as_deref()) {
+    let given = (list.text("backing_file"), list.text("backing_fmt"));
+    let there = (header.backing_name.as_deref(), header.backing_format.as_deref());
+    if given != (None, None) && given != there {
         return rule(Rule::Requires("Cannot amend the backing file\nYou can use 'qemu-img rebase' instead."));
     }
     if list.has("data_file") && !header.geometry.data_file {
