@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use block::{CacheMode, ChainFile, CopyOptions, Qcow2Image};
+use block::{CacheMode, ChainFile, CopyOptions, Format, Qcow2Image};
 
 use crate::Command;
 use crate::convert::default_workers;
@@ -72,7 +72,10 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     progress.end();
     drop((source, target));
     if !parsed.has("drop") && !parsed.has("base") {
-        empty(top).map_err(failed)?;
+        // Other formats keep what they hold, as with qemu-img.
+        if top.format == Format::Qcow2 {
+            empty(top).map_err(failed)?;
+        }
     }
     if !parsed.has("quiet") {
         say_line("Image committed.");
