@@ -80,6 +80,9 @@ pub fn print_help(format: &str, with_file: bool) -> Result<u8, ImgError> {
     Ok(0)
 }
 
+/// Largest disk of a VDI file that qemu-img opens.
+const VDI_MAX_BYTES: u64 = 0x1_ffff_f800_0000;
+
 /// An image that is to be created: what `create` and `convert` share.
 pub struct Request {
     label: String,
@@ -233,6 +236,10 @@ impl Request {
             }
             "vdi" => {
                 self.no_room()?;
+                let sectors = size.next_multiple_of(512);
+                if sectors > VDI_MAX_BYTES {
+                    return Err(MakeError::Rule(Rule::VdiSize { size: sectors, max: VDI_MAX_BYTES }));
+                }
                 let options = VdiOptions { is_static: self.list.switch("static").unwrap_or(false) };
                 self.put(durable, |file| create_vdi(file, path, size, &options))
             }
@@ -248,7 +255,7 @@ impl Request {
                 let options = VhdxOptions {
                     fixed: self.is_fixed()?,
                     block_bytes: list.number("block_size").unwrap_or(0),
-                    log_bytes: list.number("log_size").unwrap_or(1 << 20),
+                    log_bytes: log_bytes(list.number("log_size"))?,
                     block_state_zero: list.switch("block_state_zero").unwrap_or(true),
                 };
                 self.put(durable, |file| create_vhdx(file, path, size, &options))
@@ -383,6 +390,18 @@ impl Request {
 
     fn put(&self, durable: bool, format: impl FnOnce(&HostFile) -> Result<(), BlockError>) -> Result<(), MakeError> {
         put(&self.path, durable, format)
+    }
+}
+
+/// The log of a VHDX: whole MiB, rounded up.
+fn log_bytes(given: Option<u64>) -> Result<u64, MakeError> {
+    let bytes = given.unwrap_or(1 << 20).checked_next_multiple_of(1 << 20).unwrap_or(u64::MAX);
+    match bytes {
+        0 => Err(MakeError::Rule(Rule::Requires("Log size must be a multiple of 1 MB"))),
+        bytes if bytes > u64::from(u32::MAX) => {
+            Err(MakeError::Rule(Rule::Requires("Log size must be smaller than 4 GB")))
+        }
+        bytes => Ok(bytes),
     }
 }
 

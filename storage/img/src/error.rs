@@ -285,6 +285,8 @@ pub enum Rule {
     DataFileRawBacking,
     #[error("data-file-raw requires data-file")]
     DataFileRaw,
+    #[error("Unsupported VDI image size (size is {size:#x}, max supported is {max:#x})")]
+    VdiSize { size: u64, max: u64 },
     #[error("Could not resize image: Image size cannot be negative")]
     Negative,
     #[error("The image size is too large for file format '{0}' (try using a larger cluster size)")]

@@ -229,3 +229,55 @@ fn objects_are_described_in_both_forms() {
     ";
     check(&script);
 }
+
+#[test]
+fn the_backing_file_is_not_amended() {
+    check(
+        "
+        peer create -q -f qcow2 a 1M
+        peer create -q -f qcow2 -b a -F qcow2 c
+        fail 1 amend -o backing_fmt=raw c
+        fail 1 amend -o backing_fmt=qcow2 c
+        fail 1 amend -o backing_file=a c
+        fail 1 amend -o backing_file=x,backing_fmt=qcow2 c
+        fail 1 amend -o backing_file=a,backing_fmt=raw c
+        fail 1 amend -o backing_fmt=raw a
+        run amend -o backing_file=a,backing_fmt=qcow2 c
+        same c
+        ",
+    );
+}
+
+#[test]
+fn a_vmdk_is_committed_and_keeps_what_it_holds() {
+    check(
+        "
+        peer create -q src.raw 4M
+        peer convert -O vmdk src.raw s.vmdk
+        peer create -q -f vmdk -b s.vmdk -F vmdk q.vmdk
+        io -c 'write -P 3 0 64k' q.vmdk
+        run commit q.vmdk
+        same s.vmdk
+        run map q.vmdk
+        run commit -d q.vmdk
+        same q.vmdk
+        ",
+    );
+}
+
+#[test]
+fn other_vendors_have_limits() {
+    check(
+        "
+        fail 1 create -f vdi a.vdi 600T
+        fail 1 create -f vdi a.vdi 0x1fffff8000001
+        fail 1 create -f vdi -o static=on a.vdi 600T
+        fail 1 create -f vhdx -o log_size=0 a.vhdx 1M
+        fail 1 create -f vhdx -o log_size=4G a.vhdx 1M
+        fail 1 create -f vhdx -o log_size=8G a.vhdx 1M
+        run create -f vhdx -o log_size=1000 a.vhdx 1M
+        same a.vhdx
+        code 1 create -f vhdx a.vhdx 65T
+        ",
+    );
+}

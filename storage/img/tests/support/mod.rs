@@ -24,7 +24,7 @@ use serde_json::Value;
 
 /// JSON fields that may differ: space on the host, which depends on the order of writes, times, and what is random or
 /// follows from how fast the host is.
-pub const UNSTABLE: [&str; 10] = [
+pub const UNSTABLE: [&str; 11] = [
     "actual-size",
     "date-sec",
     "date-nsec",
@@ -32,6 +32,7 @@ pub const UNSTABLE: [&str; 10] = [
     "fragmented-clusters",
     "offset",
     "cid",
+    "parent-cid",
     "uuid",
     "iters",
     "master-key-iters",
