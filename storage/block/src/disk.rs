@@ -382,10 +382,38 @@ impl Disk {
     /// cluster covers of the disk.
     pub fn write_packed(&self, offset: u64, packed: &[u8], bytes: u64) -> Result<(), BlockError> {
         self.check_write(offset, bytes)?;
+        self.check_whole(offset, bytes)?;
         self.changing(offset, bytes, || self.top()?.0.write_packed(offset, packed))?;
         self.written()?;
         self.count(Direction::Write, bytes);
         Ok(())
+    }
+
+    /// Writes a range compressed, cluster by cluster; clusters that do not shrink are stored as they are.
+    /// `PartialCluster`, with nothing changed: the range is not whole clusters, and does not end with the disk.
+    pub fn write_compressed(&self, offset: u64, plain: &[u8]) -> Result<(), BlockError> {
+        self.check_write(offset, plain.len() as u64)?;
+        self.check_whole(offset, plain.len() as u64)?;
+        let unit = self.cluster_bytes().max(512);
+        let mut packed = Vec::new();
+        for (at, cluster) in (offset..).step_by(unit as usize).zip(plain.chunks(unit as usize)) {
+            if self.pack(cluster, &mut packed)? {
+                self.write_packed(at, &packed, cluster.len() as u64)?;
+            } else {
+                self.write(at, cluster)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A packed cluster has all of its bytes: what a range leaves out of it would be lost.
+    fn check_whole(&self, offset: u64, bytes: u64) -> Result<(), BlockError> {
+        let cluster_bytes = self.cluster_bytes().max(1);
+        let is_end = offset.saturating_add(bytes) == self.size_bytes();
+        if offset.is_multiple_of(cluster_bytes) && (is_end || bytes.is_multiple_of(cluster_bytes)) {
+            return Ok(());
+        }
+        Err(BlockError::PartialCluster { path: self.path.clone(), offset, bytes, cluster_bytes })
     }
 
     /// Makes a range read as zeroes. `may_unmap` allows its space to go back to the host.

@@ -115,6 +115,8 @@ pub enum BlockError {
     NoCompression { path: PathBuf },
     #[error("{path}: the format has no way to change the size of the disk here", path = path.display())]
     NoResize { path: PathBuf },
+    #[error("{path}: {bytes} bytes at {offset:#x} are no whole clusters of {cluster_bytes} bytes, as compressed writes need them", path = path.display())]
+    PartialCluster { path: PathBuf, offset: u64, bytes: u64, cluster_bytes: u64 },
     #[error("{path}: a compressed cluster of {bytes} bytes at {offset} is not shorter than a cluster, or not at one", path = path.display())]
     NoPackedCluster { path: PathBuf, offset: u64, bytes: u64 },
     #[error("{path}: the image cannot be changed as asked", path = path.display())]
@@ -241,6 +243,7 @@ impl BlockError {
             | E::RefcountTableFull { .. }
             | E::NoCompression { .. }
             | E::NoPackedCluster { .. }
+            | E::PartialCluster { .. }
             | E::NoResize { .. }
             | E::Maintenance { .. }
             | E::Stopped

@@ -2,7 +2,7 @@
 
 mod support;
 
-use block::{Disk, Format, OpenOptions};
+use block::{BlockError, Disk, Format, OpenOptions};
 use support::{MemFile, Pages, Rng, open_disk, qemu_check, qemu_img, qemu_raw};
 
 const SIZE_BYTES: u64 = (2 << 20) + 512;
@@ -137,4 +137,29 @@ fn a_cut_among_compressed_writes_damages_nothing() {
             }
         });
     }
+}
+
+#[test]
+fn a_part_of_a_cluster_is_not_packed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "131584"]);
+    let disk = open_disk(&path);
+    disk.write(0, &[5; 131584]).unwrap();
+    let plain = [9; 65536];
+    let mut packed = Vec::new();
+    assert!(disk.pack(&plain[..512], &mut packed).unwrap());
+    for (offset, bytes) in [(0, 512), (512, 65536), (0, 65535), (65536, 512)] {
+        let ways = [disk.write_packed(offset, &packed, bytes as u64), disk.write_compressed(offset, &plain[..bytes])];
+        for done in ways {
+            assert!(matches!(done, Err(BlockError::PartialCluster { .. })), "{offset} {bytes}: {done:?}");
+        }
+    }
+    let mut held = vec![0; 131584];
+    disk.read(0, &mut held).unwrap();
+    assert!(held == [5; 131584]);
+    disk.write_compressed(65536, &plain).unwrap();
+    disk.write_compressed(131072, &plain[..512]).unwrap();
+    disk.read(0, &mut held).unwrap();
+    assert!(held[..65536] == [5; 65536] && held[65536..].iter().all(|byte| *byte == 9));
 }

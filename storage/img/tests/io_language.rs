@@ -111,6 +111,21 @@ fn refusals_are_qemu_io_s() {
     );
 }
 
+#[test]
+fn a_compressed_write_needs_whole_clusters() {
+    check(
+        &["create -q -f qcow2 a.img 8193k", "create -q -f raw raw.img 1M"],
+        "
+        a.img: write -P 5 0 192k
+        a.img: write -P 9 -c 0 512; write -c 0 65537; write -c 1 64k; write -c 512 64k; write -c 64k 66048
+        a.img: write -s pattern -c 128k 512; read -P 5 0 192k
+        a.img: write -c 8M 512; write -c 8M 64k; write -c -P 7 7M 1025k; read -P 7 7M 1025k
+        a.img: write -c 0 0; write -c -P 8 1M 128k; read -P 8 1M 128k
+        -f raw raw.img: write -c 0 64k
+        ",
+    );
+}
+
 /// Options that make qemu-io and ours open an image through blkdebug.
 const RAW: &str = "--image-opts driver=raw,discard=unmap,file.driver=blkdebug,file.discard=unmap,\
                    file.image.filename=a.img,file.image.discard=unmap";

@@ -20,6 +20,8 @@ pub const REQUEST_MAX_BYTES: u64 = 1 << 31;
 pub fn reason(error: &BlockError) -> String {
     match error {
         BlockError::Io { source, .. } | BlockError::NoSpace { source, .. } => host(source),
+        BlockError::PartialCluster { .. } => "Invalid argument".to_owned(),
+        BlockError::NoCompression { .. } => "Operation not supported".to_owned(),
         other if other.kind() == ErrorKind::OutOfRange => "Input/output error".to_owned(),
         other => why(other),
     }
@@ -100,7 +102,7 @@ impl Request {
         let flushed = |fua: &bool| if *fua { disk.flush() } else { Ok(()) };
         let done = match &self.what {
             What::Read { .. } => disk.read(offset, &mut room),
-            What::Write { data, compressed: true, .. } => compressed(disk, offset, data),
+            What::Write { data, compressed: true, .. } => disk.write_compressed(offset, data),
             What::Write { data, fua, .. } => disk.write(offset, data).and_then(|()| flushed(fua)),
             What::Zeroes { unmap, fua } => disk.write_zeroes(offset, bytes, *unmap).and_then(|()| flushed(fua)),
         };
@@ -199,6 +201,13 @@ pub fn write(verb: &'static str, parsed: &Parsed, words: &[&str]) -> Result<Requ
     let byte = pattern(parsed)?.unwrap_or(PATTERN);
     let (offset, bytes) = range(words)?;
     let (compressed, fua) = (has("compressed"), has("fua"));
+    if compressed {
+        for (name, value) in [("offset", offset), ("count", bytes)] {
+            if !value.is_multiple_of(512) {
+                return said(&format!("{value} is not a sector-aligned value for '{name}'"));
+            }
+        }
+    }
     let what = match parsed.os_value("source") {
         Some(file) => What::Write { data: from_file(file, bytes)?, compressed, fua },
         None if has("zeroes") => What::Zeroes { unmap: has("unmap"), fua },
@@ -218,21 +227,6 @@ fn from_file(file: &std::ffi::OsStr, bytes: u64) -> Result<Vec<u8>, Failure> {
         return Err(Failure::Error(format!("{name}: file is empty")));
     }
     Ok(read.into_iter().cycle().take(bytes as usize).collect())
-}
-
-/// Cluster by cluster; the range must be whole clusters, but for the end of the disk.
-fn compressed(disk: &Disk, offset: u64, data: &[u8]) -> Result<(), BlockError> {
-    let unit = disk.cluster_bytes().max(512);
-    let mut packed = Vec::new();
-    for (index, cluster) in data.chunks(unit as usize).enumerate() {
-        let at = offset + index as u64 * unit;
-        if disk.pack(cluster, &mut packed)? {
-            disk.write_packed(at, &packed, cluster.len() as u64)?;
-        } else {
-            disk.write(at, cluster)?;
-        }
-    }
-    Ok(())
 }
 
 /// `discard`.
