@@ -112,6 +112,43 @@ fn refusals_are_qemu_io_s() {
 }
 
 #[test]
+fn every_command_has_options_of_its_own() {
+    let mut lines = String::from("a.img: write -q -P 5 0 64k; aio_write -zf 1M 64k");
+    for (letters, command) in [
+        ("abCipqrvslP", "read"),
+        ("abCipqrvslP", "readv"),
+        // QEMU's aio_* with -r abort.
+        ("abCipqvslP", "aio_read"),
+        ("abcCfinpqruzsP", "write"),
+        ("abcCfinpqruzsP", "writev"),
+        ("abcCfinpquzsP", "aio_write"),
+        ("Cqr", "discard"),
+    ] {
+        // QEMU's ends at some time.
+        let wait = if command.starts_with("aio") { "; aio_flush" } else { "" };
+        for letter in letters.chars().filter(|letter| !(*letter == 'b' && matches!(command, "read" | "write"))) {
+            let value = if matches!(letter, 's' | 'l' | 'P') { " 1" } else { "" };
+            lines += &format!("\na.img: {command} -{letter}{value} 1M 64k{wait}; read -P 5 0 64k");
+        }
+        lines += &format!("\na.img: {command} 0; {command} 0 512 512{wait}; {command} -P; read -P 5 0 512");
+    }
+    check(&["create -q -f qcow2 a.img 8M"], &lines);
+}
+
+#[test]
+fn a_request_has_a_largest_length() {
+    let mut lines = String::new();
+    for command in ["read", "readv", "aio_read", "discard", "writev 0 1M", "aio_write -P 1 0 1M"] {
+        let start = if command.contains(' ') { command.to_owned() } else { format!("{command} 0") };
+        lines += &format!("\na.img: {start} 2147483137; {start} 3G; read 0 512");
+    }
+    lines += "\na.img: read 0 2147483136; readv 0 2147483136; write -z 0 2147483136; discard 0 2147483136";
+    lines += "\na.img: readv 9M 512; writev 9M 512; write 0 2147483137; write 0 3G; write -z 0 3G";
+    lines += "\n-f raw a.img: truncate 1048577; length";
+    check(&["create -q -f raw a.img 1M"], &lines);
+}
+
+#[test]
 fn a_compressed_write_needs_whole_clusters() {
     check(
         &["create -q -f qcow2 a.img 8193k", "create -q -f raw raw.img 1M"],

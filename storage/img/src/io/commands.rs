@@ -8,7 +8,7 @@ use block::{CacheMode, Disk, ExtentKind, Preallocation};
 
 use super::breaks::{aio_flush, remove_break, resume, set_break, sigraise, sleep, wait_break};
 use super::report::amount;
-use super::requests::{Request, discard, read, reason, write};
+use super::requests::{Request, discard, read, readv, reason, write, writev};
 use super::{Next, Session};
 use crate::error::{ImgError, host};
 use crate::getopt::{self, Opt, Parsed, flag, opt};
@@ -69,10 +69,8 @@ enum Run {
 }
 
 const READ: &[Opt] = &[
-    flag('a', &["ignored-a"], ""),
     flag('b', &["vm-state"], ""),
     flag('C', &["machine"], ""),
-    flag('i', &["ignored-i"], ""),
     flag('p', &["ignored-p"], ""),
     flag('q', &["quiet"], ""),
     flag('r', &["ignored-r"], ""),
@@ -81,12 +79,18 @@ const READ: &[Opt] = &[
     opt('s', &["pattern-offset"], "OFFSET", ""),
     opt('l', &["pattern-length"], "LENGTH", ""),
 ];
+const READV: &[Opt] = &[
+    flag('C', &["machine"], ""),
+    flag('q', &["quiet"], ""),
+    flag('r', &["ignored-r"], ""),
+    flag('v', &["verbose"], ""),
+    opt('P', &["pattern"], "BYTE", ""),
+];
 const WRITE: &[Opt] = &[
     flag('b', &["vm-state"], ""),
     flag('c', &["compressed"], ""),
     flag('C', &["machine"], ""),
     flag('f', &["fua"], ""),
-    flag('i', &["ignored-i"], ""),
     flag('n', &["no-fallback"], ""),
     flag('p', &["ignored-p"], ""),
     flag('q', &["quiet"], ""),
@@ -95,6 +99,13 @@ const WRITE: &[Opt] = &[
     flag('z', &["zeroes"], ""),
     opt('P', &["pattern"], "BYTE", ""),
     opt('s', &["source"], "FILE", ""),
+];
+const WRITEV: &[Opt] = &[
+    flag('C', &["machine"], ""),
+    flag('f', &["fua"], ""),
+    flag('q', &["quiet"], ""),
+    flag('r', &["ignored-r"], ""),
+    opt('P', &["pattern"], "BYTE", ""),
 ];
 const AIO_READ: &[Opt] = &[
     flag('C', &["machine"], ""),
@@ -133,8 +144,8 @@ const ANY: usize = usize::MAX;
 const COMMANDS: &[Entry] = &[
     Entry { names: &["abort"], counts: (0, 0), args: "", about: "simulate a program crash using abort(3)", options: &[], run: Run::OnSession(abort) },
     Entry { names: &["aio_flush"], counts: (0, 0), args: "", about: "completes all outstanding aio requests", options: &[], run: Run::OnOpen(aio_flush) },
-    Entry { names: &["aio_read"], counts: (2, ANY), args: "[-Ciqrv] [-P pattern] off len [len..]", about: "asynchronously reads a number of bytes", options: AIO_READ, run: Run::Async(false, "readv", read) },
-    Entry { names: &["aio_write"], counts: (2, ANY), args: "[-Cfiqruz] [-P pattern] off len [len..]", about: "asynchronously writes a number of bytes", options: AIO_WRITE, run: Run::Async(true, "aio_write", write) },
+    Entry { names: &["aio_read"], counts: (2, ANY), args: "[-Ciqrv] [-P pattern] off len [len..]", about: "asynchronously reads a number of bytes", options: AIO_READ, run: Run::Async(false, "readv", readv) },
+    Entry { names: &["aio_write"], counts: (2, ANY), args: "[-Cfiqruz] [-P pattern] off len [len..]", about: "asynchronously writes a number of bytes", options: AIO_WRITE, run: Run::Async(true, "aio_write", writev) },
     Entry { names: &["alloc", "a"], counts: (1, 2), args: "offset [count]", about: "checks if offset is allocated in the file", options: &[], run: Run::Look(alloc) },
     Entry { names: &["break"], counts: (2, 2), args: "event tag", about: "sets a breakpoint on event and tags the stopped request as tag", options: &[], run: Run::OnOpen(set_break) },
     Entry { names: &["close", "c"], counts: (0, 0), args: "", about: "close the current open file", options: &[], run: Run::OnSession(close) },
@@ -147,7 +158,7 @@ const COMMANDS: &[Entry] = &[
     Entry { names: &["open", "o"], counts: (0, ANY), args: "[-rnkU] [-t cache] [-d discard] [-o options] [path]", about: "open the file specified by path", options: OPEN, run: Run::OnSession(open_image) },
     Entry { names: &["quit", "q"], counts: (0, ANY), args: "", about: "exit the program", options: &[], run: Run::OnSession(quit) },
     Entry { names: &["read", "r"], counts: (2, ANY), args: "[-abCqrv] [-P pattern [-s off] [-l len]] off len", about: "reads a number of bytes at a specified offset", options: READ, run: Run::Request(false, "read", read) },
-    Entry { names: &["readv", "rv"], counts: (2, ANY), args: "[-Cqrv] [-P pattern] off len [len..]", about: "reads a number of bytes at a specified offset", options: READ, run: Run::Request(false, "read", read) },
+    Entry { names: &["readv", "rv"], counts: (2, ANY), args: "[-Cqrv] [-P pattern] off len [len..]", about: "reads a number of bytes at a specified offset", options: READV, run: Run::Request(false, "readv", readv) },
     Entry { names: &["remove_break"], counts: (1, 1), args: "tag", about: "remove a breakpoint by tag", options: &[], run: Run::OnOpen(remove_break) },
     Entry { names: &["reopen"], counts: (0, ANY), args: "[(-r|-w)] [-c cache]", about: "reopens an image with new options", options: REOPEN, run: Run::OnSession(reopen) },
     Entry { names: &["resume"], counts: (1, 1), args: "tag", about: "resumes the request tagged as tag", options: &[], run: Run::OnOpen(resume) },
@@ -156,7 +167,7 @@ const COMMANDS: &[Entry] = &[
     Entry { names: &["truncate", "t"], counts: (1, 3), args: "[-m prealloc_mode] off", about: "truncates the current file at the given offset", options: &[opt('m', &["mode"], "MODE", "")], run: Run::OnDisk(true, truncate) },
     Entry { names: &["wait_break"], counts: (1, 1), args: "tag", about: "waits for the suspension of a request", options: &[], run: Run::OnOpen(wait_break) },
     Entry { names: &["write", "w"], counts: (2, ANY), args: "[-bcCfnqruz] [-P pattern | -s source_file] off len", about: "writes a number of bytes at a specified offset", options: WRITE, run: Run::Request(true, "write", write) },
-    Entry { names: &["writev", "wv"], counts: (2, ANY), args: "[-Cfqr] [-P pattern] off len [len..]", about: "writes a number of bytes at a specified offset", options: WRITE, run: Run::Request(true, "write", write) },
+    Entry { names: &["writev", "wv"], counts: (2, ANY), args: "[-Cfqr] [-P pattern] off len [len..]", about: "writes a number of bytes at a specified offset", options: WRITEV, run: Run::Request(true, "writev", writev) },
 ];
 
 impl Entry {
@@ -210,7 +221,14 @@ impl Session {
         let words_only = entry.options.is_empty().then(|| OsString::from("--"));
         let args = words_only.into_iter().chain(args).collect();
         let parsed = getopt::parse(entry.name(), entry.options, args).map_err(|error| {
-            eprintln!("{error}");
+            let (name, letter) = (entry.name(), |option: &str| option.trim_start_matches('-').to_owned());
+            match &error {
+                ImgError::NoSuchOption { option, .. } => eprintln!("{name}: invalid option -- '{}'", letter(option)),
+                ImgError::NoValue { option, .. } => {
+                    eprintln!("{name}: option requires an argument -- '{}'", letter(option));
+                }
+                other => eprintln!("{other}"),
+            }
             Failure::Usage
         })?;
         self.run(entry, &parsed)

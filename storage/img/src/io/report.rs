@@ -18,7 +18,7 @@ pub fn amount(bytes: f64) -> String {
 }
 
 fn number(value: f64) -> String {
-    if value.fract() == 0.0 { format!("{value:.0}") } else { format!("{value:.3}") }
+    format!("{value:.3}").replace(".000", "")
 }
 
 /// What a request did, and how long it took.

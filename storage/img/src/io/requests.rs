@@ -14,7 +14,7 @@ use crate::output::say_line;
 /// The byte written when no pattern is given.
 const PATTERN: u8 = 0xcd;
 /// Largest request; a larger one is refused before memory is asked for it.
-pub const REQUEST_MAX_BYTES: u64 = 1 << 31;
+pub const REQUEST_MAX_BYTES: u64 = (1 << 31) - 512;
 
 /// Why a request failed, as the host would say it.
 pub fn reason(error: &BlockError) -> String {
@@ -31,19 +31,46 @@ fn failed(verb: &str, error: &BlockError) -> Failure {
     Failure::Said(format!("{verb} failed: {}", reason(error)))
 }
 
-/// Offset and length of a request; more lengths make one request of several buffers.
+/// Reads offset and length of a request.
+type ReadRange = fn(&[&str]) -> Result<(u64, u64), Failure>;
+
+/// Of a request of one length.
 fn range(words: &[&str]) -> Result<(u64, u64), Failure> {
+    one_length(words, "")
+}
+
+/// Of a write: qemu-io's `-n` takes more.
+fn written_range(words: &[&str]) -> Result<(u64, u64), Failure> {
+    one_length(words, " without -n")
+}
+
+fn one_length(words: &[&str], unless: &str) -> Result<(u64, u64), Failure> {
+    let [offset, length] = words else { return Err(Failure::Usage) };
+    let (offset, bytes) = (size_of(offset)?, size_of(length)?);
+    if bytes > REQUEST_MAX_BYTES {
+        return Err(Failure::Said(format!("length cannot exceed {REQUEST_MAX_BYTES}{unless}, given {length}")));
+    }
+    Ok((offset, bytes))
+}
+
+/// Of a request of several buffers, a length each.
+fn vector(words: &[&str]) -> Result<(u64, u64), Failure> {
     let [offset, lengths @ ..] = words else { return Err(Failure::Usage) };
     if lengths.is_empty() {
         return Err(Failure::Usage);
     }
     let offset = size_of(offset)?;
-    let mut bytes = 0u64;
+    let mut bytes = 0;
     for length in lengths {
-        bytes = bytes.saturating_add(size_of(length)?);
-    }
-    if bytes > REQUEST_MAX_BYTES {
-        return Err(Failure::Said(format!("length cannot exceed {REQUEST_MAX_BYTES}, given {}", lengths.join(" "))));
+        let more = size_of(length)?;
+        if more > REQUEST_MAX_BYTES {
+            return Err(Failure::Said(format!("Argument '{length}' exceeds maximum size {REQUEST_MAX_BYTES}")));
+        }
+        if bytes > REQUEST_MAX_BYTES - more {
+            let text = format!("The total number of bytes exceed the maximum size {REQUEST_MAX_BYTES}");
+            return Err(Failure::Said(text));
+        }
+        bytes += more;
     }
     Ok((offset, bytes))
 }
@@ -153,15 +180,24 @@ impl Check {
     }
 }
 
-/// `read`, `readv`; `aio_read` with its `verb`.
+/// `read`.
 pub fn read(verb: &'static str, parsed: &Parsed, words: &[&str]) -> Result<Request, Failure> {
-    let (offset, bytes) = range(words)?;
+    reading(verb, parsed, words, range)
+}
+
+/// `readv`, `aio_read`.
+pub fn readv(verb: &'static str, parsed: &Parsed, words: &[&str]) -> Result<Request, Failure> {
+    reading(verb, parsed, words, vector)
+}
+
+fn reading(verb: &'static str, parsed: &Parsed, words: &[&str], range: ReadRange) -> Result<Request, Failure> {
     let pattern = pattern(parsed)?;
     let option = |name: &'static str| {
         let text = parsed.value(name).map_err(|_| Failure::Usage)?;
         text.map(size_of).transpose()
     };
     let (skip, length) = (option("pattern-offset")?, option("pattern-length")?);
+    let (offset, bytes) = range(words)?;
     if pattern.is_none() && (skip.is_some() || length.is_some()) {
         return Err(Failure::Usage);
     }
@@ -173,8 +209,20 @@ pub fn read(verb: &'static str, parsed: &Parsed, words: &[&str]) -> Result<Reque
     Ok(Request { what, offset, bytes, verb, quiet: parsed.has("quiet"), machine: parsed.has("machine") })
 }
 
-/// `write`, `writev`; `aio_write` with its `verb`.
+/// `write`.
 pub fn write(verb: &'static str, parsed: &Parsed, words: &[&str]) -> Result<Request, Failure> {
+    if words.len() != 2 {
+        return Err(Failure::Usage);
+    }
+    writing(verb, parsed, words, written_range)
+}
+
+/// `writev`, `aio_write`.
+pub fn writev(verb: &'static str, parsed: &Parsed, words: &[&str]) -> Result<Request, Failure> {
+    writing(verb, parsed, words, vector)
+}
+
+fn writing(verb: &'static str, parsed: &Parsed, words: &[&str], range: ReadRange) -> Result<Request, Failure> {
     let has = |name| parsed.has(name);
     let said = |text: &str| Err(Failure::Said(text.to_owned()));
     if has("vm-state") && has("zeroes") {
@@ -232,7 +280,7 @@ fn from_file(file: &std::ffi::OsStr, bytes: u64) -> Result<Vec<u8>, Failure> {
 /// `discard`.
 pub fn discard(disk: &Disk, parsed: &Parsed, words: &[&str]) -> Result<(), Failure> {
     let (offset, bytes) = match words {
-        [offset, bytes] => (size_of(offset)?, size_of(bytes)?),
+        [_, _] => range(words)?,
         _ => return Err(Failure::Usage),
     };
     let started = Instant::now();
