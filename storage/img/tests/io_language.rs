@@ -149,6 +149,71 @@ fn a_request_has_a_largest_length() {
 }
 
 #[test]
+fn truncate_preallocates_where_qemu_io_does() {
+    let mut lines = String::new();
+    for image in ["-f qcow2 a.img", "-f raw b.img"] {
+        for mode in ["off", "metadata", "falloc", "full", "bogus"] {
+            for size in ["512k", "1048577", "3M", "1M"] {
+                lines += &format!("\n{image}: truncate 2M; truncate -m {mode} {size}; length");
+            }
+        }
+        lines += &format!("\n{image}: truncate 2M 3M; length; truncate 9E; truncate 1M; length");
+    }
+    check(&["create -q -f qcow2 a.img 1M", "create -q -f raw b.img 1M"], &lines);
+}
+
+/// Runs commands of a script on stdin, and compares what comes of it.
+#[test]
+fn a_script_fails_with_its_commands() {
+    let dir = tempfile::tempdir().unwrap();
+    let ours = dir.path().join("qemu-io");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_vireo-img"), &ours).unwrap();
+    assert_eq!(run(Path::new("qemu-img"), dir.path(), &["create", "-q", "-f", "qcow2", "a.img", "1M"]).0, Some(0));
+    for script in [
+        "read -q -P 6 0 512\nquit\n",
+        "read -q -P 0 0 512\nquit\n",
+        "frob\nlength\n",
+        "read -q 9M 512",
+        "\n \nlength",
+        "quit\nfrob\n",
+    ] {
+        std::fs::write(dir.path().join("script"), script).unwrap();
+        let [a, b] = [ours.as_path(), Path::new("qemu-io")].map(|program| {
+            let script = std::fs::File::open(dir.path().join("script")).unwrap();
+            let out = Command::new(program).arg("a.img").current_dir(dir.path()).stdin(script).output().unwrap();
+            (out.status.code(), String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
+        });
+        assert_eq!(a, b, "{script}");
+    }
+}
+
+#[test]
+fn output_that_nobody_takes_stops_no_write() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.img");
+    assert_eq!(run(Path::new("qemu-img"), dir.path(), &["create", "-q", "-f", "raw", "a.img", "2M"]).0, Some(0));
+    let ours = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vireo-img"));
+        command.args(["io", "-f", "raw"]).current_dir(dir.path());
+        command
+    };
+    let commands = ["read -v 0 1M", "help", "map", "read -P 1 0 512", "read 0 512", "write -P 0x77 1M 64k"];
+    let args = commands.iter().flat_map(|command| ["-c", command]).chain(["a.img"]);
+    assert_eq!(ours().args(args).stdout(closed_pipe()).status().unwrap().code(), Some(1));
+    assert_eq!(std::fs::read(&path).unwrap()[1 << 20..][..65536], [0x77; 65536]);
+    let script = dir.path().join("script");
+    std::fs::write(&script, "read -v 0 1M\nwrite -P 0x78 1M 64k\n").unwrap();
+    let script = std::fs::File::open(script).unwrap();
+    assert_eq!(ours().arg("a.img").stdin(script).stdout(closed_pipe()).status().unwrap().code(), Some(0));
+    assert_eq!(std::fs::read(&path).unwrap()[1 << 20..][..65536], [0x78; 65536]);
+}
+
+/// The end of a pipe to write to, of which the other is closed.
+fn closed_pipe() -> std::io::PipeWriter {
+    std::io::pipe().unwrap().1
+}
+
+#[test]
 fn a_compressed_write_needs_whole_clusters() {
     check(
         &["create -q -f qcow2 a.img 8193k", "create -q -f raw raw.img 1M"],

@@ -13,6 +13,7 @@ use block::blkdebug::{Breakpoints, Stop};
 
 use super::commands::Failure;
 use super::requests::{Answer, Request};
+use crate::error::host;
 use crate::output::{self, say_line};
 
 /// Most requests under way at once: each is a thread.
@@ -78,7 +79,8 @@ impl Background {
             let _ = sender.send(request.run(&running.disk));
         };
         let thread = Builder::new().name("request".to_owned()).spawn(work);
-        self.threads.push(thread?);
+        let failed = |error| Failure::Error(format!("a request cannot start: {}", host(&error)));
+        self.threads.push(thread.map_err(failed)?);
         self.settle(disk);
         Ok(())
     }

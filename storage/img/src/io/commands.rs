@@ -10,7 +10,7 @@ use super::breaks::{aio_flush, remove_break, resume, set_break, sigraise, sleep,
 use super::report::amount;
 use super::requests::{Request, discard, read, readv, reason, write, writev};
 use super::{Next, Session};
-use crate::error::{ImgError, host};
+use crate::error::ImgError;
 use crate::getopt::{self, Opt, Parsed, flag, opt};
 use crate::layers;
 use crate::open::{self, Access, Named};
@@ -27,12 +27,6 @@ pub enum Failure {
     Error(String),
     /// It has been printed.
     Silent,
-}
-
-impl From<std::io::Error> for Failure {
-    fn from(error: std::io::Error) -> Failure {
-        Failure::Error(format!("the answer cannot be written: {}", host(&error)))
-    }
 }
 
 /// One command.
@@ -183,12 +177,12 @@ impl Entry {
 
 impl Session {
     /// Runs one line.
-    pub fn command(&mut self, line: &str) -> Result<Next, ImgError> {
+    pub fn command(&mut self, line: &str) -> Next {
         let mut words = line.split(' ').filter(|word| !word.is_empty());
-        let Some(name) = words.next() else { return Ok(Next::Go) };
+        let Some(name) = words.next() else { return Next::Go };
         let Some(entry) = COMMANDS.iter().find(|entry| entry.names.contains(&name)) else {
             eprintln!("command \"{name}\" not found");
-            return Ok(Next::Failed);
+            return Next::Failed;
         };
         let args: Vec<OsString> = words.map(OsString::from).collect();
         let next = match self.checked(entry, args) {
@@ -199,7 +193,7 @@ impl Session {
             }
         };
         output::flush();
-        Ok(next)
+        next
     }
 
     fn checked(&mut self, entry: &Entry, args: Vec<OsString>) -> Result<Next, Failure> {
@@ -333,15 +327,25 @@ fn length(disk: &Disk, _: &[&str]) -> Result<(), Failure> {
 }
 
 fn truncate(disk: &Disk, parsed: &Parsed, words: &[&str]) -> Result<(), Failure> {
-    let [to] = words else { return Err(Failure::Usage) };
+    let refused = |text: &str| Err(Failure::Error(format!("{}: {text}", crate::program())));
+    let [to, ..] = words else { return Err(Failure::Usage) };
     let room = match parsed.value("mode").map_err(|_| Failure::Usage)? {
         None | Some("off") => Preallocation::Off,
         Some("metadata") => Preallocation::Metadata,
         Some("falloc") => Preallocation::Falloc,
         Some("full") => Preallocation::Full,
-        Some(other) => return Err(Failure::Said(format!("invalid preallocation mode '{other}'"))),
+        Some(other) => return refused(&format!("Invalid preallocation mode '{other}'")),
     };
-    disk.resize(size_of(to)?, true, room).map_err(|error| Failure::Error(reason(&error)))
+    let to_bytes = size_of(to)?;
+    let shrinks_into_room = room != Preallocation::Off && to_bytes < disk.size_bytes();
+    match disk.qcow2() {
+        Some(_) if !to_bytes.is_multiple_of(512) => return refused("The new size must be a multiple of 512"),
+        Some(_) if shrinks_into_room => return refused("Preallocation can't be used for shrinking an image"),
+        None if shrinks_into_room => return refused("Cannot use preallocation for shrinking files"),
+        None if room == Preallocation::Metadata => return refused("Unsupported preallocation mode: metadata"),
+        _ => {}
+    }
+    disk.resize(to_bytes, true, room).map_err(|error| Failure::Error(reason(&error)))
 }
 
 /// The top image's runs: allocated or not.
@@ -366,7 +370,9 @@ fn map(disk: &Disk, _: &[&str]) -> Result<(), Failure> {
     for (at, bytes, allocated) in allocated_runs(disk, 0, disk.size_bytes())? {
         let state = if allocated { "    allocated" } else { "not allocated" };
         let (length, offset) = (amount(bytes as f64), amount(at as f64));
-        writeln!(out, "{length} ({bytes:#x}) bytes {state} at offset {offset} ({at:#x})")?;
+        if writeln!(out, "{length} ({bytes:#x}) bytes {state} at offset {offset} ({at:#x})").is_err() {
+            break;
+        }
     }
     Ok(())
 }
@@ -444,21 +450,16 @@ fn reopen(session: &mut Session, parsed: &Parsed, words: &[&str]) -> Result<Next
 }
 
 fn help(_: &mut Session, _: &Parsed, words: &[&str]) -> Result<Next, Failure> {
-    let mut out = stdout();
-    match words {
+    let text = match words {
         [] => {
-            for entry in COMMANDS {
-                writeln!(out, "{}", entry.usage())?;
-            }
-            writeln!(out, "\nUse 'help commandname' for extended help.")?;
+            let lines: String = COMMANDS.iter().map(|entry| entry.usage() + "\n").collect();
+            lines + "\nUse 'help commandname' for extended help.\n"
         }
         [name, ..] => match COMMANDS.iter().find(|entry| entry.names.contains(name)) {
-            Some(entry) => writeln!(out, "{}", entry.usage())?,
-            None => {
-                writeln!(out, "command {name} not found")?;
-                return Err(Failure::Silent);
-            }
+            Some(entry) => entry.usage() + "\n",
+            None => return Err(Failure::Said(format!("command {name} not found"))),
         },
-    }
+    };
+    say(text);
     Ok(Next::Go)
 }

@@ -113,15 +113,15 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
             if stdin().lock().read_line(&mut line)? == 0 {
                 break;
             }
-            match session.command(line.trim_end_matches('\n'))? {
+            match session.command(line.trim_end_matches('\n')) {
+                Next::Go => {}
+                Next::Failed => code = 1,
                 Next::Quit => break,
-                // A person who types reads what went wrong.
-                Next::Go | Next::Failed => {}
             }
         }
     }
     for line in commands {
-        match session.command(line)? {
+        match session.command(line) {
             Next::Go => {}
             Next::Failed => code = 1,
             Next::Quit => break,

@@ -157,9 +157,9 @@ impl Answer {
         };
         if !quiet {
             if verbose {
-                dump(offset, &data)?;
+                dump(offset, &data);
             }
-            Done { verb, offset, bytes, took, machine }.print()?;
+            Done { verb, offset, bytes, took, machine }.print();
         }
         outcome
     }
@@ -286,7 +286,7 @@ pub fn discard(disk: &Disk, parsed: &Parsed, words: &[&str]) -> Result<(), Failu
     let started = Instant::now();
     disk.discard(offset, bytes).map_err(|error| failed("discard", &error))?;
     if !parsed.has("quiet") {
-        Done { verb: "discard", offset, bytes, took: started.elapsed(), machine: parsed.has("machine") }.print()?;
+        Done { verb: "discard", offset, bytes, took: started.elapsed(), machine: parsed.has("machine") }.print();
     }
     Ok(())
 }
