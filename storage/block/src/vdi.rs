@@ -113,9 +113,10 @@ impl BlockTable for VdiTable {
         Ok(())
     }
 
-    fn commit(&self, store: &Store, pages: &[DirtyPage], end: u64) -> Result<(), BlockError> {
-        // The number first: a crash in between leaves blocks that nobody uses, not two users of one.
-        let allocated = (end.saturating_sub(u64::from(self.header.data_offset)) / BLOCK_BYTES) as u32;
+    fn commit(&self, store: &Store, pages: &[DirtyPage], used_end: u64) -> Result<(), BlockError> {
+        // The number first: a crash in between leaves blocks that nobody uses, not two users of one. Neither order
+        // passes a check, QEMU's is the same, and the next writer puts the number right.
+        let allocated = (used_end.saturating_sub(u64::from(self.header.data_offset)) / BLOCK_BYTES) as u32;
         store.write_slice(ALLOCATED_OFFSET, &allocated.to_le_bytes())?;
         store.sync()?;
         let map_end = u64::from(self.header.map_offset) + u64::from(self.header.blocks) * 4;

@@ -130,7 +130,7 @@ impl BlockTable for BatTable {
         &self.footer
     }
 
-    fn commit(&self, store: &Store, pages: &[DirtyPage], _end: u64) -> Result<(), BlockError> {
+    fn commit(&self, store: &Store, pages: &[DirtyPage], _used_end: u64) -> Result<(), BlockError> {
         let bat_end = self.header.bat_offset + u64::from(self.header.entries) * 4;
         for page in pages {
             let bytes = (bat_end - page.offset).min(PAGE_BYTES) as usize;

@@ -27,6 +27,14 @@ struct LogFile {
     state: Mutex<(Vec<u8>, Vec<Op>)>,
     /// Seed of failures; 0 for none.
     faults: AtomicU64,
+    /// Pages of 4 KiB that may hold something; 0 for any number.
+    room_pages: AtomicU64,
+}
+
+const PAGE_BYTES: usize = 4096;
+
+fn is_used(page: &[u8]) -> bool {
+    page.iter().any(|byte| *byte != 0)
 }
 
 /// Applies an operation; of a write, those sectors of the file that `sector` agrees to.
@@ -64,7 +72,7 @@ fn apply(bytes: &mut Vec<u8>, op: &Op, sector: &mut dyn FnMut() -> bool) {
 
 impl LogFile {
     fn of(bytes: Vec<u8>) -> Arc<LogFile> {
-        Arc::new(LogFile { state: Mutex::new((bytes, Vec::new())), faults: AtomicU64::new(0) })
+        Arc::new(LogFile { state: Mutex::new((bytes, Vec::new())), ..LogFile::default() })
     }
 
     fn push(&self, op: Op) -> io::Result<()> {
@@ -81,6 +89,28 @@ impl LogFile {
         let fails = rng.0 != 0 && rng.below(4) == 0;
         self.faults.store(rng.0, Ordering::Relaxed);
         fails
+    }
+
+    /// How many bytes of a write there is room for.
+    fn fits(&self, offset: u64, bytes: usize) -> usize {
+        let room = self.room_pages.load(Ordering::Relaxed) as usize;
+        if room == 0 {
+            return bytes;
+        }
+        let state = self.state.lock().unwrap();
+        let mut used = state.0.chunks(PAGE_BYTES).filter(|page| is_used(page)).count();
+        let (start, end) = (offset as usize, offset as usize + bytes);
+        let mut at = start;
+        while at < end {
+            let page = at / PAGE_BYTES * PAGE_BYTES;
+            let have = state.0.get(page..state.0.len().min(page + PAGE_BYTES)).is_some_and(is_used);
+            used += usize::from(!have);
+            if used > room && !have {
+                return at - start;
+            }
+            at = page + PAGE_BYTES;
+        }
+        bytes
     }
 
     fn ops(&self) -> Vec<Op> {
@@ -105,6 +135,12 @@ impl FileBackend for LogFile {
             bytes.truncate(bytes.len() / 2 / 512 * 512);
             self.push(Op::Write(offset, bytes))?;
             return Err(io::Error::from_raw_os_error(28)); // ENOSPC
+        }
+        let fits = self.fits(offset, bytes.len());
+        if fits < bytes.len() {
+            bytes.truncate(fits);
+            self.push(Op::Write(offset, bytes))?;
+            return Err(io::Error::from_raw_os_error(28));
         }
         self.push(Op::Write(offset, bytes))
     }
@@ -281,6 +317,37 @@ fn requests_can_be_repeated_when_there_is_space_again() {
         drop(node);
         std::fs::write(&path, &file.state.lock().unwrap().0).unwrap();
         check_with_qemu(format, &path, &want, dir.path());
+    }
+}
+
+#[test]
+fn a_write_that_finds_no_space_takes_none_from_those_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    for (format, options) in [("vdi", ""), ("vpc", ""), ("vmdk", ""), ("vhdx", "block_size=1M")] {
+        let _ = std::fs::remove_file(&path);
+        create(format, options, &path, SIZE_BYTES as u64);
+        let file = LogFile::of(std::fs::read(&path).unwrap());
+        let node = open(format, file.clone(), false).unwrap();
+        let mut want = vec![0; node.size_bytes() as usize];
+        let used_pages = file.state.lock().unwrap().0.chunks(PAGE_BYTES).filter(|page| is_used(page)).count();
+        file.room_pages.store(used_pages as u64 + (11 << 19) / PAGE_BYTES as u64, Ordering::Relaxed);
+        want[..2 << 20].fill(1);
+        write(&*node, 0, &want[..2 << 20]);
+        let no_room = node.write(&[], 3 << 20, &WriteBufs::from_slice(&vec![2; 6 << 20]));
+        assert!(matches!(no_room, Err(BlockError::NoSpace { .. })), "{format}");
+        node.flush().unwrap_or_else(|e| panic!("{format}: {e:?}"));
+        drop(node);
+        // Blocks of the second write that were complete may be there.
+        let left = read_all(&*open(format, file.clone(), true).unwrap()).unwrap();
+        assert!(left[..3 << 20] == want[..3 << 20], "{format}");
+        assert!(left[3 << 20..].iter().all(|byte| [0, 2].contains(byte)), "{format}");
+        std::fs::write(&path, &file.state.lock().unwrap().0).unwrap();
+        check_with_qemu(format, &path, &left, dir.path());
+        // And there is room for as much as before.
+        let node = open(format, file.clone(), false).unwrap();
+        write(&*node, 7 << 20, &[3; 256 << 10]);
+        node.flush().unwrap_or_else(|e| panic!("{format}: {e:?}"));
     }
 }
 

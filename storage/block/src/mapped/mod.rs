@@ -5,7 +5,8 @@
 //! read and written without a lock; the one lock is held while entries are looked at.
 //!
 //! Durability: a block's data, then (after `fdatasync`) the entry that refers to it. Entries stay in memory until
-//! a flush. After a crash, what lies behind the last block that a table knows is overwritten.
+//! a flush. After a crash, what lies behind the last block that a table knows is overwritten. A block that could
+//! not be written gives its space back: on a full disk, the tables of those that could need some.
 
 #[cfg(test)]
 mod crash_tests;
@@ -18,6 +19,7 @@ mod store;
 pub(crate) mod tests;
 mod write;
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -99,9 +101,9 @@ pub(crate) trait BlockTable: Send + Sync {
     fn begin(&self, _store: &Store) -> Result<(), BlockError> {
         Ok(())
     }
-    /// Brings changed pages to the disk; all data is on stable storage already, and a sync follows. `end` is where
-    /// the next block would start. The order inside must survive a crash at every write.
-    fn commit(&self, store: &Store, pages: &[DirtyPage], end: u64) -> Result<(), BlockError>;
+    /// Brings changed pages to the disk; all data is on stable storage already, and a sync follows. `used_end` is
+    /// where the last block that they know ends. The order inside must survive a crash at every write.
+    fn commit(&self, store: &Store, pages: &[DirtyPage], used_end: u64) -> Result<(), BlockError>;
     /// Called when the image is closed after changes.
     fn close(&self, _store: &Store) -> Result<(), BlockError> {
         Ok(())
@@ -113,18 +115,22 @@ struct State {
     pages: TablePages,
     /// Where the next block goes.
     end: u64,
+    /// Where the last block that has an entry ends.
+    used_end: u64,
     /// Up to here the file may hold bytes of no block, which a new block must not show.
     stale_end: u64,
     /// How far blocks can reach.
     file_bytes: u64,
-    /// Places of blocks that could not be written.
-    free: Vec<u64>,
+    /// Places before `end` of blocks that could not be written.
+    free: BTreeSet<u64>,
     /// Blocks that are being given a place.
     in_flight: Vec<Range<u64>>,
     /// The image has been changed since it was opened.
     begun: bool,
     /// There are blocks whose space the file does not have yet.
     grown: bool,
+    /// What follows the last block was overwritten, or cut off with a block that could not be written.
+    trailer_lost: bool,
     /// A flush failed: what is on the disk is unknown.
     failed: bool,
 }
@@ -182,12 +188,14 @@ impl<T: BlockTable> Mapped<T> {
         let state = State {
             pages,
             end: options.end,
+            used_end: options.end,
             stale_end: file_bytes,
             file_bytes,
-            free: Vec::new(),
+            free: BTreeSet::new(),
             in_flight: Vec::new(),
             begun: false,
             grown: false,
+            trailer_lost: false,
             failed: false,
         };
         Ok(Mapped {

@@ -1,5 +1,6 @@
 //! Changing a mapped disk: places for new blocks, zeroes, flushes.
 
+use std::ops::Range;
 use std::sync::{MutexGuard, PoisonError};
 
 use super::{BlockTable, Entry, Mapped, Run, Slot, State};
@@ -95,7 +96,7 @@ impl<T: BlockTable> Mapped<T> {
         let block_bytes = self.table.block_bytes();
         let (lead_bytes, stride) = self.table.stride();
         let first = at / block_bytes;
-        let reused = state.free.last().copied();
+        let reused = state.free.first().copied();
         // With something in front of each block, they are written one by one.
         let count = match (lead_bytes, reused) {
             (0, None) => (at + run.bytes - 1) / block_bytes - first + 1,
@@ -112,7 +113,7 @@ impl<T: BlockTable> Mapped<T> {
             }
         }
         if reused.is_some() {
-            state.free.pop();
+            state.free.pop_first();
         } else {
             state.end = host + count * stride;
         }
@@ -149,7 +150,7 @@ impl<T: BlockTable> Mapped<T> {
         Ok(())
     }
 
-    fn copy_below(&self, below: Below<'_>, guest: std::ops::Range<u64>, host: u64) -> Result<(), BlockError> {
+    fn copy_below(&self, below: Below<'_>, guest: Range<u64>, host: u64) -> Result<(), BlockError> {
         let mut at = guest.start;
         let mut piece = vec![0; guest.end.saturating_sub(at).min(ZERO_PIECE_BYTES) as usize];
         while at < guest.end {
@@ -162,8 +163,8 @@ impl<T: BlockTable> Mapped<T> {
         Ok(())
     }
 
-    /// New blocks are written: they get their entries. The places of blocks that could not be written are for the
-    /// next ones.
+    /// New blocks are written: they get their entries. The places of blocks that could not be written are given
+    /// back.
     fn land(&self, new: &Reserved, written: Result<(), BlockError>) -> Result<(), BlockError> {
         let (lead_bytes, stride) = self.table.stride();
         let mut state = self.lock();
@@ -176,11 +177,39 @@ impl<T: BlockTable> Mapped<T> {
             }
             Ok(())
         });
+        if done > 0 {
+            state.used_end = state.used_end.max(new.host + done * stride);
+        }
         state.in_flight.retain(|range| range.start != new.first);
-        state.free.extend((done..new.count).map(|i| new.host + i * stride));
+        if done < new.count {
+            self.give_back(&mut state, new.host + done * stride..new.host + new.count * stride);
+        }
         drop(state);
         self.landed.notify_all();
         landed
+    }
+
+    /// Places that nobody uses: what is at the end of the file is cut off, the rest becomes a hole and is for the
+    /// next blocks. That the host cannot do it costs space only.
+    fn give_back(&self, state: &mut State, places: Range<u64>) {
+        let (_, stride) = self.table.stride();
+        let old_end = state.end;
+        state.free.extend(places.clone().step_by(stride as usize));
+        while state.free.last().is_some_and(|last| last + stride == state.end) {
+            state.end = state.free.pop_last().unwrap_or(state.end);
+        }
+        let holes = places.start..places.end.min(state.end);
+        if !holes.is_empty() {
+            let _ = self.store.punch_hole(holes.start, holes.end - holes.start);
+        }
+        if state.end < old_end {
+            // Under the lock: no place behind `end` is given away meanwhile.
+            let longer = self.store.len_bytes().is_ok_and(|bytes| bytes > state.end);
+            if longer && self.store.set_len_bytes(state.end).is_ok() {
+                (state.stale_end, state.file_bytes) = (state.end, state.end);
+            }
+            state.trailer_lost = true;
+        }
     }
 
     fn set_entry(&self, state: &mut State, block: u64, entry: Entry) -> Result<(), BlockError> {
@@ -276,7 +305,7 @@ impl<T: BlockTable> Mapped<T> {
             return Ok(());
         }
         let _one = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
-        let (pages, end) = {
+        let (pages, used_end, trailer_lost) = {
             let mut state = self.lock();
             if state.failed {
                 return Err(BlockError::FlushFailed { path: self.store.path.clone() });
@@ -286,14 +315,14 @@ impl<T: BlockTable> Mapped<T> {
                 self.store.set_len_bytes(state.end)?;
             }
             state.grown = false;
-            (state.pages.dirty(), state.end)
+            (state.pages.dirty(), state.used_end, state.trailer_lost)
         };
         let synced = self.store.sync();
         let committed = synced.and_then(|()| {
-            if pages.is_empty() {
+            if pages.is_empty() && !trailer_lost {
                 return Ok(());
             }
-            self.table.commit(&self.store, &pages, end)?;
+            self.table.commit(&self.store, &pages, used_end)?;
             self.write_trailer()?;
             self.store.sync()
         });
@@ -310,12 +339,15 @@ impl<T: BlockTable> Mapped<T> {
     /// Under the lock, because new blocks go where the trailer is.
     fn write_trailer(&self) -> Result<(), BlockError> {
         let trailer = self.table.trailer();
+        let mut state = self.lock();
         if trailer.is_empty() {
+            state.trailer_lost = false;
             return Ok(());
         }
-        let mut state = self.lock();
         state.stale_end = state.stale_end.max(state.end + trailer.len() as u64);
-        self.store.write_slice(state.end, trailer)
+        self.store.write_slice(state.end, trailer)?;
+        state.trailer_lost = false;
+        Ok(())
     }
 
     /// Flushes and lets the format say that the image is whole.

@@ -50,8 +50,9 @@ impl Journal {
 
     /// Makes pages of the BAT change on stable storage. Each entry is a sequence of its own and in the other half
     /// of the log than the one before: while an entry is written, the newest whole one is not touched, and that
-    /// one's changes are in place already.
-    pub(super) fn commit(&self, store: &Store, pages: &[DirtyPage]) -> Result<(), BlockError> {
+    /// one's changes are in place already. The file keeps at least `used_end` bytes; more that it has now may be
+    /// given back, and a file shorter than its log says would not be replayed.
+    pub(super) fn commit(&self, store: &Store, pages: &[DirtyPage], used_end: u64) -> Result<(), BlockError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let Region { offset, bytes } = state.header.log;
         let half = bytes / 2;
@@ -62,7 +63,7 @@ impl Journal {
                 guid: &state.header.log_guid,
                 sequence: state.sequence,
                 at: at as u32,
-                file_bytes: store.len_bytes()?,
+                file_bytes: store.len_bytes()?.min(used_end),
                 sectors: &sectors,
             };
             store.write_slice(offset + at, &entry.serialise())?;

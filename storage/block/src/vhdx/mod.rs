@@ -119,8 +119,8 @@ impl BlockTable for VhdxTable {
         self.journal.begin(store)
     }
 
-    fn commit(&self, store: &Store, pages: &[DirtyPage], _end: u64) -> Result<(), BlockError> {
-        self.journal.commit(store, pages)
+    fn commit(&self, store: &Store, pages: &[DirtyPage], used_end: u64) -> Result<(), BlockError> {
+        self.journal.commit(store, pages, used_end)
     }
 
     fn close(&self, store: &Store) -> Result<(), BlockError> {

@@ -163,7 +163,7 @@ impl BlockTable for GrainTables {
         unpack_grain(store, &self.header, self.guest_sector(grain), host, out)
     }
 
-    fn commit(&self, store: &Store, pages: &[DirtyPage], _end: u64) -> Result<(), BlockError> {
+    fn commit(&self, store: &Store, pages: &[DirtyPage], _used_end: u64) -> Result<(), BlockError> {
         // Readers use the tables of the first directory; the redundant ones are ahead of them after a crash.
         for page in pages {
             let twin = u32::try_from(page.offset / SECTOR_BYTES).ok().and_then(|sector| self.twins.get(&sector));
