@@ -476,7 +476,10 @@ impl Shared<'_> {
                 false => self.target.write_zeroes(offset, bytes.len() as u64, true),
             };
         }
-        let smaller = self.target.pack(bytes, packed)?;
+        // A source may end inside a cluster of a larger target, which keeps what is behind.
+        let end = offset + bytes.len() as u64;
+        let whole = bytes.len() as u64 == self.chunk_bytes || end == self.target.size_bytes();
+        let smaller = whole && self.target.pack(bytes, packed)?;
         self.await_turn(turn)?;
         match smaller {
             true => self.target.write_packed(offset, packed, bytes.len() as u64),
