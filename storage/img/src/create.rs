@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use block::spec::{FileSpec, ImageSpec, has_protocol};
+use block::spec::{FileSpec, ImageSpec, SpecError, has_protocol};
 use block::{
     AdapterType, BlockError, CacheMode, CompressionType, DataFile, FileBackend, Format, HostFile, Preallocation,
     Qcow2Create, Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, beside, create_luks, create_vdi,
@@ -109,6 +109,10 @@ impl Request {
         let rule = |rule| ImgError::Rule { subject: label.clone(), rule };
         let format = optlist::known(format).ok_or_else(|| rule(Rule::UnknownFormat(format.to_owned())))?;
         let defs = optlist::names_of(format).unwrap_or_default();
+        if crate::program() == "qemu-img" && file.as_encoded_bytes().starts_with(b"json:") {
+            // qemu-img reads such names only of images that are there.
+            return Err(rule(Rule::Name(SpecError::Protocol("json".to_owned()))));
+        }
         let spec =
             ImageSpec::parse(file).map_err(|e| ImgError::Rule { subject: label.clone(), rule: Rule::Name(e) })?;
         let FileSpec::Path(path) = spec.file else {
