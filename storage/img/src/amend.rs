@@ -39,7 +39,9 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     if optlist::wants_help(&lists) && parsed.has("format") {
         return print_help(parsed.value("format")?.unwrap_or_default());
     }
-    let file = parsed.one_file()?;
+    let [file] = parsed.words.as_slice() else {
+        return Err(ImgError::Plain(Rule::Requires("Expecting one image file name")));
+    };
     let cache = open::cache_named("", parsed.value("cache")?, CacheMode::Writeback)?;
     let named = Named::of(parsed, file, "format")?;
     let top = open::top(&named, Access::write(cache))?;

@@ -50,7 +50,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
         return rule("Merge bitmap source file only supported with --merge");
     }
     let [file, bitmap] = parsed.words.as_slice() else {
-        return Err(ImgError::Expecting { command: "bitmap", expected: "filename and bitmap name" });
+        return rule("Expecting filename and bitmap name");
     };
     let bitmap = bitmap.to_str().ok_or(ImgError::NotText { option: "add" })?;
     let granularity = parsed.value("granularity")?.map(|text| ImgError::size(text, "granularity")).transpose()?;

@@ -22,8 +22,8 @@ pub const COMMAND: Command = Command {
 const OPTIONS: &[Opt] = &[
     QUIET,
     PROGRESS,
-    opt('f', &["a-format"], "FMT", "format of FILENAME1"),
-    opt('F', &["b-format"], "FMT", "format of FILENAME2"),
+    opt('f', &["a-format", "left-format"], "FMT", "format of FILENAME1"),
+    opt('F', &["b-format", "right-format"], "FMT", "format of FILENAME2"),
     IMAGE_OPTS,
     flag('s', &["strict"], "sizes and allocation must be equal too"),
     opt('T', &["cache"], "CACHE", "cache mode of both (writeback)"),
@@ -39,6 +39,7 @@ const READ_FAILED: u8 = 4;
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     compare(parsed).map_err(|error| match error {
         ImgError::WithCode { .. } => error,
+        usage if usage.usage_of().is_some() => usage,
         other => ImgError::WithCode { code: FAILED, source: Box::new(other) },
     })
 }

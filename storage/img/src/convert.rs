@@ -34,16 +34,16 @@ const OPTIONS: &[Opt] = &[
     flag('\0', &["source-image-opts", "image-opts"], "source names are driver=...,file.filename=..."),
     opt(
         'l',
-        &["source-snapshot"],
+        &["source-snapshot", "snapshot"],
         "SNAPSHOT",
         "copy this internal snapshot: snapshot.name=..., snapshot.id=..., or either",
     ),
     opt('T', &["source-cache"], "CACHE", "cache mode of the sources (writeback)"),
-    opt('O', &["target-format"], "FMT", "format of the target; raw if not given"),
+    opt('O', &["target-format", "output-format"], "FMT", "format of the target; raw if not given"),
     flag('\0', &["target-image-opts"], "the target's name is driver=...,file.filename=... (needs -n)"),
-    opt('o', &["target-options"], "NAME=VALUE,...", "options of the target; '-o help' lists them"),
+    opt('o', &["target-options", "options"], "NAME=VALUE,...", "options of the target; '-o help' lists them"),
     flag('c', &["compress"], "compress the target"),
-    opt('t', &["target-cache"], "CACHE", "cache mode of the target (unsafe)"),
+    opt('t', &["target-cache", "output-cache"], "CACHE", "cache mode of the target (unsafe)"),
     opt('B', &["backing"], "FILE", "the target shows FILE where the source's top image holds nothing"),
     opt('F', &["backing-format"], "FMT", "format of the backing file"),
     flag('n', &["no-create"], "the target exists already"),
@@ -77,7 +77,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let target_cache = open::cache_named("", parsed.value("target-cache")?, CacheMode::Unsafe)?;
     let source_cache = open::cache_named("source ", parsed.value("source-cache")?, CacheMode::Writeback)?;
     let Some((target, sources)) = parsed.words.split_last().filter(|(_, sources)| !sources.is_empty()) else {
-        return Err(ImgError::Needed { command: "convert", what: "Must specify image file name" });
+        return Err(ImgError::Plain(Rule::Requires("Must specify image file name")));
     };
     let access = Access { cache: source_cache, ..Access::read(parsed) };
     let sources = open_sources(parsed, sources, access)?;
@@ -146,13 +146,13 @@ fn check_options(parsed: &Parsed) -> Result<(), ImgError> {
     let rule = |rule| Err(ImgError::Plain(rule));
     let has = |name| parsed.has(name);
     if has("source-image-opts") && has("source-format") {
-        return Err(ImgError::Exclusive { command: "convert", one: "image-opts", other: "format" });
-    }
-    if has("target-image-opts") && has("target-format") {
-        return Err(ImgError::Exclusive { command: "convert", one: "image-opts", other: "format" });
+        return Err(ImgError::ImageOptsAndFormat);
     }
     if has("target-image-opts") && !has("no-create") {
         return rule(Rule::Requires("--target-image-opts requires use of -n flag"));
+    }
+    if has("target-image-opts") && has("target-format") {
+        return Err(ImgError::ImageOptsAndFormat);
     }
     if has("target-is-zero") && !has("no-create") {
         return rule(Rule::Requires("--target-is-zero requires use of -n flag"));

@@ -8,6 +8,7 @@ use block::ova::OvaError;
 use block::spec::SpecError;
 use block::{Action, BlockError, LuksError, UnreadFormat};
 
+use crate::getopt::OptionFault;
 use crate::serve::ServeError;
 use crate::size::{self, SizeError};
 
@@ -22,12 +23,8 @@ pub enum ImgError {
     NoSuchCommand(String),
     #[error("'{0}' is not supported here; qemu-img can do it on the same image")]
     NotSupported(&'static str),
-    #[error("{command}: unrecognized option '{option}'")]
-    NoSuchOption { command: &'static str, option: String },
-    #[error("{command}: option '{option}' requires an argument")]
-    NoValue { command: &'static str, option: String },
-    #[error("{command}: option '{option}' doesn't allow an argument")]
-    ValueUnwanted { command: &'static str, option: String },
+    #[error("{command}: {fault}")]
+    Option { command: &'static str, fault: OptionFault },
     #[error("Expecting one image file name")]
     OneFile { command: &'static str },
     #[error("Expecting {expected}")]
@@ -36,8 +33,8 @@ pub enum ImgError {
     Extra { command: &'static str, found: String },
     #[error("--output expects 'human' or 'json' not '{found}'")]
     OutputFormat { command: &'static str, found: String },
-    #[error("--{one} and --{other} are mutually exclusive")]
-    Exclusive { command: &'static str, one: &'static str, other: &'static str },
+    #[error("--image-opts and --format are mutually exclusive")]
+    ImageOptsAndFormat,
     #[error("Cannot mix '-l', '-a', '-c', '-d'")]
     MixedActions { command: &'static str },
     #[error("{what}")]
@@ -327,6 +324,8 @@ pub enum Rule {
     Directory(String),
     #[error("Either --size N or one filename must be specified.")]
     MeasureWhat,
+    #[error("At most one filename argument is allowed.")]
+    MeasureOne,
     #[error("--size N cannot be used together with a filename.")]
     MeasureBoth,
     #[error("--image-opts, -f, and -l require a filename argument.")]
@@ -458,14 +457,11 @@ impl ImgError {
         match self {
             ImgError::NoCommand | ImgError::NoSuchCommand(_) => Some(""),
             ImgError::WithCode { source, .. } => source.usage_of(),
-            ImgError::NoSuchOption { command, .. }
-            | ImgError::NoValue { command, .. }
-            | ImgError::ValueUnwanted { command, .. }
+            ImgError::Option { command, .. }
             | ImgError::OneFile { command }
             | ImgError::Expecting { command, .. }
             | ImgError::Extra { command, .. }
             | ImgError::OutputFormat { command, .. }
-            | ImgError::Exclusive { command, .. }
             | ImgError::RepairWhat { command, .. }
             | ImgError::MixedActions { command }
             | ImgError::Needed { command, .. } => Some(command),
@@ -512,6 +508,7 @@ pub fn why(error: &BlockError) -> String {
             format!("{lock}\nIs another process using the image [{}]?", path.display())
         }
         BlockError::DataFile { source, .. } => why(source),
+        BlockError::NoResize { .. } => "Image format driver does not support resize".to_owned(),
         BlockError::DataFileNotGiven { .. } => "'data-file' is required for this image".to_owned(),
         BlockError::KeyNeeded { parameter, .. } => format!("Parameter '{parameter}' is required for cipher"),
         BlockError::WrongKey { .. } => "Invalid password, cannot unlock any keyslot".to_owned(),

@@ -2,11 +2,32 @@
 //! value behind, abbreviated where that is clear, before and after file names.
 
 use std::ffi::{OsStr, OsString};
+use std::iter::Peekable;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::vec::IntoIter;
 
 use crate::error::ImgError;
 
+/// What is wrong with an option, as getopt says it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the fields are named in the messages right above them")]
+pub enum OptionFault {
+    #[error("invalid option -- '{0}'")]
+    NoLetter(char),
+    #[error("unrecognized option '--{0}'")]
+    NoName(String),
+    #[error("option '--{name}' is ambiguous; possibilities:{}", possible.iter().map(|n| format!(" '--{n}'")).collect::<String>())]
+    Ambiguous { name: String, possible: Vec<&'static str> },
+    #[error("option requires an argument -- '{0}'")]
+    LetterNeedsValue(char),
+    #[error("option '--{0}' requires an argument")]
+    NameNeedsValue(&'static str),
+    #[error("option '--{0}' doesn't allow an argument")]
+    ValueUnwanted(&'static str),
+}
+
 /// An option of a subcommand.
+#[derive(Clone, Copy, Debug)]
 pub struct Opt {
     /// Letter, or `'\0'`.
     pub short: char,
@@ -28,6 +49,8 @@ pub const fn flag(short: char, long: &'static [&'static str], help: &'static str
     Opt { short, long, value: "", help }
 }
 
+/// `-h`. What follows it is not looked at.
+pub const HELP: Opt = flag('h', &["help"], "print this help and exit");
 /// Options many subcommands share, in one spelling.
 pub const QUIET: Opt = flag('q', &["quiet"], "print no more than errors");
 /// `-p`.
@@ -99,10 +122,10 @@ impl Parsed {
             Some(other) => Err(ImgError::OutputFormat { command: self.command, found: other.to_owned() }),
         }
     }
-    /// Refuses two options together.
-    pub fn exclusive(&self, one: &'static str, other: &'static str) -> Result<(), ImgError> {
-        if self.has(one) && self.has(other) {
-            return Err(ImgError::Exclusive { command: self.command, one, other });
+    /// Refuses `--image-opts` together with the option that declares a format.
+    pub fn check_image_opts(&self, format_option: &str) -> Result<(), ImgError> {
+        if self.has("image-opts") && self.has(format_option) {
+            return Err(ImgError::ImageOptsAndFormat);
         }
         Ok(())
     }
@@ -121,96 +144,121 @@ fn is_negative_number(arg: &OsString) -> bool {
 
 /// Splits a subcommand's arguments.
 pub fn parse(command: &'static str, known: &[Opt], args: Vec<OsString>) -> Result<Parsed, ImgError> {
-    let mut parsed = Parsed { command, ..Parsed::default() };
-    let mut args = args.into_iter().peekable();
-    while let Some(arg) = args.next() {
-        let bytes = arg.as_bytes();
-        if bytes == b"--" {
-            parsed.words.extend(args.by_ref());
-        } else if bytes.starts_with(b"--") {
-            long(&mut parsed, known, &arg, &mut args)?;
-        } else if bytes.len() > 1 && bytes.starts_with(b"-") {
-            shorts(&mut parsed, known, &arg, &mut args)?;
-        } else {
-            let is_first = parsed.words.is_empty();
-            parsed.words.push(arg);
-            if is_first && command == SIGNED_SIZE {
-                parsed.words.extend(args.next_if(is_negative_number));
-            }
-        }
-    }
-    Ok(parsed)
+    Splitter::new(command, known, args).split(false)
+}
+
+/// Splits options from what begins with the first word that is none, and is all words.
+pub fn parse_leading(known: &[Opt], args: Vec<OsString>) -> Result<Parsed, ImgError> {
+    Splitter::new("", known, args).split(true)
 }
 
 fn key(opt: &Opt) -> &'static str {
     opt.long.first().copied().unwrap_or_default()
 }
 
-/// `--name`, `--name=value`, `--name value`.
-fn long(
-    parsed: &mut Parsed,
-    known: &[Opt],
-    arg: &OsStr,
-    args: &mut impl Iterator<Item = OsString>,
-) -> Result<(), ImgError> {
-    let body = arg.as_bytes().get(2..).unwrap_or_default();
-    let (name, attached) = match body.iter().position(|b| *b == b'=') {
-        Some(at) => (body.get(..at).unwrap_or_default(), body.get(at + 1..)),
-        None => (body, None),
-    };
-    let shown = || format!("--{}", String::from_utf8_lossy(name));
-    let opt =
-        find_long(known, name).ok_or_else(|| ImgError::NoSuchOption { command: parsed.command, option: shown() })?;
-    let value = match (opt.value.is_empty(), attached) {
-        (true, None) => OsString::new(),
-        (true, Some(_)) => return Err(ImgError::ValueUnwanted { command: parsed.command, option: shown() }),
-        (false, Some(value)) => OsString::from_vec(value.to_vec()),
-        (false, None) => args.next().ok_or_else(|| ImgError::NoValue { command: parsed.command, option: shown() })?,
-    };
-    parsed.given.push((key(opt), value));
-    Ok(())
+/// A command line on its way.
+struct Splitter<'k> {
+    known: &'k [Opt],
+    args: Peekable<IntoIter<OsString>>,
+    parsed: Parsed,
 }
 
-/// The whole name, or the beginning of just one.
-fn find_long<'k>(known: &'k [Opt], name: &[u8]) -> Option<&'k Opt> {
-    let whole = known.iter().find(|opt| opt.long.iter().any(|long| long.as_bytes() == name));
-    if whole.is_some() || name.is_empty() {
-        return whole;
+impl<'k> Splitter<'k> {
+    fn new(command: &'static str, known: &'k [Opt], args: Vec<OsString>) -> Splitter<'k> {
+        Splitter { known, args: args.into_iter().peekable(), parsed: Parsed { command, ..Parsed::default() } }
     }
-    let mut candidates = known.iter().filter(|opt| opt.long.iter().any(|long| long.as_bytes().starts_with(name)));
-    match (candidates.next(), candidates.next()) {
-        (Some(only), None) => Some(only),
-        _ => None,
-    }
-}
 
-/// `-q`, `-qU`, `-f qcow2`, `-fqcow2`.
-fn shorts(
-    parsed: &mut Parsed,
-    known: &[Opt],
-    arg: &OsStr,
-    args: &mut impl Iterator<Item = OsString>,
-) -> Result<(), ImgError> {
-    let letters = arg.as_bytes();
-    let mut at = 1;
-    while let Some(letter) = letters.get(at) {
-        let shown = || format!("-{}", char::from(*letter));
-        let found = known.iter().find(|opt| opt.short == char::from(*letter) && opt.short != '\0');
-        let opt = found.ok_or_else(|| ImgError::NoSuchOption { command: parsed.command, option: shown() })?;
-        at += 1;
-        if opt.value.is_empty() {
-            parsed.given.push((key(opt), OsString::new()));
-            continue;
+    fn split(mut self, leading_only: bool) -> Result<Parsed, ImgError> {
+        while let Some(arg) = self.args.next() {
+            let bytes = arg.as_bytes();
+            if bytes == b"--" {
+                self.parsed.words.extend(self.args.by_ref());
+            } else if bytes.starts_with(b"--") {
+                self.long(&arg).map_err(|fault| self.failed(fault))?;
+            } else if bytes.len() > 1 && bytes.starts_with(b"-") {
+                self.shorts(&arg).map_err(|fault| self.failed(fault))?;
+            } else {
+                self.word(arg, leading_only);
+            }
+            if self.parsed.has(key(&HELP)) {
+                break;
+            }
         }
-        let rest = letters.get(at..).filter(|rest| !rest.is_empty());
-        let value = match rest {
-            Some(rest) => OsString::from_vec(rest.to_vec()),
-            None => args.next().ok_or_else(|| ImgError::NoValue { command: parsed.command, option: shown() })?,
-        };
-        parsed.given.push((key(opt), value));
-        break;
+        Ok(self.parsed)
     }
-    Ok(())
+
+    fn failed(&self, fault: OptionFault) -> ImgError {
+        ImgError::Option { command: self.parsed.command, fault }
+    }
+
+    fn word(&mut self, arg: OsString, leading_only: bool) {
+        let is_first = self.parsed.words.is_empty();
+        self.parsed.words.push(arg);
+        if leading_only {
+            self.parsed.words.extend(self.args.by_ref());
+        } else if is_first && self.parsed.command == SIGNED_SIZE {
+            self.parsed.words.extend(self.args.next_if(is_negative_number));
+        }
+    }
+
+    /// `--name`, `--name=value`, `--name value`.
+    fn long(&mut self, arg: &OsStr) -> Result<(), OptionFault> {
+        let body = arg.as_bytes().get(2..).unwrap_or_default();
+        let (name, attached) = match body.iter().position(|b| *b == b'=') {
+            Some(at) => (body.get(..at).unwrap_or_default(), body.get(at + 1..)),
+            None => (body, None),
+        };
+        let (opt, name) = find_long(self.known, name, &String::from_utf8_lossy(body))?;
+        let value = match (opt.value.is_empty(), attached) {
+            (true, None) => OsString::new(),
+            (true, Some(_)) => return Err(OptionFault::ValueUnwanted(name)),
+            (false, Some(value)) => OsString::from_vec(value.to_vec()),
+            (false, None) => self.args.next().ok_or(OptionFault::NameNeedsValue(name))?,
+        };
+        self.parsed.given.push((key(opt), value));
+        Ok(())
+    }
+
+    /// `-q`, `-qU`, `-f qcow2`, `-fqcow2`.
+    fn shorts(&mut self, arg: &OsStr) -> Result<(), OptionFault> {
+        let letters = arg.as_bytes();
+        let mut at = 1;
+        while let Some(letter) = letters.get(at) {
+            let letter = char::from(*letter);
+            let found = self.known.iter().find(|opt| opt.short == letter && opt.short != '\0');
+            let opt = found.ok_or(OptionFault::NoLetter(letter))?;
+            at += 1;
+            if opt.value.is_empty() {
+                self.parsed.given.push((key(opt), OsString::new()));
+                continue;
+            }
+            let rest = letters.get(at..).filter(|rest| !rest.is_empty());
+            let value = match rest {
+                Some(rest) => OsString::from_vec(rest.to_vec()),
+                None => self.args.next().ok_or(OptionFault::LetterNeedsValue(letter))?,
+            };
+            self.parsed.given.push((key(opt), value));
+            break;
+        }
+        Ok(())
+    }
+}
+
+/// The whole name, or the beginning of those of just one option; with the whole name. `shown` is what was written.
+fn find_long<'k>(known: &'k [Opt], name: &[u8], shown: &str) -> Result<(&'k Opt, &'static str), OptionFault> {
+    let all = || known.iter().flat_map(|opt| opt.long.iter().map(move |long| (opt, *long)));
+    if let Some(whole) = all().find(|(_, long)| long.as_bytes() == name) {
+        return Ok(whole);
+    }
+    let fits: Vec<(&Opt, &'static str)> = all().filter(|(_, long)| long.as_bytes().starts_with(name)).collect();
+    match fits.split_first() {
+        None => Err(OptionFault::NoName(shown.to_owned())),
+        Some((first, rest)) if rest.iter().all(|(opt, _)| key(opt) == key(first.0)) => Ok(*first),
+        Some(_) => {
+            let possible = fits.iter().map(|(_, long)| *long).collect();
+            Err(OptionFault::Ambiguous { name: shown.to_owned(), possible })
+        }
+    }
 }
 
 /// A subcommand's options, one a line.
@@ -256,11 +304,12 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         for (line, text) in [
-            ("-x", "info: unrecognized option '-x'"),
-            ("-qx", "info: unrecognized option '-x'"),
-            ("--o a", "info: unrecognized option '--o'"),
-            ("a -f", "info: option '-f' requires an argument"),
-            ("a --format", "info: option '--format' requires an argument"),
+            ("-x", "info: invalid option -- 'x'"),
+            ("-qx", "info: invalid option -- 'x'"),
+            ("--o a", "info: option '--o' is ambiguous; possibilities: '--output' '--options'"),
+            ("--frob=1 a", "info: unrecognized option '--frob=1'"),
+            ("a -f", "info: option requires an argument -- 'f'"),
+            ("a --forma", "info: option '--format' requires an argument"),
             ("--quiet=1", "info: option '--quiet' doesn't allow an argument"),
             ("--output=xml a", "--output expects 'human' or 'json' not 'xml'"),
             ("a b", "Expecting one image file name"),
@@ -270,7 +319,7 @@ mod tests {
             let outcome = parse("info", KNOWN, words(line)).and_then(|parsed| {
                 parsed.one_file()?;
                 parsed.json()?;
-                parsed.exclusive("image-opts", "format")
+                parsed.check_image_opts("format")
             });
             let said = outcome.unwrap_err().to_string();
             assert_eq!(said.lines().next(), Some(text), "{line}");

@@ -53,7 +53,7 @@ use std::process::ExitCode;
 use std::sync::OnceLock;
 
 use error::ImgError;
-use getopt::{Opt, Parsed, flag};
+use getopt::{HELP, Opt, Parsed, flag, opt};
 
 /// A subcommand.
 pub struct Command {
@@ -97,10 +97,12 @@ fn commands() -> impl Iterator<Item = &'static &'static Command> {
 
 /// The version of qemu-img whose options, outputs and texts these are. Callers read it to learn what they may use.
 const PEER_VERSION: &str = "10.0.2";
-const HELP: Opt = flag('h', &["help"], "print this help and exit");
 const JSON_NAME: &str = "json";
 /// For commands that have no JSON of their own.
 const JSON: Opt = flag('\0', &[JSON_NAME], "print one JSON object in the end: exit code, error, what was said");
+/// Options in front of the command. Tracing is QEMU's own affair.
+const LEADING: &[Opt] =
+    &[HELP, flag('V', &["version"], "print the version and exit"), opt('T', &["trace"], "TRACE", "ignored")];
 
 /// Names of QEMU's tools that this one answers to, as a link to it.
 const NAMES: [&str; 3] = ["qemu-img", "qemu-io", "qemu-nbd"];
@@ -130,17 +132,31 @@ fn main() -> ExitCode {
     match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            let mut text = format!("{}: {error}\n", program());
-            if let Some(command) = error.usage_of() {
-                let command = if is_one_command() { "" } else { command };
-                let space = if command.is_empty() { "" } else { " " };
-                text += &format!("Try '{}{space}{command} --help' for more info\n", program());
-            }
+            let text = failure(&error);
             // Nobody is left to tell if this fails.
             let _ = std::io::stderr().write_all(text.as_bytes());
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// What is said of an error: as in qemu-img, getopt's words come from the tool under the name it was called by.
+fn failure(error: &ImgError) -> String {
+    let called = |command: &str| {
+        let name = match (program(), std::env::args_os().next()) {
+            ("qemu-img", Some(invoked)) => invoked.to_string_lossy().into_owned(),
+            (name, _) => name.to_owned(),
+        };
+        if command.is_empty() || is_one_command() { name } else { format!("{name} {command}") }
+    };
+    let mut text = match error {
+        ImgError::Option { command, fault } => format!("{}: {fault}\n", called(command)),
+        error => format!("{}: {error}\n", program()),
+    };
+    if let Some(command) = error.usage_of() {
+        text += &format!("Try '{} --help' for more info\n", called(command));
+    }
+    text
 }
 
 fn run(args: Vec<OsString>) -> Result<u8, ImgError> {
@@ -156,18 +172,14 @@ fn run(args: Vec<OsString>) -> Result<u8, ImgError> {
         }
         return run_command(&serve::COMMAND, args);
     }
-    let mut args = args.into_iter();
-    let name = loop {
-        let Some(arg) = args.next() else { return Err(ImgError::NoCommand) };
-        match arg.to_str() {
-            Some("-h" | "--help") => return print(&overview()),
-            Some("-V" | "--version") => return print(&version()),
-            // Tracing is QEMU's own affair; its value is skipped with it.
-            Some("-T" | "--trace") => drop(args.next()),
-            Some(text) if text.starts_with("--trace=") || text.starts_with("-T") => {}
-            _ => break arg,
-        }
-    };
+    let leading = getopt::parse_leading(LEADING, args)?;
+    match leading.in_order().map(|(name, _)| name).find(|name| *name != "trace") {
+        Some("version") => return print(&version()),
+        Some(_) => return print(&overview()),
+        None => {}
+    }
+    let mut args = leading.words.into_iter();
+    let name = args.next().ok_or(ImgError::NoCommand)?;
     let Some(command) = commands().find(|command| name == command.name) else {
         return Err(ImgError::NoSuchCommand(name.to_string_lossy().into_owned()));
     };
@@ -175,15 +187,15 @@ fn run(args: Vec<OsString>) -> Result<u8, ImgError> {
 }
 
 fn run_command(command: &Command, args: Vec<OsString>) -> Result<u8, ImgError> {
-    if asks_help(command, &args) {
-        return print(&help(command));
-    }
     let with_json = has_json(command);
-    let mut options = copied(command.options);
+    let mut options: Vec<Opt> = [HELP].iter().chain(command.options).copied().collect();
     if !with_json && program() == "vireo-img" {
         options.push(JSON);
     }
     let parsed = getopt::parse(command.name, &options, args)?;
+    if parsed.has("help") {
+        return print(&help(command));
+    }
     let json = parsed.has(JSON_NAME);
     if json && !with_json {
         output::gather();
@@ -201,20 +213,6 @@ fn run_command(command: &Command, args: Vec<OsString>) -> Result<u8, ImgError> {
 /// Whether a command answers in JSON by itself.
 fn has_json(command: &Command) -> bool {
     command.options.iter().any(|option| option.long.contains(&JSON_NAME))
-}
-
-fn copied(options: &[Opt]) -> Vec<Opt> {
-    options.iter().map(|o| Opt { short: o.short, long: o.long, value: o.value, help: o.help }).collect()
-}
-
-/// `-h` or `--help` among the options, and not as the value of one.
-fn asks_help(command: &Command, args: &[OsString]) -> bool {
-    if !args.iter().any(|arg| arg == "-h" || arg == "--help") {
-        return false;
-    }
-    let mut options = copied(command.options);
-    options.extend([HELP, JSON]);
-    getopt::parse(command.name, &options, args.to_vec()).map_or(true, |parsed| parsed.has("help"))
 }
 
 fn print(text: &str) -> Result<u8, ImgError> {

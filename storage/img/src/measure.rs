@@ -69,7 +69,8 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
             }
             measure(format, &list, &secrets, Input::Disk(&disk))?
         }
-        ([], None) | ([_, _, ..], None) => return Err(ImgError::Plain(Rule::MeasureWhat)),
+        ([_, _, ..], _) => return Err(ImgError::Plain(Rule::MeasureOne)),
+        ([], None) => return Err(ImgError::Plain(Rule::MeasureWhat)),
         (_, Some(_)) => return Err(ImgError::Plain(Rule::MeasureBoth)),
     };
     let mut out = stdout();

@@ -29,7 +29,7 @@ pub struct Named {
 impl Named {
     /// Reads a file name under `--image-opts` and the format that the option `format_option` declares.
     pub fn of(parsed: &Parsed, file: &OsStr, format_option: &'static str) -> Result<Named, ImgError> {
-        parsed.exclusive("image-opts", format_option)?;
+        parsed.check_image_opts(format_option)?;
         Ok(Named::new(file, parsed.has("image-opts"), parsed.value(format_option)?)?.with(Secrets::of(parsed)?))
     }
 

@@ -281,3 +281,75 @@ fn other_vendors_have_limits() {
         ",
     );
 }
+
+#[test]
+fn wrong_command_lines_are_named_in_getopt_s_words() {
+    let mut script = "peer create -q -f qcow2 a 1M\n".to_owned();
+    for line in [
+        "-Z",
+        "--foo",
+        "--trace",
+        "-T",
+        "--help=1",
+        "--",
+        "",
+        "-- -h",
+        "foo",
+        "create -Z",
+        "create -qZf",
+        "create -f",
+        "create --foo=3",
+        "create --f",
+        "create --qui=1 x",
+        "create a 1M x",
+        "create",
+        "info --f",
+        "info --ou",
+        "info -Z -h",
+        "info -f raw --image-opts a",
+        "info a a",
+        "info --output=xml a",
+        "check -r foo a",
+        "convert a",
+        "convert -s x a b",
+        "convert -f raw --image-opts a b",
+        "convert -O raw --target-image-opts a b",
+        "measure a a",
+        "measure -O",
+        "compare a",
+        "compare -Z",
+        "bitmap --add a",
+        "amend a",
+        "amend -o compat=1.1",
+        "rebase a",
+        "resize a",
+        "resize a 1M 2M",
+        "snapshot -c x -d y a",
+        "dd -n",
+        "create json:{} 1M",
+        "create -f qcow2 json:{\"driver\":\"raw\",\"file.filename\":\"x\"} 1M",
+        "convert a json:{\"driver\":\"raw\",\"file.filename\":\"x\"}",
+        "dd if=a of=json:x",
+    ] {
+        script += &format!("fail 1 {line}\n");
+    }
+    script += "
+        fail 2 compare -f raw --image-opts a a
+        run -- info a
+        run -- info --force a
+        ok -T foo info a
+        ok info -h -Z
+        ok --he
+        ok create --he
+        run convert --output-format raw --options size=1M --output-cache none a b
+        run compare --left-format qcow2 --right-format raw a b
+    ";
+    for format in ["vmdk", "vdi", "vpc", "vhdx"] {
+        script += &format!("peer create -q -f {format} t 4M\n");
+        for line in ["t 8M", "-f {} t 8M", "--shrink t 1M", "--shrink t 4M", "--preallocation=full t 8M"] {
+            script += &format!("fail 1 resize {}\n", line.replace("{}", format));
+        }
+        script += "same t\n";
+    }
+    check(&script);
+}

@@ -215,12 +215,8 @@ impl Session {
         let words_only = entry.options.is_empty().then(|| OsString::from("--"));
         let args = words_only.into_iter().chain(args).collect();
         let parsed = getopt::parse(entry.name(), entry.options, args).map_err(|error| {
-            let (name, letter) = (entry.name(), |option: &str| option.trim_start_matches('-').to_owned());
             match &error {
-                ImgError::NoSuchOption { option, .. } => eprintln!("{name}: invalid option -- '{}'", letter(option)),
-                ImgError::NoValue { option, .. } => {
-                    eprintln!("{name}: option requires an argument -- '{}'", letter(option));
-                }
+                ImgError::Option { fault, .. } => eprintln!("{}: {fault}", entry.name()),
                 other => eprintln!("{other}"),
             }
             Failure::Usage

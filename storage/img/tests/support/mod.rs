@@ -17,6 +17,7 @@
 //! - `same NAME`: the images are equal in content and in what `info` says; the peer's check finds nothing wrong.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -202,6 +203,8 @@ fn equal<T: PartialEq + std::fmt::Debug>(ours: T, theirs: T) -> Result<(), Strin
 
 fn run(program: &Path, dir: &Path, words: &[String]) -> Output {
     let mut command = Command::new(program);
+    // Both call themselves as they were called.
+    command.arg0(program.file_name().unwrap_or_default());
     command.args(words).current_dir(dir).env("LC_ALL", "C").env("TZ", "UTC");
     command
         .output()
