@@ -21,6 +21,8 @@ const TYPE_DYNAMIC: u32 = 1;
 const TYPE_STATIC: u32 = 2;
 /// QEMU's limit, so that both open the same images.
 const BLOCKS_MAX: u32 = 0x3fff_ffff;
+/// The largest disk that QEMU creates and opens.
+const DISK_BYTES_MAX: u64 = 0x1_ffff_f800_0000;
 const ENTRY_ABSENT: u32 = u32::MAX;
 const ENTRY_ZERO: u32 = u32::MAX - 1;
 
@@ -44,6 +46,8 @@ pub enum VdiError {
     BlockSize(u32),
     #[error("blocks with {0} extra bytes are not supported")]
     BlockExtra(u32),
+    #[error("Unsupported VDI image size (size is {0:#x}, max supported is {DISK_BYTES_MAX:#x})")]
+    NewSize(u64),
     #[error("the image has {0} blocks; at most 1073741823 are allowed")]
     TooManyBlocks(u32),
     #[error("the disk has {size_bytes} bytes, more than its {blocks} blocks hold")]
@@ -187,6 +191,9 @@ pub struct NewImage {
 /// Lays out an empty image. Blocks start at a page of the host, so that writing one touches no page twice and
 /// direct I/O needs no copy; qemu-img starts them right behind the map.
 pub fn lay_out(new: &NewImage) -> Result<NewFile, VdiError> {
+    if new.size_bytes > DISK_BYTES_MAX {
+        return Err(VdiError::NewSize(new.size_bytes));
+    }
     let too_large = VdiError::Size(new.size_bytes);
     let size_bytes = new.size_bytes.checked_next_multiple_of(SECTOR_BYTES).ok_or(too_large.clone())?;
     let blocks = size_bytes.div_ceil(BLOCK_BYTES);
@@ -241,8 +248,14 @@ fn a_new_image_has_the_fields_of_qemu_img() {
     assert_eq!(sample(0, false).file_bytes, 4096);
     for size_bytes in [u64::MAX, 1 << 60] {
         let new = NewImage { size_bytes, is_static: false, uuids: [[0; 16]; 2] };
-        assert_eq!(lay_out(&new), Err(VdiError::Size(size_bytes)));
+        assert_eq!(lay_out(&new), Err(VdiError::NewSize(size_bytes)));
     }
+    // The message is qemu-img's.
+    let new = NewImage { size_bytes: 600 << 40, is_static: false, uuids: [[0; 16]; 2] };
+    let want = "Unsupported VDI image size (size is 0x2580000000000, max supported is 0x1fffff8000000)";
+    assert_eq!(lay_out(&new).unwrap_err().to_string(), want);
+    assert!(lay_out(&NewImage { size_bytes: DISK_BYTES_MAX, ..new.clone() }).is_ok());
+    assert!(lay_out(&NewImage { size_bytes: DISK_BYTES_MAX + 1, ..new }).is_err());
 }
 
 #[test]

@@ -174,3 +174,17 @@ fn reading_changes_nothing_and_writing_changes_the_identity() {
     assert_ne!(guids(&before, 128 << 10)[..32], guids(&after, 128 << 10)[..32]);
     assert_eq!(guids(&after, 128 << 10)[32..], [0; 16]);
 }
+
+#[test]
+fn qemu_opens_a_disk_of_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    for (fixed, block_bytes) in [(false, 0), (true, 0), (false, 1 << 20)] {
+        let options = VhdxOptions { fixed, block_bytes, ..VhdxOptions::default() };
+        create_vhdx(&*host_file(&path, true), &path, 0, &options).unwrap();
+        let text = qemu_img(&["info", "-f", "vhdx", path.to_str().unwrap()]);
+        assert!(text.contains("virtual size: 0 B"), "{text}");
+        let node = open_vhdx(host_file(&path, true), path.clone(), false, false).unwrap();
+        assert_eq!((node.size_bytes(), node.flush().is_ok()), (0, true));
+    }
+}

@@ -57,7 +57,9 @@ pub fn lay_out(new: &NewImage) -> Result<NewFile, VhdxError> {
     };
     let blocks = size_bytes.div_ceil(block_bytes);
     let ratio = chunk_ratio(SECTOR_BYTES, block_bytes as u32);
-    let entries = blocks + blocks.saturating_sub(1) / ratio;
+    // QEMU subtracts in 32 bits, and opens no disk without blocks whose BAT is shorter than that makes it. It is a
+    // hole of the file.
+    let entries = blocks + if blocks == 0 { u64::from(u32::MAX) / ratio } else { (blocks - 1) / ratio };
     let log = Region { offset: ALIGN_BYTES, bytes: align(new.log_bytes) };
     let bat = Region { offset: log.offset + log.bytes, bytes: align(entries * 8) };
     let metadata_region = Region { offset: bat.offset + bat.bytes, bytes: ALIGN_BYTES };
