@@ -119,7 +119,7 @@ pub enum BlockError {
     PartialCluster { path: PathBuf, offset: u64, bytes: u64, cluster_bytes: u64 },
     #[error("{path}: a compressed cluster of {bytes} bytes at {offset} is not shorter than a cluster, or not at one", path = path.display())]
     NoPackedCluster { path: PathBuf, offset: u64, bytes: u64 },
-    #[error("{path}: the image cannot be changed as asked", path = path.display())]
+    #[error("{path}: {heading}", path = path.display(), heading = source.heading())]
     Maintenance { path: PathBuf, source: MaintenanceError },
     #[error("{path}: the image is refused", path = path.display())]
     Format { path: PathBuf, source: Box<image::FormatError> },

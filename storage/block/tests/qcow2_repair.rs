@@ -82,6 +82,15 @@ fn places(pages: &Pages) -> Places {
     }
 }
 
+/// Where an L2 entry of nothing is; in a first table that is full, that of a cluster that a snapshot shares.
+fn unallocated(pages: &Pages) -> u64 {
+    let Places { l2, cluster_bits, .. } = places(pages);
+    let extended = word(pages, 0) & 0xff > 2 && word(pages, 72) & 16 != 0;
+    let entry_bytes = if extended { 16 } else { 8 };
+    let empty = (l2..l2 + (1 << cluster_bits)).step_by(entry_bytes);
+    empty.filter(|at| word(pages, *at) == 0 && word(pages, at + entry_bytes as u64 - 8) == 0).last().unwrap_or(l2)
+}
+
 /// Sets the refcount of a cluster in the first block, for widths of whole bytes.
 fn set_refcount(pages: &mut Pages, cluster: u64, count: u64) {
     let at = places(pages);
@@ -89,14 +98,13 @@ fn set_refcount(pages: &mut Pages, cluster: u64, count: u64) {
     pages.write(at.refblock + cluster * at.refcount_bytes, &bytes[8 - at.refcount_bytes as usize..]);
 }
 
+fn chain_file(path: &Path, writable: bool) -> ChainFile {
+    let file = support::open_file(path, writable);
+    ChainFile { file, path_label: path.to_owned(), format: Format::Qcow2, extents: Vec::new() }
+}
+
 fn repair(path: &Path, what: Repair) -> Repaired {
-    let file = ChainFile {
-        file: support::open_file(path, true),
-        path_label: path.to_owned(),
-        format: Format::Qcow2,
-        extents: Vec::new(),
-    };
-    repair_image(file, what).unwrap()
+    repair_image(chain_file(path, true), what).unwrap()
 }
 
 /// qemu-img's verdict: exit code, corruptions, leaks.
@@ -224,6 +232,42 @@ const DAMAGES: &[Damage] = &[
         true,
     ),
     (
+        "a reserved bit of an L2 entry",
+        |p| {
+            let at = places(p).owned;
+            let v = word(p, at);
+            put(p, at, v | 1 << 61)
+        },
+        true,
+    ),
+    (
+        "a reserved bit of an L2 entry that maps nothing",
+        |p| {
+            let at = unallocated(p);
+            let v = word(p, at);
+            put(p, at, v | 2)
+        },
+        true,
+    ),
+    (
+        "a reserved bit of an L1 entry",
+        |p| {
+            let at = places(p).l1;
+            let v = word(p, at);
+            put(p, at, v | 1 << 61)
+        },
+        true,
+    ),
+    (
+        "a reserved bit of the refcount table",
+        |p| {
+            let at = places(p).reftable;
+            let v = word(p, at);
+            put(p, at, v | 4)
+        },
+        true,
+    ),
+    (
         "nothing but the mark of damage",
         |p| {
             let v = word(p, 72);
@@ -290,6 +334,85 @@ fn damage_is_found_as_qemu_finds_it_and_mended() {
             qemu_check(&path, &format!("{what}, written after"));
         }
     }
+}
+
+/// Offset of the snapshot table, whose only entry has 24 bytes of extra data.
+fn snapshot_table(pages: &Pages) -> u64 {
+    let table = word(pages, 64);
+    assert_eq!(word(pages, table + 32) & 0xffff_ffff, 24);
+    table
+}
+
+#[test]
+fn a_snapshot_without_its_sizes_gets_them() {
+    for options in ["cluster_size=64k", "cluster_size=4k,refcount_bits=2", "cluster_size=16k,extended_l2=on"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.qcow2");
+        let mut pages = image(&path, options);
+        let table = snapshot_table(&pages);
+        let mut names = [0; 2];
+        pages.read(table + 64, &mut names);
+        pages.write(table + 36, &[0; 4]);
+        pages.write(table + 40, &names);
+        pages.store(&path);
+        assert_eq!(qemu_verdict(&path), (2, 1, 0));
+        assert_eq!(check_image(&path).unwrap().findings, ["ERROR snapshot table entry 0 is incomplete"]);
+        assert_eq!(repair(&path, Repair::Leaks).after.corruptions, 1, "that is no leak");
+        let repaired = repair(&path, Repair::All);
+        assert_eq!((repaired.corruptions_fixed, repaired.after.corruptions, repaired.after.leaks), (1, 0, 0));
+        qemu_check(&path, options);
+        qemu_img(&["snapshot", "-a", "s", path.to_str().unwrap()]);
+    }
+}
+
+#[test]
+fn a_snapshot_whose_table_is_nowhere_stays_for_a_better_day() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    let mut pages = image(&path, "cluster_size=64k");
+    let table = snapshot_table(&pages);
+    let l1 = word(&pages, table);
+    put(&mut pages, table, l1 + 0x18);
+    pages.store(&path);
+    let before = std::fs::read(&path).unwrap();
+    assert_eq!(qemu_verdict(&path).0, 2);
+    let checked = check_image(&path).unwrap();
+    let want = format!("ERROR snapshot 1 (s) l1_offset={:#x}: L1 table is not cluster aligned", l1 + 0x18);
+    assert!(checked.findings[0].starts_with(&want), "{:?}", checked.findings);
+    // All that is left of it are counts of clusters that nobody seems to use: QEMU calls them leaks.
+    assert_eq!(checked.leaks, 0);
+    for what in [Repair::Leaks, Repair::All] {
+        assert!(repair(&path, what).after.corruptions > 0);
+        assert!(std::fs::read(&path).unwrap() == before, "{what:?}");
+    }
+    let open = |read_only: bool| block::Qcow2Image::open(chain_file(&path, !read_only), read_only);
+    assert_eq!(open(true).unwrap().snapshots().unwrap()[0].name, b"s");
+    let error = open(false).unwrap().delete_snapshot("s").unwrap_err().to_string();
+    assert!(error.ends_with("the image is damaged"), "{error}");
+}
+
+#[test]
+fn a_bitmap_directory_of_another_length_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    image(&path, "cluster_size=64k");
+    qemu_img(&["bitmap", "--add", path.to_str().unwrap(), "b0"]);
+    let good = Pages::load(&path);
+    assert_eq!(check_image(&path).unwrap().corruptions, 0);
+    let extension = (104..4096).find(|at| word(&good, *at) == 0x2385_2875_0000_0018).unwrap();
+    let bytes = word(&good, extension + 16);
+    for wrong in [bytes + 8, bytes + 30000, 8] {
+        let mut pages = good.clone();
+        put(&mut pages, extension + 16, wrong);
+        pages.store(&path);
+        let checked = check_image(&path).unwrap();
+        assert!(checked.findings[0].contains("bitmap directory"), "{wrong}: {:?}", checked.findings);
+    }
+    let table = word(&good, word(&good, extension + 24));
+    let mut pages = good.clone();
+    put(&mut pages, table, 1 << 61);
+    pages.store(&path);
+    assert_eq!(qemu_verdict(&path).0 != 0, check_image(&path).unwrap().corruptions > 0);
 }
 
 #[test]

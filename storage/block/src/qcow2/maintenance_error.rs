@@ -43,6 +43,24 @@ pub enum MaintenanceError {
 }
 
 impl MaintenanceError {
+    /// What a message begins with: that the image is not changed, or that it is damaged, whatever was to be done.
+    pub(crate) fn heading(&self) -> &'static str {
+        match self {
+            MaintenanceError::Snapshots(SnapshotError::Extra { .. }) => "the image is damaged",
+            MaintenanceError::Bitmaps(
+                BitmapError::Extension { .. }
+                | BitmapError::Directory { .. }
+                | BitmapError::CutOff { .. }
+                | BitmapError::Type { .. }
+                | BitmapError::Table { .. }
+                | BitmapError::Flags { .. }
+                | BitmapError::Entry { .. },
+            ) => "the image is damaged",
+            other if other.is_damage() => "the image is damaged",
+            _ => "the image cannot be changed as asked",
+        }
+    }
+
     /// Whether the image contradicts itself.
     pub(crate) fn is_damage(&self) -> bool {
         matches!(

@@ -11,6 +11,7 @@ use image::qcow2::{
     Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, INCOMPAT_OFFSET, L1Entry, OFFSET_MASK, REFTABLE_POINTER_OFFSET, refcount,
 };
 
+use super::maintenance::Qcow2Image;
 use super::read_header;
 use super::rebuild::write_refcounts_anew;
 use super::rewrite::{Place, word, words};
@@ -50,7 +51,7 @@ pub fn repair_image(file: ChainFile, what: Repair) -> Result<Repaired, BlockErro
 
 /// As [`repair_image`], over a backend other than a host file.
 pub fn repair_backend(layer: ChainBackend, what: Repair) -> Result<Repaired, BlockError> {
-    let ChainBackend { file, path_label, format, .. } = layer;
+    let ChainBackend { file, path_label, format, extents } = layer;
     if format != image::Format::Qcow2 {
         let option = image::Format::Qcow2;
         return Err(BlockError::FormatDisagrees { path: path_label, opened: format, option });
@@ -61,21 +62,35 @@ pub fn repair_backend(layer: ChainBackend, what: Repair) -> Result<Repaired, Blo
     let before = checked(&header, &found);
     let mut mender = Mender { place, header };
     match what {
+        // What looks unused may belong to the part that nobody can read, and be all that is left of it.
+        _ if found.references_unknown => {}
         Repair::Leaks => mender.lower_refcounts(&found)?,
         Repair::All => mender.mend_all(&found)?,
     }
     mender.barrier()?;
     let after = walk(place, &mender.header)?;
-    if after.corruptions == 0 {
+    let incomplete = if what == Repair::All { after.incomplete_snapshots } else { 0 };
+    if after.corruptions == incomplete {
         mender.clear_marks()?;
     }
-    let after = checked(&mender.header, &after);
+    let mut after = checked(&mender.header, &after);
+    if incomplete > 0 && after.corruptions == incomplete {
+        after = complete_snapshots(ChainBackend { file, path_label, format, extents })?;
+    }
     Ok(Repaired {
         leaks_fixed: before.leaks.saturating_sub(after.leaks),
         corruptions_fixed: before.corruptions.saturating_sub(after.corruptions),
         before,
         after,
     })
+}
+
+/// Writes the snapshot table of an image without other damage anew, with all that version 3 demands.
+fn complete_snapshots(layer: ChainBackend) -> Result<Checked, BlockError> {
+    let image = Qcow2Image::open_backend(layer, false)?;
+    image.rewrite_snapshot_table()?;
+    let tables = image.node.tables.lock();
+    check_file(&*tables.file, &tables.path)
 }
 
 /// What a check says, in numbers.

@@ -1,8 +1,8 @@
 //! Internal snapshots: an L1 table of their own for each, sharing clusters by their refcounts.
 
 use image::qcow2::{
-    SNAPSHOT_TABLE_MAX_BYTES, Snapshot, SnapshotL1, SnapshotTable, find_by_id_or_name, find_by_name, next_snapshot_id,
-    parse_snapshots, serialise_snapshots,
+    Header, SNAPSHOT_TABLE_MAX_BYTES, Snapshot, SnapshotError, SnapshotL1, SnapshotTable, find_by_id_or_name,
+    find_by_name, next_snapshot_id, parse_damaged_snapshots, parse_snapshots, serialise_snapshots,
 };
 
 use super::maintenance::Qcow2Image;
@@ -22,11 +22,19 @@ pub struct SnapshotTime {
 }
 
 impl Qcow2Image {
-    /// The internal snapshots, oldest first.
+    /// The internal snapshots, oldest first; also those whose tables a check refuses.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>, BlockError> {
         let tables = self.node.tables.lock();
         let place = Place { file: &*tables.file, path: &tables.path };
-        Ok(read_table(place, &tables.header)?.snapshots)
+        Ok(read_table_with(place, &tables.header, parse_damaged_snapshots)?.snapshots)
+    }
+
+    /// Writes the snapshot table anew, as it is: its entries get all fields that the format's version demands.
+    pub(super) fn rewrite_snapshot_table(&self) -> Result<(), BlockError> {
+        self.node.rewrite(|rewrite| {
+            let table = read_table(rewrite.place, &rewrite.header)?;
+            replace_table(rewrite, &table)
+        })
     }
 
     /// Takes a snapshot of the disk as it is. Names need not be unique. Returns its identifier.
@@ -151,7 +159,15 @@ fn apply(rewrite: &mut Rewrite<'_>, mut l1: Vec<u64>, disk_bytes: u64) -> Result
 }
 
 /// Reads the snapshot table that a header refers to.
-pub(super) fn read_table(place: Place<'_>, header: &image::qcow2::Header) -> Result<SnapshotTable, BlockError> {
+pub(super) fn read_table(place: Place<'_>, header: &Header) -> Result<SnapshotTable, BlockError> {
+    read_table_with(place, header, parse_snapshots)
+}
+
+fn read_table_with(
+    place: Place<'_>,
+    header: &Header,
+    parse: impl Fn(&Header, &[u8]) -> Result<SnapshotTable, SnapshotError>,
+) -> Result<SnapshotTable, BlockError> {
     if header.snapshot_count == 0 {
         return Ok(SnapshotTable::default());
     }
@@ -162,8 +178,8 @@ pub(super) fn read_table(place: Place<'_>, header: &image::qcow2::Header) -> Res
     loop {
         let mut raw = vec![0; want as usize];
         place.read(header.snapshots_offset, &mut raw)?;
-        match parse_snapshots(header, &raw) {
-            Err(image::qcow2::SnapshotError::CutOff { .. }) if want < have => want = (want * 8).min(have),
+        match parse(header, &raw) {
+            Err(SnapshotError::CutOff { .. }) if want < have => want = (want * 8).min(have),
             parsed => return parsed.map_err(|source| place.refuse(MaintenanceError::Snapshots(source))),
         }
     }

@@ -33,6 +33,8 @@ pub enum BitmapError {
     Count { count: u32 },
     #[error("the bitmap directory has {bytes} bytes at {offset:#x}: not aligned, or longer than its limit")]
     Directory { offset: u64, bytes: u64 },
+    #[error("the bitmap directory has {bytes} bytes; its entries have {entries_bytes}")]
+    DirectoryLength { bytes: u64, entries_bytes: u64 },
     #[error("the bitmap directory ends inside entry {index} of {count}")]
     CutOff { index: u32, count: u32 },
     #[error("bitmap {index} has type {kind}; only dirty bitmaps (type 1) are known")]
@@ -114,6 +116,12 @@ pub struct Bitmap {
     pub extra: Vec<u8>,
     /// A writer that does not know the extra data may change the bitmap.
     pub extra_compatible: bool,
+}
+
+/// Bytes of a directory with these entries.
+pub fn bitmap_directory_bytes(bitmaps: &[Bitmap]) -> u64 {
+    let bytes = bitmaps.iter().map(|bitmap| ENTRY_BYTES + bitmap.extra.len() + bitmap.name.len());
+    bytes.map(|bytes| bytes.next_multiple_of(8) as u64).sum()
 }
 
 /// Entries a bitmap's table needs for a disk: one for each cluster of bits. `None` beyond the limit.

@@ -7,10 +7,13 @@ use std::fmt::Debug;
 
 use thiserror::Error;
 
-use super::bitmaps::{BITMAP_DIRECTORY_MAX_BYTES, BitmapExtension, BitmapTableEntry, parse_bitmaps};
+use super::bitmaps::{
+    BITMAP_DIRECTORY_MAX_BYTES, BitmapError, BitmapExtension, BitmapTableEntry, bitmap_directory_bytes, parse_bitmaps,
+};
 use super::{
-    COPIED, CryptMethod, CryptoHeader, EntryError, ExtendedEntry, Freed, Geometry, Header, L1Entry, L2Entry,
-    OFFSET_MASK, SNAPSHOT_TABLE_MAX_BYTES, SnapshotError, SnapshotL1, Subclusters, ZERO, parse_snapshots, refcount,
+    COPIED, CryptMethod, CryptoHeader, EntryError, ExtendedEntry, Freed, Geometry, Header, L1_RESERVED, L1Entry,
+    L2Entry, OFFSET_MASK, SNAPSHOT_TABLE_MAX_BYTES, Snapshot, SnapshotError, SnapshotL1, Subclusters, ZERO,
+    l2_reserved_bits, parse_damaged_snapshots, parse_snapshots, refcount,
 };
 
 /// Findings kept as text; beyond, only counts grow.
@@ -127,6 +130,11 @@ pub struct Report {
     pub fixes: Vec<EntryFix>,
     /// The refcount table or its blocks cannot hold the right counts: a repair writes new ones.
     pub refcounts_unusable: bool,
+    /// A part of the image that holds references could not be read: clusters that look unused may not be, so none
+    /// is called leaked.
+    pub references_unknown: bool,
+    /// Entries of the snapshot table without the sizes that version 3 demands; they are among the corruptions.
+    pub incomplete_snapshots: u64,
     /// Clusters with references and another refcount, and that; their flags are judged by it.
     miscounted: HashMap<u64, u64>,
 }
@@ -173,6 +181,8 @@ struct Walk<'a, 'r, E> {
     read: &'a mut ReadAt<'r, E>,
     report: Report,
     too_large: bool,
+    /// What harms no reader and no writer is a finding too, and what is damaged is passed over.
+    thorough: bool,
     /// L1 tables that were walked: no two tables lie in the same place.
     walked: HashSet<u64>,
 }
@@ -180,6 +190,7 @@ struct Walk<'a, 'r, E> {
 /// Counts every reference and compares with the refcounts. An image is consistent when no corruption is found.
 pub fn check<E: Debug>(header: &Header, file_bytes: u64, read: &mut ReadAt<'_, E>) -> Result<Report, CheckError<E>> {
     let mut walk = Walk::new(header, file_bytes, read);
+    walk.thorough = true;
     walk.tables(header)?;
     let table = walk.refcount_table(header)?;
     walk.count(0, 1, "the header");
@@ -211,7 +222,8 @@ pub fn count_references<E: Debug>(
 impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
     fn new(header: &Header, file_bytes: u64, read: &'a mut ReadAt<'r, E>) -> Self {
         let geometry = header.geometry;
-        Walk { geometry, file_bytes, read, report: Report::default(), too_large: false, walked: HashSet::new() }
+        let (report, walked) = (Report::default(), HashSet::new());
+        Walk { geometry, file_bytes, read, report, too_large: false, thorough: false, walked }
     }
 
     fn bytes(&mut self, offset: u64, len: u64) -> Result<Vec<u8>, CheckError<E>> {
@@ -254,12 +266,43 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
         }
         let have = self.file_bytes.saturating_sub(header.snapshots_offset).min(SNAPSHOT_TABLE_MAX_BYTES);
         let table = self.bytes(header.snapshots_offset, have)?;
-        let table = parse_snapshots(header, &table).map_err(CheckError::Snapshots)?;
+        let parse = if self.thorough { parse_damaged_snapshots } else { parse_snapshots };
+        let table = parse(header, &table).map_err(CheckError::Snapshots)?;
         self.count(header.snapshots_offset, table.bytes.min(have), "the snapshot table");
-        for snapshot in table.snapshots {
+        let mut lost = HashSet::new();
+        for fault in &table.faults {
+            if let SnapshotError::L1 { index, .. } = fault {
+                lost.insert(*index);
+            }
+            if self.thorough {
+                self.snapshot_fault(fault, &table.snapshots);
+            }
+        }
+        for (_, snapshot) in (0u32..).zip(&table.snapshots).filter(|(index, _)| !lost.contains(index)) {
             self.l1(snapshot.l1, false)?;
         }
         Ok(())
+    }
+
+    fn snapshot_fault(&mut self, fault: &SnapshotError, snapshots: &[Snapshot]) {
+        match *fault {
+            SnapshotError::Incomplete { index } => {
+                self.report.incomplete_snapshots += 1;
+                self.report.corrupt(format!("ERROR snapshot table entry {index} is incomplete"));
+            }
+            SnapshotError::L1 { index, entries, offset } => {
+                self.report.references_unknown = true;
+                let snapshot = snapshots.get(index as usize);
+                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).escape_debug().to_string();
+                let (id, name) = snapshot.map(|s| (text(&s.id), text(&s.name))).unwrap_or_default();
+                let what = match self.geometry.is_aligned(offset) {
+                    true => format!("l1_size={entries:#x}: L1 table is too large"),
+                    false => format!("l1_offset={offset:#x}: L1 table is not cluster aligned"),
+                };
+                self.report.corrupt(format!("ERROR snapshot {id} ({name}) {what}; snapshot table entry corrupted"));
+            }
+            ref other => self.report.corrupt(other.to_string()),
+        }
     }
 
     fn l1(&mut self, l1: SnapshotL1, active: bool) -> Result<(), CheckError<E>> {
@@ -277,6 +320,7 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
         self.count(l1.offset, l1_bytes, "an L1 table");
         let mut seen = HashSet::new();
         for (at, raw) in (l1.offset..).step_by(8).zip(words(&table)) {
+            self.reserved_bits(at, raw, raw & L1_RESERVED, "L1");
             let drop = EntryFix { at, raw: 0, bitmap: None };
             match L1Entry::decode(raw, &self.geometry) {
                 Err(error) => {
@@ -300,6 +344,14 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
         Ok(())
     }
 
+    /// Reserved bits of an entry, which say nothing to those who read it, so that clearing them changes nothing else.
+    fn reserved_bits(&mut self, at: u64, raw: u64, reserved: u64, level: &str) {
+        if self.thorough && reserved != 0 {
+            self.report.corrupt(format!("ERROR found {level} entry with reserved bits set: {raw:x}"));
+            self.report.fix(EntryFix { at, raw: raw & !reserved, bitmap: None });
+        }
+    }
+
     /// Walks the L2 table at an offset of the file, which maps the disk from a guest offset on.
     fn l2(&mut self, offset: u64, guest: u64, active: bool) -> Result<(), CheckError<E>> {
         let geometry = self.geometry;
@@ -313,6 +365,9 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
             if raw == 0 && bitmap == 0 {
                 continue;
             }
+            let reserved = l2_reserved_bits(raw);
+            self.reserved_bits(at, raw, reserved, "l2");
+            let raw = raw & !reserved;
             let cluster = match cluster_of(raw, bitmap, guest, &geometry) {
                 Ok(cluster) => cluster,
                 Err(error) => {
@@ -356,6 +411,10 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
         if !self.count(extension.directory_offset, bytes, "the bitmap directory") {
             return Ok(());
         }
+        if self.thorough && extension.directory_offset.saturating_add(bytes) > self.file_bytes {
+            let error = BitmapError::Directory { offset: extension.directory_offset, bytes };
+            self.report.corrupt(error.to_string());
+        }
         let directory = self.bytes(extension.directory_offset, bytes)?;
         let bitmaps = match parse_bitmaps(header, extension.count, &directory) {
             Ok(bitmaps) => bitmaps,
@@ -364,6 +423,10 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
                 return Ok(());
             }
         };
+        let entries_bytes = bitmap_directory_bytes(&bitmaps);
+        if self.thorough && bytes.next_multiple_of(8) != entries_bytes {
+            self.report.corrupt(BitmapError::DirectoryLength { bytes, entries_bytes }.to_string());
+        }
         for bitmap in bitmaps {
             let table_bytes = u64::from(bitmap.table_entries) * 8;
             if !self.count(bitmap.table_offset, table_bytes, "a bitmap table") {
@@ -440,6 +503,10 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
             return Ok(Vec::new());
         }
         let raw = self.bytes(header.reftable_offset, bytes)?;
+        for (index, _) in words(&raw).enumerate().filter(|(_, raw)| raw & !OFFSET_MASK != 0) {
+            self.report.corrupt(format!("ERROR refcount table entry {index} has reserved bits set"));
+            self.report.refcounts_unusable = true;
+        }
         let mut table: Vec<u64> = words(&raw).map(|raw| raw & OFFSET_MASK).collect();
         let mut seen = HashSet::new();
         for (index, offset) in table.iter_mut().enumerate().filter(|(_, offset)| **offset != 0) {
@@ -510,6 +577,9 @@ impl<E: Debug> Walk<'_, '_, E> {
             }
             if counted < referenced {
                 self.report.corrupt(format!("ERROR cluster {cluster} refcount={counted} reference={referenced}"));
+                continue;
+            }
+            if self.report.references_unknown {
                 continue;
             }
             self.report.leaks += 1;

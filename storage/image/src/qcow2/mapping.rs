@@ -104,6 +104,18 @@ pub enum L2Entry {
     },
 }
 
+/// Bits of an L1 entry that must be zero. Readers ignore them.
+pub const L1_RESERVED: u64 = !(COPIED | OFFSET_MASK);
+
+/// Bits that must be zero of an L2 entry that is not a compressed cluster. Readers ignore them. Bit 0 is not among
+/// them in any version, as in QEMU.
+pub const L2_RESERVED: u64 = !(COPIED | COMPRESSED | OFFSET_MASK | ZERO);
+
+/// The reserved bits that are set in an L2 entry.
+pub fn l2_reserved_bits(raw: u64) -> u64 {
+    if raw & COMPRESSED != 0 { 0 } else { raw & L2_RESERVED }
+}
+
 impl L2Entry {
     /// Reads an entry. Bit 0 means zeroes in version 3 only; reserved bits are ignored, as QEMU does.
     pub fn decode(raw: u64, geometry: &Geometry) -> Result<L2Entry, EntryError> {

@@ -26,10 +26,13 @@ pub use header::{
     INCOMPAT_OFFSET, REFTABLE_POINTER_OFFSET, feature_names, header_area_bytes,
 };
 pub use header_update::{HeaderSteps, header_steps};
-pub use mapping::{EntryError, Freed, L1Entry, L2Entry, WritePlan, ZeroPlan, plan_discard, plan_write, plan_zero};
+pub use mapping::{
+    EntryError, Freed, L1_RESERVED, L1Entry, L2_RESERVED, L2Entry, WritePlan, ZeroPlan, l2_reserved_bits, plan_discard,
+    plan_write, plan_zero,
+};
 pub use snapshot::{
     Snapshot, SnapshotError, SnapshotL1, SnapshotTable, find_by_id_or_name, find_by_name, next_snapshot_id,
-    parse_snapshots, serialise_snapshots,
+    parse_damaged_snapshots, parse_snapshots, serialise_snapshots,
 };
 pub use subclusters::{ExtendedEntry, SubclusterWrite, Subclusters, plan_subcluster_write, subcluster_mask};
 

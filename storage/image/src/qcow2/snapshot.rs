@@ -9,6 +9,8 @@ use crate::{be16, be32, be64};
 const EXTRA_MAX_BYTES: u32 = 1024;
 /// Extra data that has a meaning here: VM state size, disk size, instruction count, 8 bytes each.
 const EXTRA_KNOWN_BYTES: usize = 24;
+/// Extra data that every entry of version 3 has: VM state size and disk size.
+const EXTRA_V3_BYTES: u32 = 16;
 /// Fixed fields of an entry.
 const ENTRY_BYTES: usize = 40;
 /// The instruction count of a snapshot that has none.
@@ -21,6 +23,14 @@ pub struct SnapshotL1 {
     pub offset: u64,
     /// Entries, at most 32 MiB of them.
     pub entries: u32,
+}
+
+impl SnapshotL1 {
+    /// Whether the table is aligned and within the format's limits.
+    fn is_possible(self, header: &Header) -> bool {
+        let bounded = u64::from(self.entries) * 8 <= L1_MAX_BYTES && self.offset < 1 << 56;
+        bounded && header.geometry.is_aligned(self.offset)
+    }
 }
 
 /// One internal snapshot. Identifier and name are bytes as stored: QEMU writes what it was given.
@@ -55,6 +65,8 @@ pub struct SnapshotTable {
     pub snapshots: Vec<Snapshot>,
     /// Length of the table in bytes.
     pub bytes: u64,
+    /// What is wrong with single entries.
+    pub faults: Vec<SnapshotError>,
 }
 
 /// A snapshot table that cannot be read or written.
@@ -86,6 +98,12 @@ pub enum SnapshotError {
         /// Its offset.
         offset: u64,
     },
+    /// Extra data that version 3 demands is missing.
+    #[error("snapshot {index} has no sizes in its extra data, which version 3 demands")]
+    Incomplete {
+        /// The snapshot, from 0.
+        index: u32,
+    },
     /// More snapshots than the format allows.
     #[error("an image has at most 65536 snapshots; delete some first")]
     TooMany,
@@ -103,21 +121,37 @@ pub enum SnapshotError {
     },
 }
 
-/// Reads the snapshot table in `table`, which may be longer than it.
+/// Reads the snapshot table in `table`, which may be longer than it. Every L1 table can be where it is said to be.
 pub fn parse_snapshots(header: &Header, table: &[u8]) -> Result<SnapshotTable, SnapshotError> {
+    let table = parse_damaged_snapshots(header, table)?;
+    let fault = table.faults.iter().find(|fault| matches!(fault, SnapshotError::L1 { .. }));
+    fault.map_or(Ok(()), |fault| Err(*fault)).map(|()| table)
+}
+
+/// As [`parse_snapshots`], with entries whose L1 table cannot be right: for a look at an image, not for a change.
+pub fn parse_damaged_snapshots(header: &Header, table: &[u8]) -> Result<SnapshotTable, SnapshotError> {
     let count = header.snapshot_count;
     let mut at = 0usize;
-    let mut snapshots = Vec::new();
+    let mut out = SnapshotTable::default();
     for index in 0..count {
         let cut = SnapshotError::CutOff { index, count };
-        let (snapshot, bytes) = parse_entry(header, table.get(at..).ok_or(cut)?, index)?;
-        snapshots.push(snapshot);
+        let entry = table.get(at..).ok_or(cut)?;
+        let (snapshot, bytes) = parse_entry(header, entry, index)?;
+        let SnapshotL1 { offset, entries } = snapshot.l1;
+        if !snapshot.l1.is_possible(header) {
+            out.faults.push(SnapshotError::L1 { index, entries, offset });
+        }
+        if header.geometry.version >= 3 && be32(entry, 36).is_some_and(|extra_bytes| extra_bytes < EXTRA_V3_BYTES) {
+            out.faults.push(SnapshotError::Incomplete { index });
+        }
+        out.snapshots.push(snapshot);
         at = at.saturating_add(bytes.next_multiple_of(8));
         if at as u64 > SNAPSHOT_TABLE_MAX_BYTES {
             return Err(SnapshotError::TableTooLarge { bytes: at as u64 });
         }
     }
-    Ok(SnapshotTable { snapshots, bytes: at as u64 })
+    out.bytes = at as u64;
+    Ok(out)
 }
 
 /// Reads one entry at the start of `entry`; returns its length without padding too.
@@ -129,9 +163,6 @@ fn parse_entry(header: &Header, entry: &[u8], index: u32) -> Result<(Snapshot, u
     let id_bytes = usize::from(be16(entry, 12).ok_or(cut)?);
     let name_bytes = usize::from(be16(entry, 14).ok_or(cut)?);
     let extra_bytes = u32_at(36)?;
-    if !header.geometry.is_aligned(l1.offset) || u64::from(l1.entries) * 8 > L1_MAX_BYTES || l1.offset >= 1 << 56 {
-        return Err(SnapshotError::L1 { index, entries: l1.entries, offset: l1.offset });
-    }
     if extra_bytes > EXTRA_MAX_BYTES {
         return Err(SnapshotError::Extra { index, extra_bytes });
     }
@@ -244,11 +275,18 @@ fn entries_are_walked_by_their_lengths() {
     assert_eq!(parsed.bytes, 72 + 64);
     for (table, want) in [
         (table[..100].to_vec(), SnapshotError::CutOff { index: 1, count: 2 }),
-        (entry(0x5_0200, 16), SnapshotError::L1 { index: 0, entries: 5, offset: 0x5_0200 }),
+        (
+            [entry(0x5_0200, 16), entry(0x6_0000, 16)].concat(),
+            SnapshotError::L1 { index: 0, entries: 5, offset: 0x5_0200 },
+        ),
         (entry(0x5_0000, 1032), SnapshotError::Extra { index: 0, extra_bytes: 1032 }),
     ] {
         assert_eq!(parse_snapshots(&header, &table), Err(want));
     }
+    let damaged = parse_damaged_snapshots(&header, &[entry(0x5_0200, 8), entry(0x6_0000, 16)].concat()).unwrap();
+    assert_eq!((damaged.snapshots.len(), damaged.bytes), (2, 56 + 64));
+    let l1 = SnapshotError::L1 { index: 0, entries: 5, offset: 0x5_0200 };
+    assert_eq!(damaged.faults, [l1, SnapshotError::Incomplete { index: 0 }]);
 }
 
 #[test]
@@ -271,7 +309,7 @@ fn the_bytes_of_an_entry_are_those_qemu_writes() {
         icount: Some(0),
         unknown_extra: Vec::new(),
     };
-    let table = SnapshotTable { snapshots: vec![want], bytes: 72 };
+    let table = SnapshotTable { snapshots: vec![want], bytes: 72, faults: Vec::new() };
     assert_eq!(parse_snapshots(&header_with(1), &bytes).as_ref(), Ok(&table));
     assert_eq!(serialise_snapshots(&table.snapshots).unwrap(), bytes);
 }
@@ -296,7 +334,7 @@ fn what_is_written_reads_back() {
     assert_eq!(bytes[32..36], [0; 4], "five times 4 GiB of VM state do not fit the old field");
     assert_eq!(
         parse_snapshots(&header_with(2), &bytes).unwrap(),
-        SnapshotTable { snapshots, bytes: bytes.len() as u64 }
+        SnapshotTable { snapshots, bytes: bytes.len() as u64, faults: Vec::new() }
     );
 }
 
