@@ -57,6 +57,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let disk = open::disk(&named, access)?;
     let Some(image) = disk.qcow2() else { return Err(new.refused("Operation not supported")) };
     new.check_format()?;
+    new.check(&image)?;
     let reading = Access { write: false, share: parsed.has("force-share"), cache: read_cache };
     let old_disk = open_old(&named, &image, reading)?;
     let new_disk = open_new(&named, &new, reading)?;
@@ -91,6 +92,12 @@ impl New<'_> {
         Ok(())
     }
 
+    /// Asked before anything is copied.
+    fn check(&self, image: &Qcow2Image) -> Result<(), ImgError> {
+        let name = (!self.name.is_empty()).then_some(self.name);
+        image.check_backing(name).map_err(|_| self.refused("Invalid argument"))
+    }
+
     fn put(&self, image: &Qcow2Image) -> Result<(), ImgError> {
         let name = (!self.name.is_empty()).then_some(self.name);
         image.set_backing(name, name.and(self.format)).map_err(|source| ImgError::Failed {
@@ -111,6 +118,7 @@ fn rename(named: &Named, access: Access, new: &New<'_>) -> Result<u8, ImgError> 
         return Err(new.refused("backing format must be specified"));
     }
     let image = open::qcow2(named, top, false)?;
+    new.check(&image)?;
     new.put(&image)?;
     Ok(0)
 }

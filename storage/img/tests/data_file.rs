@@ -45,6 +45,11 @@ fn data_goes_through_both_tools() {
         run create -f raw src.raw 1M
         io -f raw -c 'write -q -P 1 0 100k' -c 'write -q -P 2 300k 150k' src.raw
         run convert -n -f raw -O qcow2 src.raw a.qcow2
+        fail 1 rebase -u -f qcow2 -b src.raw -F raw a.qcow2
+        fail 1 rebase -f qcow2 -b src.raw -F raw a.qcow2
+        same a.qcow2
+        run rebase -u -f qcow2 -b src.raw -F raw b.qcow2
+        run rebase -u -f qcow2 -b '' b.qcow2
         run convert -f raw -O qcow2 -o data_file=z.raw,data_file_raw=on src.raw z.qcow2
         run convert -f raw -O qcow2 -o data_file=y.raw src.raw y.qcow2
         run compare -f raw -F qcow2 src.raw z.qcow2

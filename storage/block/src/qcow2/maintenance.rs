@@ -85,11 +85,17 @@ impl Qcow2Image {
     /// sees changes unless the new file holds the same. `None` for both removes it. An open disk keeps its chain.
     pub fn set_backing(&self, name: Option<&str>, format: Option<&str>) -> Result<(), BlockError> {
         self.node.rewrite(|rewrite| {
+            backing_fits(&rewrite.header, name).map_err(|source| rewrite.place.refuse(source))?;
             rewrite.header.backing_name = name.filter(|name| !name.is_empty()).map(str::to_owned);
             let format = format.filter(|format| !format.is_empty() && rewrite.header.backing_name.is_some());
             rewrite.header.backing_format = format.map(str::to_owned);
             Ok(())
         })
+    }
+
+    /// Whether [`Qcow2Image::set_backing`] may store a backing file of this name, for those who prepare for it first.
+    pub fn check_backing(&self, name: Option<&str>) -> Result<(), BlockError> {
+        backing_fits(&self.header(), name).map_err(|source| self.refuse(source))
     }
 
     /// Unmaps everything, so that the backing file shows: what follows when all was committed to it. Snapshots stay.
@@ -111,6 +117,16 @@ impl Qcow2Image {
     pub(super) fn refuse(&self, source: MaintenanceError) -> BlockError {
         BlockError::Maintenance { path: PathBuf::from(self.path()), source }
     }
+}
+
+/// A data file that holds the disk as it is leaves nothing for a backing file to show.
+fn backing_fits(header: &Header, name: Option<&str>) -> Result<(), MaintenanceError> {
+    let named = name.is_some_and(|name| !name.is_empty());
+    if named && header.is_data_file_raw() {
+        let reason = "its external data file holds the whole disk (data_file_raw)";
+        return Err(MaintenanceError::Unsupported { what: "the backing file", reason });
+    }
+    Ok(())
 }
 
 impl Qcow2Node {
