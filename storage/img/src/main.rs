@@ -46,7 +46,7 @@ mod stream;
 mod tls_creds;
 mod tree;
 
-use std::ffi::OsString;
+use std::ffi::{OsString, c_int, c_void};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -127,7 +127,12 @@ pub fn warn(text: &str) {
     eprintln!("{}: warning: {text}", program());
 }
 
+/// Does nothing: the write that raised it fails, and its error tells.
+extern "C" fn file_too_large(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {}
+
 fn main() -> ExitCode {
+    // Its default, to end the process without a word, is no use to anybody.
+    let _ = vmm_sys_util::signal::register_signal_handler(libc::SIGXFSZ, file_too_large);
     let done = run(std::env::args_os().skip(1).collect());
     match done {
         Ok(code) => ExitCode::from(code),

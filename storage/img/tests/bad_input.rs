@@ -246,3 +246,17 @@ fn work_is_done_when_nobody_reads_the_answer() {
         }
     }
 }
+
+#[test]
+fn a_limit_of_file_sizes_is_told_of() {
+    let place = Place::new();
+    place.make(&["create", "-q", "-f", "raw", "a.raw", "8M"]);
+    std::fs::write(place.path("a.raw"), vec![7; 8 << 20]).unwrap();
+    for (format, out) in [("qcow2", "o.qcow2"), ("vdi", "o.vdi"), ("vhdx", "o.vhdx"), ("vpc", "o.vpc")] {
+        let line = format!("ulimit -f 4500; exec ./qemu-img convert -f raw -O {format} a.raw {out}");
+        let done = place.command(Path::new("bash"), &["-c", &line]).output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{format}: {said}");
+        assert!(said.contains("File too large"), "{format}: {said}");
+    }
+}
