@@ -15,7 +15,7 @@ use crate::foreign::{ForeignImage, ForeignReport};
 use crate::host_file::HostFile;
 use crate::io::FileBackend;
 use crate::luks::{EncryptionInfo, Volume, disk_bytes};
-use crate::qcow2::{check_file, luks_volume, read_header};
+use crate::qcow2::{check_file, luks_volume, read_header, recount_file};
 use crate::spec::has_protocol;
 use crate::sys::{ReadBufs, lock_byte_held_elsewhere, lock_shared, pread, unlock};
 use crate::vmdk::VmdkInfo;
@@ -224,6 +224,12 @@ pub fn check_foreign(path: &Path, format: Format) -> Result<Option<ForeignReport
 /// an image in use may show leaks, or damage that is not there.
 pub fn check_image(path: &Path) -> Result<Checked, BlockError> {
     check_file(&host_file(&open_image(path, true)?, path)?, path)
+}
+
+/// Whether all that a check finds wrong in a qcow2 image goes when its refcounts are counted anew, which opening it
+/// for writing does if it was not closed cleanly. Changes nothing, takes no lock.
+pub fn rebuild_suffices(path: &Path) -> Result<bool, BlockError> {
+    recount_file(&host_file(&open_image(path, true)?, path)?, path)
 }
 
 /// What [`check_image`] found.

@@ -51,7 +51,7 @@ mod zeroes;
 pub use blkdebug::Event;
 pub use chain::{
     CHAIN_MAX, ChainFile, Checked, DataFileInfo, ImageInfo, Qcow2Info, beside, check_foreign, check_image, inspect,
-    inspect_backend, open_alone, resolve_chain, resolve_chain_probing,
+    inspect_backend, open_alone, rebuild_suffices, resolve_chain, resolve_chain_probing,
 };
 pub use compare::compare;
 pub use copy::{CopyOptions, copy};

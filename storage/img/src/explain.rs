@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use block::{BlockError, Checked, Format, check_image};
+use block::{BlockError, Checked, Format, check_foreign, check_image, rebuild_suffices};
 use serde_json::json;
 
 use crate::Command;
@@ -56,10 +56,12 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     describe(&first, &mut account);
     in_use(&named, &mut account);
     below(&first, walk, &mut account);
-    if first.info.format == Format::Qcow2 {
-        health(&first, &mut account);
-    } else {
-        account.say(Tone::Fact, "The format has no tables of its own, so there is nothing in it to check.".to_owned());
+    match first.info.format {
+        Format::Qcow2 => health(&first, &mut account),
+        Format::Raw => {
+            account.say(Tone::Fact, "It is the bytes of the disk and no more: there is nothing in it to check.".into());
+        }
+        format => foreign_health(&first, format, &mut account),
     }
     let mut out = stdout();
     if parsed.json()? {
@@ -184,15 +186,43 @@ fn below(first: &Found, walk: Walk, account: &mut Account) {
     }
 }
 
+fn unchecked(error: &BlockError, account: &mut Account) {
+    account.code = account.code.max(1);
+    account.say(Tone::Wrong, format!("It cannot be checked: {}.", why(error)));
+}
+
+/// A format of another vendor: what is wrong with it is found, and nothing here mends it.
+fn foreign_health(first: &Found, format: Format, account: &mut Account) {
+    match check_foreign(&first.path, format) {
+        Err(error) => unchecked(&error, account),
+        Ok(None) => account.say(Tone::Fact, "There is no check for its format.".to_owned()),
+        Ok(Some(report)) if report.corruptions == 0 => {
+            account.say(Tone::Well, "Its tables agree with each other.".to_owned());
+        }
+        Ok(Some(report)) => {
+            account.code = 2;
+            for finding in &report.findings {
+                account.say(Tone::Wrong, format!("  {finding}"));
+            }
+            account.say(Tone::Wrong, contradictions(report.corruptions));
+            account.say(Tone::Advice, rescue(first));
+        }
+    }
+}
+
+fn contradictions(count: u64) -> String {
+    format!("{count} contradictions in its tables. Data may be damaged already, and writing may damage more.")
+}
+
+fn rescue(first: &Found) -> String {
+    format!("Copy what can be read first: vireo-img convert -O qcow2 {} RESCUED", first.path.display())
+}
+
 fn health(first: &Found, account: &mut Account) {
     let path = first.path.display();
     let checked = match check_image(&first.path) {
         Ok(checked) => checked,
-        Err(error) => {
-            account.code = account.code.max(1);
-            account.say(Tone::Wrong, format!("It cannot be checked: {}.", why(&error)));
-            return;
-        }
+        Err(error) => return unchecked(&error, account),
     };
     usage(&checked, account);
     let cluster = first.info.cluster_bytes.unwrap_or(0);
@@ -200,19 +230,26 @@ fn health(first: &Found, account: &mut Account) {
         account.say(Tone::Well, "Its tables agree with each other: there is nothing to repair.".to_owned());
         return;
     }
+    if first.info.dirty && rebuild_suffices(&first.path).is_ok_and(|suffices| suffices) {
+        account.code = if checked.corruptions > 0 { 2 } else { account.code.max(3) };
+        account.say(
+            Tone::Fact,
+            format!(
+                "A check finds {} errors: counts that are behind, as is to be expected then. Nothing else is wrong, and \
+                 no data is at risk.",
+                checked.corruptions.saturating_add(checked.leaks)
+            ),
+        );
+        account.say(Tone::Advice, format!("To have them counted anew now: vireo-img check -r all {path}"));
+        return;
+    }
     for finding in &checked.findings {
         account.say(Tone::Wrong, format!("  {finding}"));
     }
     if checked.corruptions > 0 {
         account.code = 2;
-        account.say(
-            Tone::Wrong,
-            format!(
-                "{} contradictions in its tables. Data may be damaged already, and writing may damage more.",
-                checked.corruptions
-            ),
-        );
-        account.say(Tone::Advice, format!("Copy what can be read first: vireo-img convert -O qcow2 {path} RESCUED"));
+        account.say(Tone::Wrong, contradictions(checked.corruptions));
+        account.say(Tone::Advice, rescue(first));
         account.say(
             Tone::Advice,
             format!(

@@ -25,6 +25,10 @@ fn images() -> tempfile::TempDir {
         "create -q -f qcow2 -u -b gone.qcow2 -F qcow2 orphan.qcow2 4M",
         "create -q -f qcow2 leaking.qcow2 4M",
         "create -q -f qcow2 broken.qcow2 4M",
+        "create -q -f qcow2 -o lazy_refcounts=on dirty.qcow2 4M",
+        "create -q -f vdi good.vdi 4M",
+        "create -q -f vdi broken.vdi 4M",
+        "create -q -f vpc good.vpc 4M",
     ] {
         assert!(run(Path::new("qemu-img"), dir.path(), line).status.success(), "{line}");
     }
@@ -38,6 +42,11 @@ fn images() -> tempfile::TempDir {
     // Cluster 2 is the refcount block: cluster 9 is counted, and cluster 3, the L1 table, is not.
     poke("leaking.qcow2", 2 * 65536 + 18, &[0, 1], 10 * 65536);
     poke("broken.qcow2", 2 * 65536 + 6, &[0, 0], 0);
+    poke("broken.vdi", 0x184, &[9], 0);
+    // A process that dies between a write and the close, as in a power cut.
+    let mut writer = Command::new("qemu-io");
+    writer.args(["-f", "qcow2", "-c", "write 0 1M", "-c", "flush", "-c", "abort", "dirty.qcow2"]);
+    assert!(!writer.current_dir(dir.path()).output().expect("qemu-io does not start").status.success());
     dir
 }
 
@@ -68,12 +77,17 @@ fn explanations_say_what_is_and_what_helps() {
         ("leaking.qcow2", 3, &["1 clusters (64 KiB)", "no data is at risk", "check -r leaks leaking.qcow2"]),
         ("broken.qcow2", 2, &["1 contradictions", "convert -O qcow2 broken.qcow2", "check -r all broken.qcow2"]),
         ("orphan.qcow2", 1, &["gone.qcow2", "rebase -u -b"]),
+        ("dirty.qcow2", 2, &["not closed cleanly", "as is to be expected", "no data is at risk"]),
+        ("good.vdi", 0, &["agree with each other"]),
+        ("broken.vdi", 2, &["allocated blocks mismatch", "1 contradictions", "convert -O qcow2 broken.vdi"]),
+        ("good.vpc", 0, &["no check for its format"]),
     ] {
         let (got, text) = ours(dir.path(), &format!("explain {image}"));
         assert_eq!(got, Some(code), "{image}: {text}");
         for part in says {
             assert!(text.contains(part), "{image}: '{part}' is not in\n{text}");
         }
+        assert_eq!(text.contains("damaged already"), image.starts_with("broken"), "{text}");
         let before = std::fs::read(dir.path().join(image)).unwrap();
         let (_, json) = ours(dir.path(), &format!("explain --json {image}"));
         let value: serde_json::Value = serde_json::from_str(&json).unwrap();

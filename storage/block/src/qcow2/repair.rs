@@ -272,3 +272,13 @@ pub(crate) fn check_file(file: &dyn FileBackend, path: &Path) -> Result<Checked,
     let report = walk(Place { file, path }, &header)?;
     Ok(checked(&header, &report))
 }
+
+/// Whether an image is right but for its refcounts.
+pub(crate) fn recount_file(file: &dyn FileBackend, path: &Path) -> Result<bool, BlockError> {
+    let header = read_header(file, path)?;
+    let file_bytes = file_bytes(Place { file, path })?;
+    let mut read = |offset: u64, out: &mut [u8]| file.read_at(offset, &ReadBufs::from_slice(out));
+    let found = count_references(&header, file_bytes, &mut read).map_err(|source| refused(path, source))?;
+    let max = header.geometry.refcount_max();
+    Ok(found.corruptions == 0 && found.counts.iter().all(|(_, count)| count <= max))
+}
