@@ -32,6 +32,11 @@ pub trait FileBackend: Send + Sync {
     fn extent(&self, _offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
         Ok((bytes, true))
     }
+    /// For a file that tells what is marked in place of where data is: how far from `offset` on, at most `bytes`, all or
+    /// nothing is marked. Only [`crate::nbd::NbdFile`] may.
+    fn mark(&self, _offset: u64, _bytes: u64) -> io::Result<Option<(u64, bool)>> {
+        Ok(None)
+    }
     /// The engine is about to do something to the file. Only [`crate::Blkdebug`] listens; to others it costs nothing.
     fn event(&self, _event: Event) {}
     /// The places at which requests can be made to stop, where somebody listens to events.

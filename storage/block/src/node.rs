@@ -36,12 +36,15 @@ pub struct Extent {
     pub hole: bool,
     /// Whether it is stored compressed.
     pub compressed: bool,
+    /// Whether the context of an NBD server marks it that was asked for in place of `base:allocation`. It is read like
+    /// data.
+    pub marked: bool,
 }
 
 impl Extent {
     /// A run whose bytes are nowhere as they are.
     pub(crate) fn new(bytes: u64, kind: ExtentKind) -> Extent {
-        Extent { bytes, kind, host: None, file: 0, hole: false, compressed: false }
+        Extent { bytes, kind, host: None, file: 0, hole: false, compressed: false, marked: false }
     }
 
     /// A run of a place in a file that is all data, or all hole.

@@ -37,6 +37,9 @@ impl Node for RawNode {
     }
 
     fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, BlockError> {
+        if let Some((bytes, marked)) = self.done(Action::Stat, self.file.mark(offset, bytes))? {
+            return Ok(Extent { hole: false, marked, ..Extent::placed(bytes, offset, true) });
+        }
         let (bytes, data) = self.done(Action::Stat, self.file.extent(offset, bytes))?;
         // The file is all there is: its holes are no data.
         Ok(Extent { hole: false, ..Extent::placed(bytes, offset, data) })

@@ -6,12 +6,13 @@ mod support;
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Barrier;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use block::nbd::{CLIENTS_UNLIMITED, Listener, NbdFile, ServeOptions, Stop, serve};
-use block::spec::{NbdAddress, NbdSpec};
-use block::{FileBackend, Format, ReadBufs, WriteBufs};
+use block::nbd::{CLIENTS_UNLIMITED, Listener, NbdError, NbdFile, ServeOptions, Stop, serve};
+use block::spec::{NbdAddress, NbdSpec, NbdTls};
+use block::{Disk, FileBackend, Format, ReadBufs, WriteBufs};
 use nbd_support::{Served, new_image};
 use support::Rng;
 
@@ -188,7 +189,7 @@ fn tcp_is_as_good() {
     let stop = Stop::new().unwrap();
     std::thread::scope(|scope| {
         let server = scope.spawn(|| serve(&listener, &disk, &ServeOptions::default(), &stop));
-        let file = NbdFile::connect(&NbdSpec { address, export: String::new(), tls: None }, None).unwrap();
+        let file = NbdFile::connect(&NbdSpec::new(address, ""), None).unwrap();
         let model = exercise(&file, 0, &mut Rng(3), 40);
         stop.stop();
         server.join().unwrap().unwrap();
@@ -196,10 +197,7 @@ fn tcp_is_as_good() {
         disk.read(0, &mut found).unwrap();
         assert!(found == model);
     });
-    let error = NbdFile::connect(
-        &NbdSpec { address: NbdAddress::Tcp { host: "127.0.0.1".into(), port: 1 }, export: String::new(), tls: None },
-        None,
-    );
+    let error = NbdFile::connect(&NbdSpec::new(NbdAddress::Tcp { host: "127.0.0.1".into(), port: 1 }, ""), None);
     assert_eq!(error.map(drop).unwrap_err().to_string(), "Failed to connect to '127.0.0.1:1'");
 }
 
@@ -296,4 +294,84 @@ fn a_client_changes_the_size_where_it_may() {
     let error = served.connect().unwrap().set_len_bytes(2 * MIB).unwrap_err();
     assert_eq!((error.kind(), served.disk.size_bytes()), (ErrorKind::Unsupported, MIB));
     assert!(error.to_string().contains("--resizable"), "{error}");
+}
+
+/// An export on a socket file, with seconds for the server to come and to come back.
+fn patient(socket: &Path, open_timeout_s: u32, reconnect_delay_s: u32) -> NbdSpec {
+    NbdSpec { open_timeout_s, reconnect_delay_s, ..NbdSpec::new(NbdAddress::Unix(socket.to_owned()), "") }
+}
+
+#[test]
+fn a_client_waits_for_its_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = new_image(dir.path(), Format::Raw, 8192);
+    let socket = dir.path().join("s");
+    assert!(NbdFile::connect(&patient(&socket, 0, 0), None).is_err());
+    let start = Instant::now();
+    assert!(NbdFile::connect(&patient(&socket, 1, 0), None).is_err());
+    assert!(start.elapsed() >= Duration::from_secs(1));
+    // What waiting does not change is told at once.
+    let tls = NbdSpec { tls: Some(NbdTls::default()), ..patient(&socket, 600, 0) };
+    assert!(matches!(NbdFile::connect(&tls, None), Err(NbdError::NoCredentials { .. })));
+    let stop = Stop::new().unwrap();
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| NbdFile::connect(&patient(&socket, 600, 0), None));
+        let listener = Listener::unix(&socket).unwrap();
+        let (disk, stop) = (&disk, &stop);
+        let server = scope.spawn(move || serve(&listener, disk, &ServeOptions::default(), stop));
+        let file = client.join().unwrap();
+        stop.stop();
+        server.join().unwrap().unwrap();
+        assert_eq!(file.unwrap().len_bytes().unwrap(), 8192);
+    });
+}
+
+#[test]
+fn requests_outlive_a_connection_where_they_may() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = new_image(dir.path(), Format::Raw, REGION);
+    let other = tempfile::tempdir().unwrap();
+    let other = new_image(other.path(), Format::Raw, 2 * REGION);
+    let socket = dir.path().join("s");
+    let options = || ServeOptions { max_clients: CLIENTS_UNLIMITED, ..ServeOptions::default() };
+    // Serves the disk while `work` runs.
+    let during = |disk: &Disk, work: &mut dyn FnMut()| {
+        let stop = Stop::new().unwrap();
+        let listener = Listener::unix(&socket).unwrap();
+        std::thread::scope(|scope| {
+            let server = scope.spawn(|| serve(&listener, disk, &options(), &stop));
+            work();
+            stop.stop();
+            server.join().unwrap().unwrap();
+        });
+    };
+    let mut files = Vec::new();
+    during(&disk, &mut || {
+        for delay in [0, 1, 600] {
+            files.push(NbdFile::connect(&patient(&socket, 0, delay), None).unwrap());
+        }
+    });
+    let [none, short, long] = files.try_into().ok().unwrap();
+    let mut room = [0; 512];
+    let lost = |file: &NbdFile| file.write_at(0, &WriteBufs::from_slice(&[1; 512])).unwrap_err().kind();
+    assert_eq!((lost(&none), lost(&short)), (ErrorKind::ConnectionAborted, ErrorKind::ConnectionAborted));
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| exercise(&long, 0, &mut Rng(5), 400));
+        for _ in 0..5 {
+            during(&disk, &mut || drop(NbdFile::connect(&patient(&socket, 0, 0), None).unwrap()));
+        }
+        during(&disk, &mut || {
+            while !writer.is_finished() {
+                std::thread::yield_now()
+            }
+        });
+        let model = writer.join().unwrap();
+        let mut found = vec![0; REGION as usize];
+        disk.read(0, &mut found).unwrap();
+        assert!(found == model);
+    });
+    // After a while a request comes back to a server that came late, and never to another export.
+    during(&disk, &mut || short.read_at(0, &ReadBufs::from_slice(&mut room)).unwrap());
+    assert_eq!(lost(&none), ErrorKind::ConnectionAborted);
+    during(&other, &mut || assert_eq!(lost(&short), ErrorKind::ConnectionAborted));
 }

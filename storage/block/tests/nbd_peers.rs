@@ -187,7 +187,7 @@ fn the_client_uses_qemu_nbd() {
         ];
         let peer = Peer::start(dir, "qemu-nbd", &args);
         exercise(&peer.socket(), name, true);
-        let spec = NbdSpec { address: NbdAddress::Unix(peer.socket()), export: String::new(), tls: None };
+        let spec = NbdSpec::new(NbdAddress::Unix(peer.socket()), "");
         let exports = list_exports(&spec, None).unwrap();
         assert_eq!((exports.len(), exports[0].name.as_str()), (1, name));
         assert_eq!(

@@ -114,7 +114,7 @@ fn walk(
 impl Entry {
     fn new(start: u64, found: ChainExtent) -> Entry {
         let ChainExtent { depth, extent } = found;
-        let present = extent.kind != ExtentKind::Below;
+        let present = extent.kind != ExtentKind::Below && !extent.marked;
         Entry {
             start,
             length: extent.bytes,
@@ -122,10 +122,10 @@ impl Entry {
             depth: if present { depth } else { depth.saturating_sub(1) },
             present,
             zero: extent.kind != ExtentKind::Data,
-            data: extent.kind == ExtentKind::Data || extent.hole,
+            data: (extent.kind == ExtentKind::Data && !extent.marked) || extent.hole,
             compressed: extent.compressed,
             file: extent.file,
-            offset: extent.host,
+            offset: extent.host.filter(|_| !extent.marked),
         }
     }
 

@@ -337,6 +337,10 @@ fn what_a_bitmap_marks_is_told_as_qemu_nbd_tells_it() {
         let driver = "driver=nbd,server.type=unix,server.path=DIR/s,x-dirty-bitmap=qemu:dirty-bitmap:";
         room.peer_img(&format!("map --output=json --image-opts {driver}{name}"))
     };
+    let our_map = |name: &str| {
+        let driver = "driver=nbd,server.type=unix,server.path=DIR/s,x-dirty-bitmap=qemu:dirty-bitmap:";
+        ["--output=json", ""].map(|output| room.img(&format!("map {output} --image-opts {driver}{name}")))
+    };
     let ours = {
         let server = room.start("-t -r -B b -B fine -f qcow2 -k DIR/s a.qcow2");
         let told = ["b", "fine", "other"].map(map);
@@ -347,6 +351,17 @@ fn what_a_bitmap_marks_is_told_as_qemu_nbd_tells_it() {
     };
     let server = room.start_peer("-t -r -B b -B fine -f qcow2 -k DIR/s a.qcow2");
     let theirs = ["b", "fine", "other"].map(map);
+    for (name, want) in ["b", "fine"].iter().zip(&theirs) {
+        let [json, text] = our_map(name);
+        assert_eq!(&json, want);
+        assert!(text.0 == Some(0) && text.1.lines().count() > 3, "{text:?}");
+    }
+    let (code, _, err) = &our_map("other")[0];
+    assert!(*code == Some(1) && err.contains("x-dirty-bitmap qemu:dirty-bitmap:other not found"), "{err}");
+    // What is marked is no hole: a copy has all of it.
+    let copy = "convert -O raw --image-opts driver=nbd,path=DIR/s,x-dirty-bitmap=qemu:dirty-bitmap:b copy.raw";
+    assert_eq!(room.img(copy).0, Some(0));
+    assert_eq!(room.peer_img("compare -f raw -F qcow2 copy.raw a.qcow2").0, Some(0));
     server.end();
     assert_eq!(ours, theirs);
     assert!(ours[0].1.lines().count() > 3, "{}", ours[0].1);

@@ -21,7 +21,8 @@ const UNSAFE: [(&str, &str); 7] = [
 ];
 
 /// Where a thread may sleep, each with why.
-const SLEEPS: [(&str, &str); 7] = [
+const SLEEPS: [(&str, &str); 8] = [
+    ("storage/block/src/nbd/client/link.rs", "tries again to reach a server, which tells nobody when it comes"),
     ("storage/img/src/io/breaks.rs", "has a command that waits, as qemu-io has"),
     ("storage/img/src/progress.rs", "keeps a copy to the rate that was asked for"),
     ("ui/cli/src/verbs/host.rs", "a rate is two readings a second apart"),

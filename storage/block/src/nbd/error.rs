@@ -31,6 +31,10 @@ pub enum PeerError {
     NoTls { text: String },
     #[error(transparent)]
     Tls(#[from] TlsError),
+    #[error("requested x-dirty-bitmap {context} not found")]
+    NoContext { context: String },
+    #[error("the export is another one than before the connection was lost")]
+    Changed,
     #[error("the server refused option {option} (error {kind:#x}): {text}")]
     Refused { option: u32, kind: u32, text: String },
     #[error("the server answered option {option} with more than {max} messages")]

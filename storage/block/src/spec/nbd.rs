@@ -19,6 +19,21 @@ pub struct NbdSpec {
     pub export: String,
     /// TLS is demanded.
     pub tls: Option<NbdTls>,
+    /// A metadata context that is asked for in place of `base:allocation`, `x-dirty-bitmap`: what it marks is told by
+    /// [`crate::Extent::marked`], and where data is, is not known.
+    pub context: Option<String>,
+    /// How many seconds a connection is tried for; 0: once.
+    pub open_timeout_s: u32,
+    /// How many seconds a lost connection is tried for again, while requests wait; 0: requests fail from then on.
+    pub reconnect_delay_s: u32,
+}
+
+impl NbdSpec {
+    /// An export without anything special.
+    pub fn new(address: NbdAddress, export: impl Into<String>) -> NbdSpec {
+        let export = export.into();
+        NbdSpec { address, export, tls: None, context: None, open_timeout_s: 0, reconnect_delay_s: 0 }
+    }
 }
 
 /// How a connection is encrypted.
@@ -102,7 +117,7 @@ fn parse_uri(scheme: &str, rest: &str) -> Result<NbdSpec, SpecError> {
         if !authority.is_empty() {
             return Err(SpecError::Url);
         }
-        return Ok(NbdSpec { address: NbdAddress::Unix(socket.into()), export, tls });
+        return Ok(NbdSpec { tls, ..NbdSpec::new(NbdAddress::Unix(socket.into()), export) });
     }
     if query.is_some() {
         return Err(SpecError::Url);
@@ -120,7 +135,7 @@ fn parse_uri(scheme: &str, rest: &str) -> Result<NbdSpec, SpecError> {
         return Err(SpecError::Url);
     }
     let port = if port.is_empty() { NBD_PORT } else { port.parse().map_err(|_| SpecError::Url)? };
-    Ok(NbdSpec { address: NbdAddress::Tcp { host: host.to_owned(), port }, export, tls })
+    Ok(NbdSpec { tls, ..NbdSpec::new(NbdAddress::Tcp { host: host.to_owned(), port }, export) })
 }
 
 /// `HOST:PORT[:exportname=E]` and `unix:PATH[:exportname=E]`.
@@ -129,18 +144,17 @@ fn parse_old(text: &str) -> Result<NbdSpec, SpecError> {
     if address.is_empty() {
         return Err(SpecError::NbdAddress);
     }
-    let export = export.to_owned();
     if let Some(path) = address.strip_prefix("unix:") {
         if path.is_empty() {
             return Err(SpecError::NbdAddress);
         }
-        return Ok(NbdSpec { address: NbdAddress::Unix(path.into()), export, tls: None });
+        return Ok(NbdSpec::new(NbdAddress::Unix(path.into()), export));
     }
     let refused = || SpecError::NbdHostPort(address.to_owned());
     let (host, port) = address.rsplit_once(':').ok_or_else(refused)?;
     let port = port.parse().map_err(|_| refused())?;
     let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-    Ok(NbdSpec { address: NbdAddress::Tcp { host: host.to_owned(), port }, export, tls: None })
+    Ok(NbdSpec::new(NbdAddress::Tcp { host: host.to_owned(), port }, export))
 }
 
 /// The options of a layer with `driver=nbd`: `server` with `type`, or the older `host`, `port`, `path`.
@@ -148,13 +162,13 @@ pub(super) fn from_map(map: &mut Map) -> Result<NbdSpec, SpecError> {
     let export = take_leaf(map, "export")?.unwrap_or_default();
     let hostname = take_leaf(map, "tls-hostname")?;
     let tls = take_leaf(map, "tls-creds")?.map(|id| NbdTls { creds: Some(id), hostname });
-    for neutral in ["reconnect-delay", "open-timeout", "x-dirty-bitmap"] {
-        take_leaf(map, neutral)?;
-    }
+    let context = take_leaf(map, "x-dirty-bitmap")?;
+    let (open_timeout_s, reconnect_delay_s) =
+        (take_seconds(map, "open-timeout")?, take_seconds(map, "reconnect-delay")?);
     if let Some(Tree::Leaf(uri)) = map.get("uri") {
         let spec = parse(uri)?;
         map.remove("uri");
-        return Ok(NbdSpec { tls: tls.or(spec.tls), ..spec });
+        return Ok(NbdSpec { tls: tls.or(spec.tls), context, open_timeout_s, reconnect_delay_s, ..spec });
     }
     let mut server = match map.remove("server") {
         Some(Tree::Map(server)) => server,
@@ -189,7 +203,12 @@ pub(super) fn from_map(map: &mut Map) -> Result<NbdSpec, SpecError> {
             return Err(SpecError::Value { option: "type".to_owned(), found: other.to_owned() });
         }
     };
-    Ok(NbdSpec { address, export, tls })
+    Ok(NbdSpec { address, export, tls, context, open_timeout_s, reconnect_delay_s })
+}
+
+fn take_seconds(map: &mut Map, option: &str) -> Result<u32, SpecError> {
+    let Some(text) = take_leaf(map, option)? else { return Ok(0) };
+    text.parse().map_err(|_| SpecError::Value { option: option.to_owned(), found: text })
 }
 
 /// Percent escapes of a URI; `None` for a broken one or for bytes that are no UTF-8.

@@ -21,12 +21,12 @@ fn slice(below: &str, offset: u64, size: Option<u64>) -> FileSpec {
 
 fn tcp(host: &str, port: u16, export: &str) -> ImageSpec {
     let address = NbdAddress::Tcp { host: host.to_owned(), port };
-    ImageSpec::over(FileSpec::Nbd(NbdSpec { address, export: export.to_owned(), tls: None }), None)
+    ImageSpec::over(FileSpec::Nbd(NbdSpec::new(address, export)), None)
 }
 
 fn unix(socket: &str, export: &str, driver: Option<Format>) -> ImageSpec {
     let address = NbdAddress::Unix(socket.into());
-    ImageSpec::over(FileSpec::Nbd(NbdSpec { address, export: export.to_owned(), tls: None }), driver)
+    ImageSpec::over(FileSpec::Nbd(NbdSpec::new(address, export)), driver)
 }
 
 #[test]
@@ -137,6 +137,8 @@ fn refusals_are_in_qemu_s_words() {
         (r#"json:{"driver":"qcow2","file":"n"}"#, "Cannot find device='n' nor node-name='n'"),
         (r#"json:{"driver":"nbd"}"#, "NBD server address missing"),
         (r#"json:{"driver":"nbd","server":{"type":"foo"}}"#, "Parameter 'type' does not accept value 'foo'"),
+        ("opts driver=nbd,path=/s,open-timeout=x", "Parameter 'open-timeout' does not accept value 'x'"),
+        ("opts driver=nbd,path=/s,reconnect-delay=-1", "Parameter 'reconnect-delay' does not accept value '-1'"),
         ("nbd:", "NBD server address missing"),
         ("nbd:localhost", "error parsing address 'localhost'"),
         ("nbd://h:99999", "No valid URL specified"),
@@ -179,5 +181,16 @@ fn names_are_printed_as_short_as_they_can_be() {
         ),
     ] {
         assert_eq!(named(name).unwrap().to_string(), want, "{name}");
+    }
+}
+
+#[test]
+fn an_nbd_export_has_a_context_and_times() {
+    let address = NbdAddress::Unix("/s".into());
+    let want = NbdSpec { context: Some("b".to_owned()), open_timeout_s: 5, ..NbdSpec::new(address, "") };
+    for place in ["path=/s", "uri=nbd+unix://?socket=/s"] {
+        let text = format!("opts driver=nbd,{place},x-dirty-bitmap=b,open-timeout=5,reconnect-delay=0");
+        let found = named(&text).unwrap();
+        assert_eq!(found, ImageSpec::over(FileSpec::Nbd(want.clone()), Some(Format::Raw)), "{text}");
     }
 }

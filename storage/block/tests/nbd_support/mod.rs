@@ -66,7 +66,7 @@ impl Drop for Served {
 
 pub fn connect(socket: &Path, export: &str) -> Result<NbdFile, NbdError> {
     let address = NbdAddress::Unix(socket.to_owned());
-    NbdFile::connect(&NbdSpec { address, export: export.to_owned(), tls: None }, None)
+    NbdFile::connect(&NbdSpec::new(address, export), None)
 }
 
 /// Opens an image of one file for writing.

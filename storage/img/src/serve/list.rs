@@ -26,7 +26,7 @@ const FLAGS: [(u16, &str); 12] = [
 /// Connects to a server, with TLS or without, and prints what it has.
 pub fn print(address: NbdAddress, tls: Option<(&TlsClient, NbdTls)>) -> Result<u8, ImgError> {
     let (client, tls) = tls.unzip();
-    let spec = NbdSpec { address, export: String::new(), tls };
+    let spec = NbdSpec { tls, ..NbdSpec::new(address, "") };
     let exports = list_exports(&spec, client).map_err(ServeError::Nbd)?;
     say(described(&exports));
     Ok(0)

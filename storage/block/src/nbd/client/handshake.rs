@@ -4,9 +4,9 @@ use std::io::{Read, Write};
 
 use super::super::error::PeerError;
 use super::super::wire::{
-    BASE_ALLOCATION, BlockSizes, ExportInfo, OLDSTYLE_MAGIC, OPTION_MAGIC, OPTION_MAX_BYTES, OptionReply, SERVER_MAGIC,
-    WireError, client_options, decode_meta_context, decode_server_export, encode_info_request, encode_meta_request,
-    encode_option, handshake_flag, info, option, reply,
+    BlockSizes, ExportInfo, OLDSTYLE_MAGIC, OPTION_MAGIC, OPTION_MAX_BYTES, OptionReply, SERVER_MAGIC, WireError,
+    client_options, decode_meta_context, decode_server_export, encode_info_request, encode_meta_request, encode_option,
+    handshake_flag, info, option, reply,
 };
 
 /// Most messages in answer to one option.
@@ -23,8 +23,8 @@ pub struct Agreed {
     pub flags: u16,
     pub sizes: BlockSizes,
     pub structured: bool,
-    /// Number of the context `base:allocation`.
-    pub allocation: Option<u32>,
+    /// Number of the context that was asked for.
+    pub context: Option<u32>,
 }
 
 /// An export of a server.
@@ -57,16 +57,16 @@ pub struct Haggle<S> {
     no_zeroes: bool,
 }
 
-/// Opens an export.
-pub fn negotiate<S: Read + Write>(haggle: &mut Haggle<S>, export: &str) -> Result<Agreed, PeerError> {
+/// Opens an export, with a metadata context if the server has it.
+pub fn negotiate<S: Read + Write>(haggle: &mut Haggle<S>, export: &str, context: &str) -> Result<Agreed, PeerError> {
     if !haggle.has_options {
         return old_way(&mut haggle.stream, export, Agreed::default(), false);
     }
     let mut agreed = Agreed { structured: haggle.yes_or_no(option::STRUCTURED_REPLY, &[])?, ..Agreed::default() };
     if agreed.structured {
-        let data = encode_meta_request(export, &[BASE_ALLOCATION]);
+        let data = encode_meta_request(export, &[context]);
         let contexts = haggle.contexts(option::SET_META_CONTEXT, &data)?;
-        agreed.allocation = contexts.into_iter().find(|(_, name)| name == BASE_ALLOCATION).map(|(id, _)| id);
+        agreed.context = contexts.into_iter().find(|(_, name)| name == context).map(|(id, _)| id);
     }
     let data = encode_info_request(export, &[info::BLOCK_SIZE]);
     match haggle.infos(option::GO, &data, export)? {

@@ -1,28 +1,29 @@
 //! The client: an export as a file.
 
 mod handshake;
+mod link;
 mod pending;
 mod transport;
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 
-use super::error::{NbdError, PeerError};
-use super::socket::Stream;
-use super::tls::{TlsClient, TlsError, shake_hands};
+use super::error::NbdError;
+use super::tls::TlsClient;
 use super::wire::{
-    BlockRun, NAME_MAX_BYTES, PAYLOAD_MAX_BYTES, STATE_ZERO, command, command_flag, transmission_flag as can,
+    BASE_ALLOCATION, BlockRun, PAYLOAD_MAX_BYTES, STATE_DIRTY, STATE_ZERO, command, command_flag,
+    transmission_flag as can,
 };
 use crate::io::FileBackend;
-use crate::spec::{NbdAddress, NbdSpec};
+use crate::spec::NbdSpec;
 use crate::sys::{ReadBufs, WriteBufs};
 use crate::zeroes::write_zero_data;
-use handshake::{Agreed, Haggle};
-use transport::{Ask, Transport};
+use link::Link;
+use transport::Ask;
 
 pub use handshake::Export;
 
@@ -35,12 +36,13 @@ const ZEROES_BYTES: u64 = 1 << 20;
 
 /// An export of an NBD server as a file. Its length changes when this client changes it, if the server lets it. Any
 /// number of threads use it at once: their requests are in flight together on one connection. When that is lost, every
-/// request fails from then on.
+/// request fails from then on, unless [`NbdSpec::reconnect_delay_s`] gives it time to come back: requests are repeated
+/// then.
 pub struct NbdFile {
     server: String,
-    transport: Transport,
-    agreed: Agreed,
-    size_bytes: AtomicU64,
+    link: Link,
+    /// What is asked about blocks is which the server marks.
+    marks: bool,
     /// A range known to hold data. What others do meanwhile does not matter: data can always be read.
     data_run: Mutex<Range<u64>>,
     /// Writes hold it shared, changes of a part of a block alone.
@@ -51,16 +53,9 @@ impl NbdFile {
     /// Connects to a server and opens an export; with `tls` nothing is said in the clear. A name that demands TLS needs
     /// it.
     pub fn connect(spec: &NbdSpec, tls: Option<&TlsClient>) -> Result<NbdFile, NbdError> {
-        let mut haggle = open(spec, tls)?;
-        let server = spec.to_string();
-        let failed = |source| refused(&server, tls, source);
-        let agreed = handshake::negotiate(&mut haggle, &spec.export).map_err(failed)?;
-        let min = u64::from(agreed.sizes.min);
-        // Spec, "Block size constraints": what is behind the last whole block cannot be reached.
-        let size_bytes = agreed.size_bytes - agreed.size_bytes % min;
-        let transport = Transport::new(haggle.stream, server.clone(), &agreed).map_err(|e| failed(e.into()))?;
-        let (size_bytes, data_run) = (AtomicU64::new(size_bytes), Mutex::new(0..0));
-        Ok(NbdFile { server, transport, agreed, size_bytes, data_run, blocks: RwLock::new(()) })
+        let link = Link::open(spec, tls)?;
+        let marks = spec.context.as_deref().is_some_and(|context| context != BASE_ALLOCATION);
+        Ok(NbdFile { server: spec.to_string(), link, marks, data_run: Mutex::new(0..0), blocks: RwLock::new(()) })
     }
 
     /// Whether the server lets nobody write.
@@ -74,11 +69,11 @@ impl NbdFile {
     }
 
     fn has(&self, flag: u16) -> bool {
-        self.agreed.flags & flag != 0
+        self.link.agreed.flags & flag != 0
     }
 
     fn min(&self) -> u64 {
-        u64::from(self.agreed.sizes.min)
+        u64::from(self.link.agreed.sizes.min)
     }
 
     fn is_aligned(&self, offset: u64, bytes: u64) -> bool {
@@ -87,12 +82,12 @@ impl NbdFile {
 
     /// Largest payload, in whole blocks.
     fn request_max(&self) -> u64 {
-        let max = u64::from(self.agreed.sizes.max.min(PAYLOAD_MAX_BYTES)).min(REQUEST_MAX_BYTES);
+        let max = u64::from(self.link.agreed.sizes.max.min(PAYLOAD_MAX_BYTES)).min(REQUEST_MAX_BYTES);
         (max - max % self.min()).max(self.min())
     }
 
     fn size_bytes(&self) -> u64 {
-        self.size_bytes.load(Ordering::Acquire)
+        self.link.size_bytes.load(Ordering::Acquire)
     }
 
     fn check_writable(&self) -> io::Result<()> {
@@ -108,7 +103,7 @@ impl NbdFile {
         let bytes = bufs.len() as u64;
         if self.is_aligned(offset, bytes) {
             let ask = Ask { command: command::READ, flags: 0, offset, length: bytes as u32 };
-            return self.transport.read(&ask, bufs);
+            return self.link.call(|transport| transport.read(&ask, bufs));
         }
         let (start, mut blocks) = self.blocks_around(offset, bytes);
         self.read_piece(start, &ReadBufs::from_slice(&mut blocks))?;
@@ -128,7 +123,7 @@ impl NbdFile {
         let bytes = bufs.len() as u64;
         let send = |offset, bufs: &WriteBufs<'_>| {
             let ask = Ask { command: command::WRITE, flags: 0, offset, length: bufs.len() as u32 };
-            self.transport.write(&ask, bufs)
+            self.link.call(|transport| transport.write(&ask, bufs))
         };
         if self.is_aligned(offset, bytes) {
             let _shared = self.blocks.read();
@@ -146,7 +141,11 @@ impl NbdFile {
     fn range(&self, command: u16, flags: u16, offset: u64, bytes: u64) -> io::Result<()> {
         let _shared = self.blocks.read();
         pieces(offset, bytes, RANGE_MAX_BYTES)
-            .try_for_each(|(offset, bytes)| self.transport.plain(&Ask { command, flags, offset, length: bytes as u32 }))
+            .try_for_each(|(offset, bytes)| self.plain(Ask { command, flags, offset, length: bytes as u32 }))
+    }
+
+    fn plain(&self, ask: Ask) -> io::Result<()> {
+        self.link.call(|transport| transport.plain(&ask))
     }
 
     fn write_zero_data(&self, offset: u64, bytes: u64) -> io::Result<()> {
@@ -161,69 +160,39 @@ impl NbdFile {
         start..(end - end % self.min()).max(start)
     }
 
-    fn status(&self, offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
+    /// What the server tells of a range, and where that starts.
+    fn runs(&self, offset: u64, bytes: u64) -> io::Result<(u64, Vec<BlockRun>)> {
         let start = offset - offset % self.min();
         let length = (offset + bytes).next_multiple_of(self.min()) - start;
         let length = length.min(RANGE_MAX_BYTES);
         let ask = Ask { command: command::BLOCK_STATUS, flags: 0, offset: start, length: length as u32 };
-        let runs = self.transport.status(&ask)?;
-        let (first_bytes, is_data) = first_run(&runs);
+        Ok((start, self.link.call(|transport| transport.status(&ask))?))
+    }
+
+    /// How much of a range is told by runs that start before it, of which the first are so many bytes long.
+    fn reached(&self, start: u64, first_bytes: u64, offset: u64, bytes: u64) -> Option<u64> {
+        // A server may describe more than was asked, but not less than something of it.
+        let reached = start.saturating_add(first_bytes).saturating_sub(offset).min(bytes);
+        (reached > 0).then_some(reached)
+    }
+
+    fn status(&self, offset: u64, bytes: u64) -> io::Result<(u64, bool)> {
+        let (start, runs) = self.runs(offset, bytes)?;
+        let (first_bytes, is_data) = first_run(&runs, is_data);
         if let Some(run) = first_data(start, &runs) {
             *self.data_run.lock() = run;
         }
-        // A server may describe more than was asked, but not less than something of it.
-        let reached = (start + first_bytes).saturating_sub(offset);
-        if reached == 0 {
-            return Ok((bytes.min(self.min() - (offset - start)), true));
+        match self.reached(start, first_bytes, offset, bytes) {
+            Some(reached) => Ok((reached, is_data)),
+            None => Ok((bytes.min(self.min() - (offset - start)), true)),
         }
-        Ok((reached.min(bytes), is_data))
     }
-}
-
-/// Connects and greets, up to the first option, with TLS or without.
-fn open(spec: &NbdSpec, tls: Option<&TlsClient>) -> Result<Haggle<Stream>, NbdError> {
-    let server = || spec.to_string();
-    if spec.export.len() > NAME_MAX_BYTES {
-        return Err(NbdError::Name { name: spec.export.clone() });
-    }
-    if spec.tls.is_some() && tls.is_none() {
-        return Err(NbdError::NoCredentials { server: server() });
-    }
-    let stream = Stream::connect(&spec.address)?;
-    let haggle = Haggle::greet(stream).map_err(|source| NbdError::Handshake { server: server(), source })?;
-    match tls {
-        None => Ok(haggle),
-        Some(tls) => encrypt(haggle, spec, tls).map_err(|source| refused(&server(), Some(tls), source)),
-    }
-}
-
-/// Asks for TLS and shakes hands. A server on TCP has to show the name that it was called by, if no other is given.
-fn encrypt(mut haggle: Haggle<Stream>, spec: &NbdSpec, tls: &TlsClient) -> Result<Haggle<Stream>, PeerError> {
-    let called = match &spec.address {
-        NbdAddress::Tcp { host, .. } => Some(host.as_str()),
-        NbdAddress::Unix(_) => None,
-    };
-    let hostname = spec.tls.as_ref().and_then(|tls| tls.hostname.as_deref()).or(called);
-    let mut session = tls.start(hostname)?;
-    haggle.start_tls()?;
-    shake_hands(&mut session, &mut haggle.stream)?;
-    haggle.stream = haggle.stream.encrypted(session)?;
-    Ok(haggle)
-}
-
-/// A server that does not like a client's certificate may just go.
-fn refused(server: &str, tls: Option<&TlsClient>, source: PeerError) -> NbdError {
-    let source = match source {
-        PeerError::Closed if tls.is_some() => TlsError::Dropped.into(),
-        source => source,
-    };
-    NbdError::Handshake { server: server.to_owned(), source }
 }
 
 /// Everything that a server offers; `tls` as in [`NbdFile::connect`].
 pub fn list_exports(spec: &NbdSpec, tls: Option<&TlsClient>) -> Result<Vec<Export>, NbdError> {
-    let mut haggle = open(spec, tls)?;
-    handshake::list(&mut haggle).map_err(|source| refused(&spec.to_string(), tls, source))
+    let mut haggle = link::open(spec, tls, None)?;
+    handshake::list(&mut haggle).map_err(|source| link::refused(&spec.to_string(), tls, source))
 }
 
 /// Cuts a range into pieces of at most `max` bytes, not 0, that end at multiples of it.
@@ -243,22 +212,22 @@ fn is_data(run: &BlockRun) -> bool {
     run.state & STATE_ZERO == 0
 }
 
-/// How long the first runs of one kind are together, and whether they are data.
-fn first_run(runs: &[BlockRun]) -> (u64, bool) {
-    let kind = runs.first().is_none_or(is_data);
-    let bytes = runs.iter().take_while(|run| is_data(run) == kind).map(|run| u64::from(run.bytes)).sum();
+/// How long the first runs of one kind are together, and which that is: data, for example.
+fn first_run(runs: &[BlockRun], is: impl Fn(&BlockRun) -> bool) -> (u64, bool) {
+    let kind = runs.first().is_none_or(&is);
+    let bytes = runs.iter().take_while(|run| is(run) == kind).map(|run| u64::from(run.bytes)).sum();
     (bytes, kind)
 }
 
 /// Where the first data is.
 fn first_data(start: u64, runs: &[BlockRun]) -> Option<Range<u64>> {
-    let (skipped, kind) = first_run(runs);
+    let (skipped, kind) = first_run(runs, is_data);
     if kind {
         return Some(start..start.saturating_add(skipped));
     }
     let rest: Vec<BlockRun> = runs.iter().skip_while(|run| !is_data(run)).copied().collect();
     let start = start.saturating_add(skipped);
-    (!rest.is_empty()).then(|| start..start.saturating_add(first_run(&rest).0))
+    (!rest.is_empty()).then(|| start..start.saturating_add(first_run(&rest, is_data).0))
 }
 
 impl FileBackend for NbdFile {
@@ -287,7 +256,7 @@ impl FileBackend for NbdFile {
         if !self.has(can::SEND_FLUSH) || self.is_read_only() {
             return Ok(());
         }
-        self.transport.plain(&Ask { command: command::FLUSH, flags: 0, offset: 0, length: 0 })
+        self.plain(Ask { command: command::FLUSH, flags: 0, offset: 0, length: 0 })
     }
 
     fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
@@ -321,7 +290,20 @@ impl FileBackend for NbdFile {
         if known.contains(&offset) {
             return Ok(((known.end - offset).min(inside), true));
         }
-        if self.agreed.allocation.is_none() { Ok((inside, true)) } else { self.status(offset, inside) }
+        if self.link.agreed.context.is_none() || self.marks { Ok((inside, true)) } else { self.status(offset, inside) }
+    }
+
+    fn mark(&self, offset: u64, bytes: u64) -> io::Result<Option<(u64, bool)>> {
+        let inside = self.inside(offset, bytes);
+        if !self.marks || inside == 0 {
+            return Ok(None);
+        }
+        let (start, runs) = self.runs(offset, inside)?;
+        let (first_bytes, is_marked) = first_run(&runs, |run| run.state & STATE_DIRTY != 0);
+        // What a server leaves out may be marked.
+        Ok(Some(
+            self.reached(start, first_bytes, offset, inside).map_or((inside, true), |reached| (reached, is_marked)),
+        ))
     }
 
     fn len_bytes(&self) -> io::Result<u64> {
@@ -338,8 +320,8 @@ impl FileBackend for NbdFile {
         // No write may be under way.
         let _alone = self.blocks.write();
         *self.data_run.lock() = 0..0;
-        self.transport.plain(&Ask { command: command::RESIZE, flags: 0, offset: bytes, length: 0 })?;
-        self.size_bytes.store(bytes, Ordering::Release);
+        self.plain(Ask { command: command::RESIZE, flags: 0, offset: bytes, length: 0 })?;
+        self.link.size_bytes.store(bytes, Ordering::Release);
         Ok(())
     }
 
@@ -378,6 +360,6 @@ fn runs_of_one_kind_are_one() {
         (&[3], (10, false), None),
     ] {
         let runs = runs(states);
-        assert_eq!((first_run(&runs), first_data(100, &runs)), (first, data), "{states:?}");
+        assert_eq!((first_run(&runs, is_data), first_data(100, &runs)), (first, data), "{states:?}");
     }
 }

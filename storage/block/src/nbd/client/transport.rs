@@ -38,7 +38,7 @@ pub struct Ask {
 pub struct Transport {
     server: String,
     structured: bool,
-    allocation: Option<u32>,
+    context: Option<u32>,
     /// For ending it.
     stream: Stream,
     output: Mutex<Output>,
@@ -72,13 +72,18 @@ impl Transport {
         Ok(Transport {
             server,
             structured: agreed.structured,
-            allocation: agreed.allocation,
+            context: agreed.context,
             stream,
             output: Mutex::new(output),
             input: Mutex::new(input),
             state: Mutex::new(State { pending: HashMap::new(), reading: false, lost: None }),
             changed: Condvar::new(),
         })
+    }
+
+    /// Whether nothing works any more.
+    pub fn is_lost(&self) -> bool {
+        self.state.lock().lost.is_some()
     }
 
     /// A read: fills `bufs`, which are as long as the request.
@@ -103,7 +108,7 @@ impl Transport {
 
     /// Block status.
     pub fn status(&self, ask: &Ask) -> io::Result<Vec<BlockRun>> {
-        let context = self.allocation.unwrap_or(0);
+        let context = self.context.unwrap_or(0);
         self.call(ask, Wanted::Status(context), None, None).map(|done| done.runs)
     }
 
