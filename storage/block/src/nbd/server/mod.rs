@@ -165,11 +165,11 @@ pub fn serve(listener: &Listener, disk: &Disk, options: &ServeOptions<'_>, stop:
 }
 
 fn offer(disk: &Disk, options: &ServeOptions<'_>) -> Offer {
-    let mut flags = can::HAS_FLAGS | can::SEND_FLUSH | can::SEND_CACHE;
+    let mut flags = can::HAS_FLAGS | can::SEND_FLUSH | can::SEND_FUA | can::SEND_CACHE;
     if options.read_only || disk.is_read_only() {
         flags |= can::READ_ONLY;
     } else {
-        flags |= can::SEND_FUA | can::SEND_TRIM | can::SEND_WRITE_ZEROES | can::SEND_FAST_ZERO;
+        flags |= can::SEND_TRIM | can::SEND_WRITE_ZEROES | can::SEND_FAST_ZERO;
         flags |= if options.resizable { can::SEND_RESIZE } else { 0 };
     }
     if options.max_clients > 1 {

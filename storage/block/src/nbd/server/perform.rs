@@ -123,7 +123,9 @@ impl Target<'_> {
         }
         let end = request.offset.checked_add(u64::from(request.length));
         if end.is_none_or(|end| end > self.size_bytes()) {
-            return Err(if writes { NO_ROOM } else { OUTSIDE });
+            // Spec, "Error values": there is no room for data; what gives space back needs none.
+            let needs_room = matches!(request.command, command::WRITE | command::WRITE_ZEROES);
+            return Err(if needs_room { NO_ROOM } else { OUTSIDE });
         }
         match request.command {
             command::READ if request.length > PAYLOAD_MAX_BYTES => Err(TOO_LONG),
@@ -188,7 +190,7 @@ impl Target<'_> {
         if bytes == 0 {
             room.clear();
             // A chunk of no data is not allowed.
-            return Ok(if self.structured { Answer::Done } else { Answer::Data(whole) });
+            return Ok(Answer::Data(if self.structured { Vec::new() } else { whole }));
         }
         let in_pieces = self.structured && bytes >= SPARSE_BYTES && request.flags & flag::DF == 0;
         let mut pieces = if in_pieces { self.pieces(offset, bytes)? } else { whole };

@@ -165,6 +165,11 @@ fn reply_pieces(
     room: &[u8],
     is_last: bool,
 ) -> io::Result<()> {
+    if pieces.is_empty() {
+        // Spec, "Structured replies": a read is never answered with a simple reply, whatever its length.
+        encode_chunk(head, &Chunk { flags: chunk::DONE, kind: chunk::NONE, cookie, length: 0 });
+        return write_all_vectored(stream, &mut [IoSlice::new(head)]);
+    }
     let mut cuts = Vec::with_capacity(pieces.len());
     for (index, piece) in pieces.iter().enumerate() {
         let start = head.len();
