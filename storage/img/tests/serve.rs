@@ -106,6 +106,9 @@ impl Drop for Server {
 #[test]
 fn refusals_are_qemu_nbd_s() {
     let room = Room::new();
+    for name in ["s1", "s2"] {
+        assert_eq!(room.peer_img(&format!("snapshot -c {name} a.qcow2")).0, Some(0));
+    }
     let mut wrong = String::new();
     for line in [
         "-e -1 a.raw",
@@ -124,6 +127,19 @@ fn refusals_are_qemu_nbd_s() {
         "-L a.raw",
         "--handshake-limit=x a.raw",
         "-f raw --fork --pid-file=/nowhere/x -k DIR/s a.raw",
+        "--cache=none --cache=none a.raw",
+        "-n -n a.raw",
+        "--aio=threads --aio=threads a.raw",
+        "--discard=unmap --discard=unmap a.raw",
+        "-f raw -k DIR/s --aio=native a.raw",
+        "-f raw -k DIR/s --aio=native --cache=writethrough a.raw",
+        "-e 1x a.raw",
+        "-e 0x a.raw",
+        "-e 08 a.raw",
+        "-e 3000000000 a.raw",
+        "-f qcow2 -k DIR/s -l snapshot.id=1,snapshot.name=s2 a.qcow2",
+        "-f qcow2 -k DIR/s -l snapshot.id=2,snapshot.name=s1 a.qcow2",
+        "-f qcow2 -k DIR/s -l none a.qcow2",
     ] {
         let ours = room.serve(line);
         assert!(!Path::new(&room.path("s")).exists(), "{line}: the socket is left");
@@ -139,6 +155,71 @@ fn refusals_are_qemu_nbd_s() {
     for line in ["", "a.raw a.qcow2"] {
         let [ours, theirs] = [room.serve(line), room.run(Path::new("qemu-nbd"), line)];
         assert_eq!((ours.0, ours.2.lines().next()), (theirs.0, theirs.2.lines().next()), "{line}");
+    }
+}
+
+#[test]
+fn what_qemu_nbd_takes_is_taken() {
+    let room = Room::new();
+    assert_eq!(room.peer_img("snapshot -c s1 a.qcow2").0, Some(0));
+    for line in [
+        "-f qcow2 -l snapshot.id=1,snapshot.name=s1 a.qcow2",
+        "-f qcow2 -l snapshot.name=s1,snapshot.id=1 a.qcow2",
+        "-f qcow2 -l s1 a.qcow2",
+        "-f raw -e 0x10 a.raw",
+        "-f raw -p 5 -b nowhere a.raw",
+        "-f raw --aio=native --cache=none a.raw",
+        "-f raw --detect-zeroes=on --detect-zeroes=on a.raw",
+    ] {
+        let server = room.start(&format!("-t -k DIR/s {line}"));
+        assert_eq!(room.peer_img("info -f raw nbd+unix:///?socket=DIR/s").0, Some(0), "{line}");
+        server.end();
+    }
+}
+
+#[test]
+fn a_pid_file_belongs_to_one_server() {
+    let room = Room::new();
+    std::fs::write(room.path("pid"), "a longer text of old\n").unwrap();
+    let server = room.start("-t -k DIR/s -f raw a.raw");
+    let held = std::fs::read_to_string(room.path("pid")).unwrap();
+    let second = "--pid-file=DIR/pid -k DIR/s2 -r -f qcow2 a.qcow2";
+    let theirs = room.run(Path::new("qemu-nbd"), second);
+    assert!(theirs.0 == Some(1) && theirs.2.contains("Cannot lock pid file"), "{theirs:?}");
+    for line in [second.to_owned(), format!("--fork {second}")] {
+        assert_eq!(room.serve(&line), theirs, "{line}");
+    }
+    assert_eq!(std::fs::read_to_string(room.path("pid")).unwrap(), held);
+    server.end();
+    let server = room.start_peer("-t -k DIR/s -f raw a.raw");
+    assert_eq!(room.serve(second), theirs);
+    server.end();
+}
+
+/// Socket activation as systemd does it: descriptor 3 listens, and the environment names the process.
+#[test]
+fn an_activated_socket_is_served_from_the_background() {
+    let room = Room::new();
+    let script = "import socket,os,sys\n\
+                  s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(5)\n\
+                  os.dup2(s.fileno(), 3); os.set_inheritable(3, True)\n\
+                  os.environ['LISTEN_FDS'] = '1'; os.environ['LISTEN_PID'] = str(os.getpid())\n\
+                  os.execv(sys.argv[2], sys.argv[2:])\n";
+    std::fs::write(room.path("activate.py"), script).unwrap();
+    for socket in ["one", "two"] {
+        let line = format!("activate.py DIR/{socket} DIR/qemu-nbd --fork --pid-file=DIR/pid -t -f raw a.raw");
+        assert_eq!(room.run(Path::new("python3"), &line), (Some(0), String::new(), String::new()));
+        let text = std::fs::read_to_string(room.path("pid")).unwrap();
+        let server = Server { pid: Pid::from_raw(text.trim().parse().unwrap()).unwrap() };
+        assert_eq!(room.peer_img(&format!("info -f raw nbd+unix:///?socket=DIR/{socket}")).0, Some(0));
+        server.end();
+    }
+    for rest in ["-k DIR/s", "-p 5", "-b localhost"] {
+        let [ours, theirs] = ["DIR/qemu-nbd", "/usr/bin/qemu-nbd"].map(|program| {
+            let _ = std::fs::remove_file(room.path("third"));
+            room.run(Path::new("python3"), &format!("activate.py DIR/third {program} --fork {rest} -f raw a.raw"))
+        });
+        assert_eq!(ours, theirs, "{rest}");
     }
 }
 
@@ -344,6 +425,9 @@ fn what_a_bitmap_marks_is_told_as_qemu_nbd_tells_it() {
     let ours = {
         let server = room.start("-t -r -B b -B fine -f qcow2 -k DIR/s a.qcow2");
         let told = ["b", "fine", "other"].map(map);
+        let list = room.run(Path::new("qemu-nbd"), "-L -k DIR/s").1;
+        assert!(list.find(":fine").is_some_and(|fine| list.find(":b").is_some_and(|b| fine < b)), "{list}");
+        assert!(list.contains("flags: 0x48f"), "{list}");
         let data = room.peer_img("map --output=json nbd+unix:///?socket=DIR/s");
         assert!(data.0 == Some(0) && data.1.contains("\"data\": true"), "{data:?}");
         server.end();

@@ -83,8 +83,10 @@ pub enum ServeError {
     RelativeSocket,
     #[error("{what} of {bytes} bytes is too long; at most 4096 are allowed")]
     TooLong { what: &'static str, bytes: usize },
-    #[error("the address '{socket}' and a port or bind address cannot be served together")]
-    TwoPlaces { socket: String },
+    #[error("--{option} can only be specified once")]
+    Twice { option: &'static str },
+    #[error("Failed in parsing snapshot param `{0}'")]
+    SnapshotParam(String),
     #[error("{what} can't be set when using socket activation")]
     Activated { what: &'static str },
     #[error("qemu-nbd does not support socket activation with LISTEN_FDS > 1")]
@@ -117,6 +119,8 @@ pub enum ServeError {
     Nbd(#[from] NbdError),
     #[error("Could not create '{path}': {}", host(source), path = path.display())]
     PidFile { path: PathBuf, source: std::io::Error },
+    #[error("Cannot lock pid file: {}", host(source))]
+    PidLock { source: std::io::Error },
     #[error("cannot go into the background: {}", host(source))]
     Background { source: std::io::Error },
     #[error("cannot be told to stop: {}", host(source))]
@@ -145,6 +149,7 @@ extern "C" fn on_signal(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
 
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     refuse_unsupported(parsed)?;
+    let is_activated = is_activated(parsed)?;
     let place = place(parsed)?;
     let creds = tls_creds(parsed)?;
     if parsed.has("list") {
@@ -163,7 +168,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let options = ServeOptions { tls: server, ..serve_options(parsed)? };
     let [file] = parsed.words.as_slice() else { return Err(ServeError::Arguments.into()) };
     if parsed.has("fork") && !background::is_child() {
-        return background::start();
+        return background::start(is_activated);
     }
     let disk = open_disk(parsed, file)?;
     if options.offset > 0 && options.offset >= disk.size_bytes() {
@@ -173,24 +178,25 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let report = |error: &block::nbd::PeerError| crate::warn(&chain(error));
     let options = ServeOptions { report: parsed.has("verbose").then_some(&report), ..options };
     let stop = ready_to_stop()?;
-    let listener = match (is_activated(parsed)?, &place) {
+    let listener = match (is_activated, &place) {
         (true, _) => Listener::inherited(FIRST_INHERITED),
         (false, NbdAddress::Unix(path)) => Listener::unix(path),
         (false, NbdAddress::Tcp { host, port }) => Listener::tcp(host, *port),
     };
     let listener = listener.map_err(ServeError::Nbd)?;
-    if let Some(path) = parsed.os_value("pid-file") {
-        background::write_pid(Path::new(path))?;
-    }
+    let pid_file = parsed.os_value("pid-file").map(|path| background::write_pid(Path::new(path))).transpose()?;
     if background::is_child() {
         background::detach(parsed.has("verbose"))?;
     }
     let served = serve(&listener, &disk, &options, stop);
     drop(listener);
+    drop(pid_file);
     disk.flush().map_err(|source| ServeError::Flush { source })?;
     served.map_err(ServeError::Nbd)?;
     Ok(0)
 }
+
+const NATIVE_NEEDS_DIRECT: &str = "aio=native was specified, but it requires cache.direct=on, which was not specified.";
 
 /// Where descriptors of socket activation begin, `sd_listen_fds(3)`.
 const FIRST_INHERITED: i32 = 3;
@@ -198,6 +204,9 @@ const FIRST_INHERITED: i32 = 3;
 /// Whether whoever started this process has opened the socket, as systemd does, and libnbd for `[ qemu-nbd ... ]`.
 fn is_activated(parsed: &Parsed) -> Result<bool, ServeError> {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    if background::has_sockets_of_parent() {
+        return Ok(true);
+    }
     if number("LISTEN_PID") != Some(std::process::id()) {
         return Ok(false);
     }
@@ -205,13 +214,9 @@ fn is_activated(parsed: &Parsed) -> Result<bool, ServeError> {
     if count > 1 {
         return Err(ServeError::ManySockets);
     }
-    for (option, what) in [
-        ("socket", "Unix socket"),
-        ("bind", "The interface"),
-        ("port", "TCP port number"),
-        ("fork", "Fork"),
-        ("list", "List mode"),
-    ] {
+    for (option, what) in
+        [("socket", "Unix socket"), ("bind", "The interface"), ("port", "TCP port number"), ("list", "List mode")]
+    {
         if parsed.has(option) {
             return Err(ServeError::Activated { what });
         }
@@ -268,9 +273,6 @@ fn place(parsed: &Parsed) -> Result<NbdAddress, ImgError> {
         let host = parsed.value("bind")?.unwrap_or(if parsed.has("list") { "localhost" } else { "0.0.0.0" });
         return Ok(NbdAddress::Tcp { host: host.to_owned(), port });
     };
-    if parsed.has("port") || parsed.has("bind") {
-        return Err(ServeError::TwoPlaces { socket: path.to_string_lossy().into_owned() }.into());
-    }
     if !Path::new(path).is_absolute() {
         return Err(ServeError::RelativeSocket.into());
     }
@@ -289,10 +291,14 @@ fn serve_options(parsed: &Parsed) -> Result<ServeOptions<'static>, ImgError> {
     let number = |option: &'static str, what: &'static str, default: u32| -> Result<u32, ImgError> {
         match parsed.value(option)? {
             None => Ok(default),
-            Some(text) => text.parse().map_err(|_| ServeError::Value { what, found: text.to_owned() }.into()),
+            Some(text) => integer(text).ok_or_else(|| ServeError::Value { what, found: text.to_owned() }.into()),
         }
     };
     let max_clients = match number("shared", "shared device number", 1)? {
+        count if i32::try_from(count).is_err() => {
+            let found = parsed.value("shared")?.unwrap_or_default().to_owned();
+            return Err(ServeError::Value { what: "shared device number", found }.into());
+        }
         0 => CLIENTS_UNLIMITED,
         count => count as usize,
     };
@@ -310,10 +316,33 @@ fn serve_options(parsed: &Parsed) -> Result<ServeOptions<'static>, ImgError> {
     })
 }
 
+/// A number as C writes them: `16`, `0x10`, `020`.
+fn integer(text: &str) -> Option<u32> {
+    let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => (digits, 16),
+        None if text.len() > 1 && text.starts_with('0') => (text, 8),
+        None => (text, 10),
+    };
+    let is_plain = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if is_plain { u32::from_str_radix(digits, radix).ok() } else { None }
+}
+
+/// Refuses what may be said only once.
+fn refuse_repeats(parsed: &Parsed) -> Result<(), ServeError> {
+    let count = |names: &[&str]| parsed.in_order().filter(|(name, _)| names.contains(name)).count();
+    if count(&["nocache", "cache"]) > 1 {
+        return Err(ServeError::CacheTwice);
+    }
+    match ["aio", "discard"].into_iter().find(|option| count(&[option]) > 1) {
+        Some(option) => Err(ServeError::Twice { option }),
+        None => Ok(()),
+    }
+}
+
 fn open_disk(parsed: &Parsed, file: &OsStr) -> Result<Disk, ImgError> {
+    refuse_repeats(parsed)?;
     let cache = match (parsed.has("nocache"), parsed.value("cache")?) {
-        (true, Some(_)) => return Err(ServeError::CacheTwice.into()),
-        (true, None) => CacheMode::None,
+        (true, _) => CacheMode::None,
         (false, name) => open::cache_named("", name, CacheMode::Writeback)
             .map_err(|_| ServeError::Mode { what: "cache", found: name.unwrap_or_default().to_owned() })?,
     };
@@ -335,16 +364,42 @@ fn open_disk(parsed: &Parsed, file: &OsStr) -> Result<Disk, ImgError> {
     let write = !parsed.has("read-only") && !parsed.has("load-snapshot");
     let failed = |error| ServeError::Open { name: file.to_string_lossy().into_owned(), source: Box::new(error) };
     let named = Named::of(parsed, file, "format").map_err(failed)?;
+    if parsed.value("aio")? == Some("native") && !cache.is_direct() {
+        return Err(failed(ImgError::Plain(Rule::Requires(NATIVE_NEEDS_DIRECT))).into());
+    }
     let write = write && named.spec.read_only != Some(true);
     let options = OpenOptions { discard, detect_zeroes, ..OpenOptions::default() };
     let disk = open::disk_with(&named, Access { write, share: false, cache }, options).map_err(failed)?;
     if let Some(snapshot) = parsed.value("load-snapshot")? {
-        open::show_snapshot(&disk, snapshot)?;
+        show_snapshot(&disk, snapshot)?;
     }
     Ok(disk)
 }
 
-/// The bitmaps whose marks clients can ask for.
+/// Makes the disk show one of its internal snapshots, named by `snapshot.id=...,snapshot.name=...` or what
+/// [`open::show_snapshot`] takes.
+fn show_snapshot(disk: &Disk, params: &str) -> Result<(), ImgError> {
+    let refused = || ServeError::SnapshotParam(params.to_owned());
+    let Some(_) = params.strip_prefix("snapshot.") else { return open::show_snapshot(disk, params) };
+    let (mut id, mut name) = (None, None);
+    for param in params.split(',') {
+        match param.split_once('=') {
+            Some(("snapshot.id", value)) => id = Some(value),
+            Some(("snapshot.name", value)) => name = Some(value),
+            _ => return Err(refused().into()),
+        }
+    }
+    let (Some(id), Some(name)) = (id, name) else { return open::show_snapshot(disk, params) };
+    let is_it = |snapshot: &block::Snapshot| snapshot.id == id.as_bytes() && snapshot.name == name.as_bytes();
+    let snapshots = disk.qcow2().map_or(Ok(Vec::new()), |image| image.snapshots());
+    let is_there = snapshots.is_ok_and(|all| all.iter().any(is_it));
+    if !is_there {
+        return Err(ImgError::Plain(Rule::Requires("Failed to load snapshot: Can't find snapshot")));
+    }
+    open::show_snapshot(disk, &format!("snapshot.id={id}"))
+}
+
+/// The bitmaps whose marks clients can ask for; the last one first, as qemu-nbd.
 fn bitmaps(parsed: &Parsed, disk: &Disk, read_only: bool) -> Result<Vec<(String, BitmapBits)>, ImgError> {
     let names = parsed.values("bitmap")?;
     if !names.is_empty() && !read_only {
@@ -359,7 +414,9 @@ fn bitmaps(parsed: &Parsed, disk: &Disk, read_only: bool) -> Result<Vec<(String,
         })?;
         Ok((name.to_owned(), bits))
     });
-    found.collect()
+    let mut found: Vec<_> = found.collect::<Result<_, ImgError>>()?;
+    found.reverse();
+    Ok(found)
 }
 
 /// Where in the disk the export starts.
