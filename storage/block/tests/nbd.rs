@@ -7,12 +7,12 @@ mod support;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Barrier;
+use std::sync::{Barrier, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use block::nbd::{CLIENTS_UNLIMITED, Listener, NbdError, NbdFile, ServeOptions, Stop, serve};
 use block::spec::{NbdAddress, NbdSpec, NbdTls};
-use block::{Disk, FileBackend, Format, ReadBufs, WriteBufs};
+use block::{ChainBackend, Disk, FileBackend, Format, OpenOptions, ReadBackend, ReadBufs, ReadOnly, WriteBufs};
 use nbd_support::{Served, new_image};
 use support::Rng;
 
@@ -374,4 +374,53 @@ fn requests_outlive_a_connection_where_they_may() {
     during(&disk, &mut || short.read_at(0, &ReadBufs::from_slice(&mut room)).unwrap());
     assert_eq!(lost(&none), ErrorKind::ConnectionAborted);
     during(&other, &mut || assert_eq!(lost(&short), ErrorKind::ConnectionAborted));
+}
+
+/// Answers no read before so many are there.
+struct Together {
+    wanted: usize,
+    count: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl ReadBackend for Together {
+    fn read_at(&self, _: u64, bufs: &ReadBufs<'_>) -> std::io::Result<()> {
+        let mut count = self.count.lock().unwrap();
+        *count += 1;
+        self.changed.notify_all();
+        let is_alone = |count: &mut usize| *count < self.wanted;
+        let waited = self.changed.wait_timeout_while(count, Duration::from_secs(60), is_alone).unwrap().1;
+        bufs.fill_zero();
+        if waited.timed_out() { Err(ErrorKind::TimedOut.into()) } else { Ok(()) }
+    }
+
+    fn len_bytes(&self) -> std::io::Result<u64> {
+        Ok(REGION)
+    }
+
+    fn allocated_bytes(&self) -> std::io::Result<u64> {
+        Ok(REGION)
+    }
+}
+
+#[test]
+fn requests_of_many_threads_are_in_flight_together() {
+    const MANY: usize = 16;
+    let together = Together { wanted: MANY, count: Mutex::new(0), changed: Condvar::new() };
+    let layer = ChainBackend {
+        file: Box::new(ReadOnly(together)),
+        path_label: "together".into(),
+        format: Format::Raw,
+        extents: Vec::new(),
+    };
+    let open = OpenOptions { read_only: true, format: Format::Raw, ..OpenOptions::default() };
+    let disk = Disk::open_backends(vec![layer], &open).unwrap();
+    let served = Served::new(disk, ServeOptions { workers: MANY, ..ServeOptions::default() });
+    let file = served.connect().unwrap();
+    std::thread::scope(|scope| {
+        for index in 0..MANY as u64 {
+            let file = &file;
+            scope.spawn(move || file.read_at(index * 4096, &ReadBufs::from_slice(&mut [0; 4096])).unwrap());
+        }
+    });
 }
