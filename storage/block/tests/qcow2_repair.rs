@@ -392,6 +392,26 @@ fn a_snapshot_whose_table_is_nowhere_stays_for_a_better_day() {
 }
 
 #[test]
+fn a_compressed_cluster_that_says_it_is_owned_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, path) = (dir.path().join("s.qcow2"), dir.path().join("a.qcow2"));
+    image(&source, "cluster_size=64k");
+    qemu_img(&["convert", "-c", "-O", "qcow2", source.to_str().unwrap(), path.to_str().unwrap()]);
+    let data = qemu_raw(&path);
+    let mut pages = Pages::load(&path);
+    let l2 = word(&pages, word(&pages, 40)) & OFFSET;
+    let entry = word(&pages, l2);
+    put(&mut pages, l2, entry | 1 << 63);
+    pages.store(&path);
+    assert_eq!(qemu_verdict(&path), (2, 1, 0));
+    let checked = check_image(&path).unwrap();
+    assert!(checked.findings[0].ends_with("copied flag must never be set for compressed clusters"));
+    assert_eq!((checked.corruptions, repair(&path, Repair::All).after.corruptions), (1, 0));
+    qemu_check(&path, "compressed");
+    assert!(qemu_raw(&path) == data);
+}
+
+#[test]
 fn a_bitmap_directory_of_another_length_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");

@@ -11,8 +11,8 @@ use super::bitmaps::{
     BITMAP_DIRECTORY_MAX_BYTES, BitmapError, BitmapExtension, BitmapTableEntry, bitmap_directory_bytes, parse_bitmaps,
 };
 use super::{
-    COPIED, CryptMethod, CryptoHeader, EntryError, ExtendedEntry, Freed, Geometry, Header, L1_RESERVED, L1Entry,
-    L2Entry, OFFSET_MASK, SNAPSHOT_TABLE_MAX_BYTES, Snapshot, SnapshotError, SnapshotL1, Subclusters, ZERO,
+    COMPRESSED, COPIED, CryptMethod, CryptoHeader, EntryError, ExtendedEntry, Freed, Geometry, Header, L1_RESERVED,
+    L1Entry, L2Entry, OFFSET_MASK, SNAPSHOT_TABLE_MAX_BYTES, Snapshot, SnapshotError, SnapshotL1, Subclusters, ZERO,
     l2_reserved_bits, parse_damaged_snapshots, parse_snapshots, refcount,
 };
 
@@ -367,7 +367,17 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
             }
             let reserved = l2_reserved_bits(raw);
             self.reserved_bits(at, raw, reserved, "l2");
-            let raw = raw & !reserved;
+            let mut raw = raw & !reserved;
+            if self.thorough && raw & COMPRESSED != 0 && raw & COPIED != 0 {
+                // Nothing looks at it: a compressed cluster is never changed in place.
+                raw &= !COPIED;
+                let host = L2Entry::decode(raw, &geometry).ok().and_then(|entry| entry.freed(&geometry));
+                let host = host.map_or(0, |freed| freed.offset);
+                self.report.corrupt(format!(
+                    "ERROR: coffset={host:#x}: copied flag must never be set for compressed clusters"
+                ));
+                self.report.fix(EntryFix { at, raw, bitmap: None });
+            }
             let cluster = match cluster_of(raw, bitmap, guest, &geometry) {
                 Ok(cluster) => cluster,
                 Err(error) => {
@@ -386,7 +396,7 @@ impl<'a, 'r, E: Debug> Walk<'a, 'r, E> {
                 continue;
             }
             self.report.allocated_clusters += 1;
-            if raw & super::COMPRESSED != 0 {
+            if raw & COMPRESSED != 0 {
                 self.report.compressed_clusters += 1;
                 self.report.fragmented_clusters += 1;
             } else {
