@@ -1,4 +1,4 @@
-//! Signals that ask the process to end, as notes.
+//! Signals that ask the process to end, as notes; and one that would end it without asking.
 
 use std::io;
 use std::sync::OnceLock;
@@ -21,13 +21,18 @@ extern "C" fn handle(number: i32, _info: *mut libc::siginfo_t, _context: *mut li
     }
 }
 
-/// Catches the signals. The event is set when one has arrived; [`caught`] says which.
+/// Does nothing: the write that raised SIGXFSZ fails with EFBIG, and the disk's error policy decides.
+extern "C" fn file_too_large(_number: i32, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {}
+
+/// Catches the signals. The event is set when one has arrived; [`caught`] says which. A disk image that reaches a limit of
+/// file sizes fails a write from now on, where it ended the machine.
 pub fn catch() -> io::Result<&'static Event> {
     let event = Event::new()?;
     let bell = BELL.get_or_init(|| event);
     for number in ENDING {
         register_signal_handler(number, handle).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
     }
+    register_signal_handler(libc::SIGXFSZ, file_too_large).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
     Ok(bell)
 }
 
