@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use block::spec::{FileSpec, ImageSpec};
-use block::{CacheMode, CopyOptions, Disk};
+use block::{CacheMode, CopyOptions, Disk, OpenOptions};
 
 use crate::Command;
 use crate::bitmap;
@@ -64,6 +64,8 @@ const OPTIONS: &[Opt] = &[
 const SPARSE_BYTES: u64 = 4096;
 /// Largest `-S`.
 const SPARSE_MAX_BYTES: u64 = 16 << 20;
+/// Memory for L2 tables of a target; each 4 KiB of it map 32 MiB in clusters of 64 KiB.
+const TARGET_L2_CACHE_BYTES: u64 = 32 << 10;
 
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     let format = parsed.value("target-format")?;
@@ -276,7 +278,11 @@ fn open_target(
     let converting = |source| ImgError::Converting { name: label.clone(), format: format.to_owned(), source };
     request.make(false).map_err(converting)?;
     let is_file = request.path().is_file();
-    let disk = open::disk(&request.made(name)?, Access::write(cache))?;
+    // A copy goes from the start to the end: few tables are in use at a time. Where a flush waits for the host, each one
+    // that makes room for another would, too.
+    let default = OpenOptions::default();
+    let l2_cache_bytes = if cache == CacheMode::Unsafe { TARGET_L2_CACHE_BYTES } else { default.l2_cache_bytes };
+    let disk = open::disk_with(&request.made(name)?, Access::write(cache), OpenOptions { l2_cache_bytes, ..default })?;
     // What a hole of a LUKS volume decrypts to is no zeroes.
     let is_zero = is_file && !has_backing && format != "luks";
     Ok((disk, Target { label, is_zero, has_backing, archive: None }))
