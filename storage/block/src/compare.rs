@@ -1,7 +1,6 @@
 //! Comparing what two disks hold.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
 
 use parking_lot::Mutex;
 
@@ -79,12 +78,7 @@ impl Shared<'_> {
         let mut room = [PageBuf::default(), PageBuf::default()];
         while !self.stop.load(Ordering::Relaxed) {
             let result = match self.take() {
-                Ok(Some((offset, bytes, data))) => {
-                    let began = Instant::now();
-                    let done = self.compare(offset, bytes, data, &mut room);
-                    self.crew.took(began.elapsed());
-                    done
-                }
+                Ok(Some((offset, bytes, data))) => self.crew.step(|| self.compare(offset, bytes, data, &mut room)),
                 Ok(None) => return,
                 Err(error) => Err(error),
             };

@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
@@ -200,12 +199,7 @@ impl Shared<'_> {
         let mut packed = Vec::new();
         loop {
             let result = match self.take() {
-                Ok(Some(step)) => {
-                    let began = Instant::now();
-                    let done = self.perform(&step, &mut room, &mut packed);
-                    self.crew.took(began.elapsed());
-                    done
-                }
+                Ok(Some(step)) => self.crew.step(|| self.perform(&step, &mut room, &mut packed)),
                 Ok(None) => return,
                 Err(error) => Err(error),
             };

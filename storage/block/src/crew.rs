@@ -1,12 +1,12 @@
 //! Threads that share one piece of work.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
 /// Most threads of one piece of work.
-pub(crate) const THREADS_MAX: usize = 16;
+const THREADS_MAX: usize = 16;
 /// A step that takes longer has waited for a server that is far away or slow: more of them at once cost it nothing.
 const SLOW: Duration = Duration::from_millis(10);
 /// Memory of one thread's stack. Nothing recurses deeper than a backing chain, 200 images at most.
@@ -51,9 +51,19 @@ impl Crew {
         });
     }
 
-    /// A step of the work has taken so long.
-    pub(crate) fn took(&self, time: Duration) {
-        if time >= SLOW && self.in_all > self.at_first {
+    /// Does a step of the work, and calls the reserve if there is one and it took long.
+    pub(crate) fn step<R>(&self, step: impl FnOnce() -> R) -> R {
+        if self.in_all == self.at_first {
+            return step();
+        }
+        let began = Instant::now();
+        let done = step();
+        self.took(began.elapsed());
+        done
+    }
+
+    fn took(&self, time: Duration) {
+        if time >= SLOW {
             self.tell(Reserve::Called);
         }
     }

@@ -71,6 +71,7 @@ pub use image::luks::{
 pub use image::ova;
 pub use image::qcow2::Snapshot;
 pub use image::qcow2::{CompressionType, CryptMethod};
+pub use image::vdi::DISK_BYTES_MAX as VDI_BYTES_MAX;
 pub use image::vmdk::layout::{AdapterType, NewExtent, Subformat};
 pub use image::{Format, PROBE_BYTES, UnreadFormat, probe};
 pub use io::{FileBackend, ReadBackend, ReadOnly};

@@ -22,7 +22,7 @@ const TYPE_STATIC: u32 = 2;
 /// QEMU's limit, so that both open the same images.
 const BLOCKS_MAX: u32 = 0x3fff_ffff;
 /// The largest disk that QEMU creates and opens.
-const DISK_BYTES_MAX: u64 = 0x1_ffff_f800_0000;
+pub const DISK_BYTES_MAX: u64 = 0x1_ffff_f800_0000;
 const ENTRY_ABSENT: u32 = u32::MAX;
 const ENTRY_ZERO: u32 = u32::MAX - 1;
 

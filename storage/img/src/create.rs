@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use block::spec::{FileSpec, ImageSpec, SpecError, has_protocol};
 use block::{
     AdapterType, BlockError, CacheMode, CompressionType, DataFile, FileBackend, Format, HostFile, Preallocation,
-    Qcow2Create, Subformat, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, beside, create_luks, create_vdi,
-    create_vhdx, create_vmdk, create_vmdk_extent, create_vpc, format_data_file, format_qcow2, format_raw, inspect,
-    open_for_new, vmdk_extents,
+    Qcow2Create, Subformat, VDI_BYTES_MAX, VdiOptions, VhdxOptions, VmdkOptions, VpcOptions, beside, create_luks,
+    create_vdi, create_vhdx, create_vmdk, create_vmdk_extent, create_vpc, format_data_file, format_qcow2, format_raw,
+    inspect, open_for_new, vmdk_extents,
 };
 
 use crate::Command;
@@ -79,9 +79,6 @@ pub fn print_help(format: &str, with_file: bool) -> Result<u8, ImgError> {
     );
     Ok(0)
 }
-
-/// Largest disk of a VDI file that qemu-img opens.
-const VDI_MAX_BYTES: u64 = 0x1_ffff_f800_0000;
 
 /// An image that is to be created: what `create` and `convert` share.
 pub struct Request {
@@ -241,8 +238,8 @@ impl Request {
             "vdi" => {
                 self.no_room()?;
                 let sectors = size.next_multiple_of(512);
-                if sectors > VDI_MAX_BYTES {
-                    return Err(MakeError::Rule(Rule::VdiSize { size: sectors, max: VDI_MAX_BYTES }));
+                if sectors > VDI_BYTES_MAX {
+                    return Err(MakeError::Rule(Rule::VdiSize { size: sectors, max: VDI_BYTES_MAX }));
                 }
                 let options = VdiOptions { is_static: self.list.switch("static").unwrap_or(false) };
                 self.put(durable, |file| create_vdi(file, path, size, &options))

@@ -282,6 +282,14 @@ fn check_contents_with_qemu(format: &str, path: &Path, want: &[u8], dir: &Path) 
     super::tests::qemu_img(&["compare", "-f", format, "-F", "raw", path.to_str().unwrap(), flat.to_str().unwrap()]);
 }
 
+/// A new image, logged and open for writing.
+fn fresh(format: &str, options: &str, path: &Path) -> (Arc<LogFile>, Arc<dyn Node>) {
+    let _ = std::fs::remove_file(path);
+    create(format, options, path, SIZE_BYTES as u64);
+    let file = LogFile::of(std::fs::read(path).unwrap());
+    (file.clone(), open(format, file, false).unwrap())
+}
+
 /// Repeats a request until there is space.
 fn insist(mut request: impl FnMut() -> Result<(), BlockError>) {
     while let Err(error) = request() {
@@ -294,10 +302,7 @@ fn requests_can_be_repeated_when_there_is_space_again() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     for (format, options) in [("vdi", ""), ("vpc", ""), ("vmdk", ""), ("vhdx", "block_size=1M")] {
-        let _ = std::fs::remove_file(&path);
-        create(format, options, &path, SIZE_BYTES as u64);
-        let file = LogFile::of(std::fs::read(&path).unwrap());
-        let node = open(format, file.clone(), false).unwrap();
+        let (file, node) = fresh(format, options, &path);
         file.faults.store(9, Ordering::Relaxed);
         let mut want = vec![0; node.size_bytes() as usize];
         let mut rng = Rng(3);
@@ -325,10 +330,7 @@ fn a_write_that_finds_no_space_takes_none_from_those_before_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     for (format, options) in [("vdi", ""), ("vpc", ""), ("vmdk", ""), ("vhdx", "block_size=1M")] {
-        let _ = std::fs::remove_file(&path);
-        create(format, options, &path, SIZE_BYTES as u64);
-        let file = LogFile::of(std::fs::read(&path).unwrap());
-        let node = open(format, file.clone(), false).unwrap();
+        let (file, node) = fresh(format, options, &path);
         let mut want = vec![0; node.size_bytes() as usize];
         let used_pages = file.state.lock().unwrap().0.chunks(PAGE_BYTES).filter(|page| is_used(page)).count();
         file.room_pages.store(used_pages as u64 + (11 << 19) / PAGE_BYTES as u64, Ordering::Relaxed);

@@ -62,6 +62,11 @@ impl Store {
         self.done(Action::Write, self.file.set_len_bytes(bytes))
     }
 
+    /// See [`FileBackend::keeps_len`].
+    pub(crate) fn keeps_len(&self) -> bool {
+        self.file.keeps_len()
+    }
+
     pub(crate) fn allocated_bytes(&self) -> Result<u64, BlockError> {
         self.done(Action::Stat, self.file.allocated_bytes())
     }

@@ -203,11 +203,9 @@ impl<T: BlockTable> Mapped<T> {
             let _ = self.store.punch_hole(holes.start, holes.end - holes.start);
         }
         if state.end < old_end {
-            // Under the lock: no place behind `end` is given away meanwhile.
-            let longer = self.store.len_bytes().is_ok_and(|bytes| bytes > state.end);
-            let _ = longer.then(|| self.store.set_len_bytes(state.end));
-            // A device keeps its length, and what it held there.
-            if longer && self.store.len_bytes().is_ok_and(|bytes| bytes == state.end) {
+            // Under the lock: no place behind `end` is given away meanwhile. A device keeps what it held there.
+            let longer = !self.store.keeps_len() && self.store.len_bytes().is_ok_and(|bytes| bytes > state.end);
+            if longer && self.store.set_len_bytes(state.end).is_ok() {
                 (state.stale_end, state.file_bytes) = (state.end, state.end);
             }
             state.trailer_lost = true;

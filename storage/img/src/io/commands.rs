@@ -366,9 +366,7 @@ fn map(disk: &Disk, _: &[&str]) -> Result<(), Failure> {
     for (at, bytes, allocated) in allocated_runs(disk, 0, disk.size_bytes())? {
         let state = if allocated { "    allocated" } else { "not allocated" };
         let (length, offset) = (amount(bytes as f64), amount(at as f64));
-        if writeln!(out, "{length} ({bytes:#x}) bytes {state} at offset {offset} ({at:#x})").is_err() {
-            break;
-        }
+        let _ = writeln!(out, "{length} ({bytes:#x}) bytes {state} at offset {offset} ({at:#x})");
     }
     Ok(())
 }

@@ -85,8 +85,6 @@ pub enum ServeError {
     TooLong { what: &'static str, bytes: usize },
     #[error("--{option} can only be specified once")]
     Twice { option: &'static str },
-    #[error("Failed in parsing snapshot param `{0}'")]
-    SnapshotParam(String),
     #[error("{what} can't be set when using socket activation")]
     Activated { what: &'static str },
     #[error("qemu-nbd does not support socket activation with LISTEN_FDS > 1")]
@@ -195,8 +193,6 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
     served.map_err(ServeError::Nbd)?;
     Ok(0)
 }
-
-const NATIVE_NEEDS_DIRECT: &str = "aio=native was specified, but it requires cache.direct=on, which was not specified.";
 
 /// Where descriptors of socket activation begin, `sd_listen_fds(3)`.
 const FIRST_INHERITED: i32 = 3;
@@ -316,15 +312,10 @@ fn serve_options(parsed: &Parsed) -> Result<ServeOptions<'static>, ImgError> {
     })
 }
 
-/// A number as C writes them: `16`, `0x10`, `020`.
+/// A number of 32 bits as C writes them, without a sign.
 fn integer(text: &str) -> Option<u32> {
-    let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        Some(digits) => (digits, 16),
-        None if text.len() > 1 && text.starts_with('0') => (text, 8),
-        None => (text, 10),
-    };
-    let is_plain = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
-    if is_plain { u32::from_str_radix(digits, radix).ok() } else { None }
+    let digits = Some(text).filter(|text| text.starts_with(|first: char| first.is_ascii_digit()))?;
+    size::integer(digits).ok()?.try_into().ok()
 }
 
 /// Refuses what may be said only once.
@@ -365,38 +356,15 @@ fn open_disk(parsed: &Parsed, file: &OsStr) -> Result<Disk, ImgError> {
     let failed = |error| ServeError::Open { name: file.to_string_lossy().into_owned(), source: Box::new(error) };
     let named = Named::of(parsed, file, "format").map_err(failed)?;
     if parsed.value("aio")? == Some("native") && !cache.is_direct() {
-        return Err(failed(ImgError::Plain(Rule::Requires(NATIVE_NEEDS_DIRECT))).into());
+        return Err(failed(ImgError::Plain(Rule::NativeNeedsDirect)).into());
     }
     let write = write && named.spec.read_only != Some(true);
     let options = OpenOptions { discard, detect_zeroes, ..OpenOptions::default() };
     let disk = open::disk_with(&named, Access { write, share: false, cache }, options).map_err(failed)?;
     if let Some(snapshot) = parsed.value("load-snapshot")? {
-        show_snapshot(&disk, snapshot)?;
+        open::show_snapshot(&disk, snapshot)?;
     }
     Ok(disk)
-}
-
-/// Makes the disk show one of its internal snapshots, named by `snapshot.id=...,snapshot.name=...` or what
-/// [`open::show_snapshot`] takes.
-fn show_snapshot(disk: &Disk, params: &str) -> Result<(), ImgError> {
-    let refused = || ServeError::SnapshotParam(params.to_owned());
-    let Some(_) = params.strip_prefix("snapshot.") else { return open::show_snapshot(disk, params) };
-    let (mut id, mut name) = (None, None);
-    for param in params.split(',') {
-        match param.split_once('=') {
-            Some(("snapshot.id", value)) => id = Some(value),
-            Some(("snapshot.name", value)) => name = Some(value),
-            _ => return Err(refused().into()),
-        }
-    }
-    let (Some(id), Some(name)) = (id, name) else { return open::show_snapshot(disk, params) };
-    let is_it = |snapshot: &block::Snapshot| snapshot.id == id.as_bytes() && snapshot.name == name.as_bytes();
-    let snapshots = disk.qcow2().map_or(Ok(Vec::new()), |image| image.snapshots());
-    let is_there = snapshots.is_ok_and(|all| all.iter().any(is_it));
-    if !is_there {
-        return Err(ImgError::Plain(Rule::Requires("Failed to load snapshot: Can't find snapshot")));
-    }
-    open::show_snapshot(disk, &format!("snapshot.id={id}"))
 }
 
 /// The bitmaps whose marks clients can ask for; the last one first, as qemu-nbd.
