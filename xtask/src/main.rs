@@ -6,6 +6,7 @@ mod cpio;
 mod demo;
 mod guest;
 mod lab;
+mod layout;
 mod packages;
 mod programs;
 mod run;
@@ -29,6 +30,7 @@ cargo xtask <task> [options]
   lab [--exits]       real KVM inside an emulated machine: probe, tiny guests, demo guest (--exits: counts of a boot)
   oracle [options]    the software CPU against this processor, without bound until it differs or is stopped
                       (--seed N, --cases N per form, --only NAME, --seconds N)
+  layout              writes the order in which the code of vireo-img is linked, from runs of its usual commands
   tidy                compares ARCHITECTURE.md with the crates and their dependencies
 
   --yes               install missing Debian packages without asking (also with CI=true)
@@ -98,6 +100,10 @@ fn task() -> Result<()> {
                 args.extend(["--seconds".to_owned(), u32::MAX.to_string()]);
             }
             run::run(std::process::Command::new(run::target().join("debug/oracle")).args(&args))
+        }
+        "layout" => {
+            no_more(&args)?;
+            layout::go(consent)
         }
         "tidy" => {
             no_more(&args)?;

@@ -52,6 +52,8 @@ pub const CALLERS: &[Need] = &[
 ];
 /// To know the largest resident size of a program.
 pub const TIME: &[Need] = &[need("time", "time", "measuring the memory of a program")];
+/// To see what a program runs.
+pub const TRACE: &[Need] = &[need("valgrind", "valgrind", "seeing which code a command runs")];
 /// To measure against QEMU.
 pub const QEMU: &[Need] = &[Need {
     program: "qemu-system-x86_64",

@@ -287,7 +287,7 @@ fn prepare(dir: &Path) -> Result<()> {
     let base = dir.join("base.raw");
     if !base.exists() {
         let partial = dir.join("base.partial");
-        make_disk(&partial)?;
+        make_disk(&partial, DISK_MIB)?;
         fs::rename(&partial, &base)?;
     }
     for args in [
@@ -304,7 +304,7 @@ fn prepare(dir: &Path) -> Result<()> {
 }
 
 /// Runs of 1 to 16 MiB: half of them holes, a quarter random bytes, a quarter words. The same in every run.
-fn make_disk(path: &Path) -> Result<()> {
+pub fn make_disk(path: &Path, disk_mib: u64) -> Result<()> {
     let mut state = 0x0123_4567_89ab_cdefu64;
     let mut next = move || {
         state ^= state << 13;
@@ -315,10 +315,10 @@ fn make_disk(path: &Path) -> Result<()> {
     let words: Vec<String> =
         (0..4096).map(|_| (0..2 + next() % 9).map(|_| char::from(b'a' + (next() % 26) as u8)).collect()).collect();
     let file = File::create(path)?;
-    file.set_len(DISK_MIB * MIB)?;
+    file.set_len(disk_mib * MIB)?;
     let mut at = 0;
-    while at < DISK_MIB {
-        let run_mib = (1 + next() % 16).min(DISK_MIB - at);
+    while at < disk_mib {
+        let run_mib = (1 + next() % 16).min(disk_mib - at);
         let kind = next() % 4;
         for mib in at..at + if kind < 2 { 0 } else { run_mib } {
             let mut bytes = Vec::with_capacity(MIB as usize + 128);

@@ -8,6 +8,8 @@ mod memory;
 mod orphans;
 mod tiny_guest;
 
+pub use image::make_disk;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};

@@ -12,9 +12,9 @@ use crate::qcow2::BitmapBits;
 
 /// Reads from this length on leave holes out.
 const SPARSE_BYTES: u64 = 64 << 10;
-/// Longer reads are answered in parts of this many bytes: a client that asks for 32 MiB takes no more memory. QEMU's
-/// tools ask for twice as much at most; with parts of half the length, threads that answer at once take a third more
-/// processor time waiting for each other, with longer ones they take more memory than half of what QEMU's server does.
+/// Longer reads are answered in parts of this many bytes: a client that asks for 32 MiB takes no more memory. Parts of
+/// half and of twice the length cost the same processor time, and twice the length more memory than half of what QEMU's
+/// server takes.
 const PART_BYTES: u32 = 1 << 20;
 /// Most chunks of one part of a read.
 const PIECES_MAX: usize = 64;
