@@ -37,6 +37,8 @@ pub const GUEST: &[Need] = &[need("mke2fs", "e2fsprogs", "the file system of the
 /// To test against the peers.
 pub const TEST: &[Need] = &[
     need("qemu-img", "qemu-utils", "checking our images against QEMU's tools"),
+    need("nbdkit", "nbdkit", "checking the NBD client against another server"),
+    need("nbdinfo", "libnbd-bin", "checking the NBD server against other clients"),
     need("debugfs", "e2fsprogs", "reading a guest's file system from outside"),
     need("virsh", "libvirt-clients", "driving vireod with an unmodified client"),
     need("openssl", "openssl", "making certificates for encrypted connections"),

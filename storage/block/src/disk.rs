@@ -12,7 +12,7 @@ use vm_memory::bitmap::BitmapSlice;
 
 use crate::blkdebug::Breakpoints;
 use crate::chain::ChainFile;
-use crate::create::Preallocation;
+use crate::create::{Preallocation, Qcow2Create, format_qcow2};
 use crate::error::{Action, BlockError};
 use crate::foreign::{ForeignImage, open_foreign};
 use crate::host_file::HostFile;
@@ -230,6 +230,21 @@ impl Disk {
             breakpoints,
             taps: SmallVec::new(),
         })
+    }
+
+    /// This disk below a new image that takes what is written, in `file`, which holds nothing and needs no name: what the
+    /// disk holds stays as it is. The new image is gone with its file when the disk is dropped.
+    pub fn with_scratch(mut self, file: File) -> Result<Disk, BlockError> {
+        let path = PathBuf::from("temporary file");
+        let chain_file = ChainFile { file, path_label: path.clone(), format: Format::Qcow2, extents: Vec::new() };
+        let layer = ChainBackend::from_file(chain_file)?;
+        // Nobody looks for what the name says.
+        let new = Qcow2Create { backing: Some(("below".to_owned(), String::new())), ..Qcow2Create::default() };
+        format_qcow2(&*layer.file, &path, self.size_bytes(), &new)?;
+        let options = OpenOptions { cache: CacheMode::Unsafe, discard: Discard::Unmap, ..OpenOptions::default() };
+        let top = open_node(layer, 0, Some(&self.path), &options)?;
+        self.nodes.insert(0, top);
+        Ok(Disk { path, read_only: false, cache: CacheMode::Unsafe, discard: Discard::Unmap, ..self })
     }
 
     /// Size the guest sees; a multiple of 512. It changes when the top image is resized or a snapshot applied.

@@ -220,9 +220,9 @@ fn long_reads_are_answered_in_parts() {
     let start = [hex("00000003"), option(8, &[]), option(7, &hex(GO))].concat();
     let skip = 18 + 20 + 20 + 32;
     for (flags, offset, length, want) in [
-        (0, 4096, 3 << 20, &[1 << 20; 3][..]),
-        (0, 0, (1 << 20) + 1, &[1 << 20, 1]),
-        (0, 0, 1 << 20, &[1 << 20]),
+        (0, 4096, 3 << 20, &[2 << 20, 1 << 20][..]),
+        (0, 0, (2 << 20) + 1, &[2 << 20, 1]),
+        (0, 0, 2 << 20, &[2 << 20]),
         (4, 0, 3 << 20, &[3 << 20]),
     ] {
         let answer = send(&served, &[start.clone(), request(flags, 0, 77, offset, length)].concat());

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 
 use block::blkdebug::RulesFileError;
 use block::ova::OvaError;
@@ -25,6 +26,8 @@ pub enum ImgError {
     NotSupported(&'static str),
     #[error("{command}: {fault}")]
     Option { command: &'static str, fault: OptionFault },
+    #[error("cannot make a temporary file in '{}': {}; TMPDIR names another folder", dir.display(), host(source))]
+    Scratch { dir: PathBuf, source: std::io::Error },
     #[error("Expecting one image file name")]
     OneFile { command: &'static str },
     #[error("Expecting {expected}")]

@@ -1,7 +1,7 @@
 //! From the words of a command line to images: names, declared formats, cache modes.
 
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use block::spec::{BackingSpec, FileSpec, ImageSpec};
 use block::{
@@ -295,6 +295,15 @@ fn disk_with_all(named: &Named, access: Access, options: OpenOptions) -> Result<
         return Ok((over_with(named, chain, access, options)?, names));
     }
     layers::disk_with_names(named, access, options)
+}
+
+/// The same for reading only, below an image that takes what is written and ends with the disk: `-s`.
+pub fn disk_with_scratch(named: &Named, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
+    let disk = disk_with(named, Access { write: false, ..access }, options)?;
+    // Where QEMU puts it: more than memory holds may be written.
+    let dir = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+    let file = tempfile::tempfile_in(&dir).map_err(|source| ImgError::Scratch { dir, source })?;
+    disk.with_scratch(file).map_err(|source| ImgError::Open { name: named.label.clone(), source })
 }
 
 /// Makes a disk show one of its internal snapshots: `snapshot.name=...`, `snapshot.id=...`, both, or either's value.

@@ -75,6 +75,9 @@ fn requests_and_answers_are_qemu_io_s() {
         a.img: close; length; open a.img; length
         a.img: quit; read 0 512
         -r a.img: read -P 1 1M 512
+        -s a.img: write -P 9 1M 70k; write -z 1100k 5k; read -P 9 1M 70k; read -P 9 2M 512; flush; map
+        a.img: close; open -s a.img; write -P 8 1M 512; read -P 8 1M 512; close; open a.img; read -P 8 1M 512
+        -s -r a.img: read -P 1 1M 512
         -U -r a.img: length
         --image-opts driver=qcow2,file.filename=a.img: length
         -f raw base.img: read -v 0 4

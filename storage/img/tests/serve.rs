@@ -229,9 +229,7 @@ fn what_is_not_built_is_said() {
     for (line, want) in [
         ("-c /dev/nbd0 a.raw", "the option -c needs the NBD device of the host's kernel, which is not supported"),
         ("-d /dev/nbd0", "the option -d needs the NBD device of the host's kernel"),
-        ("-s a.qcow2", "the option -s is not supported; create an overlay"),
         ("-B b a.qcow2", "the option -B without -r is not supported; add -r"),
-        ("-A a.qcow2", "the option -A is not supported"),
         ("--tls-authz=a a.raw", "the option --tls-authz is not supported; whoever 'ca-cert.pem' has signed"),
     ] {
         let (code, out, err) = room.serve(line);
@@ -390,10 +388,6 @@ fn a_target_on_a_server_needs_no_making() {
 
 #[test]
 fn libnbd_starts_a_server_with_its_own_socket() {
-    if Command::new("nbdcopy").arg("--version").stdout(Stdio::null()).status().is_err() {
-        eprintln!("skipped: nbdcopy is not installed");
-        return;
-    }
     let room = Room::new();
     std::fs::write(room.path("a.raw"), vec![5; 1 << 20]).unwrap();
     let done = room.run(Path::new("nbdcopy"), "-- [ DIR/qemu-nbd -r -f raw DIR/a.raw ] DIR/copy");
@@ -453,6 +447,75 @@ fn what_a_bitmap_marks_is_told_as_qemu_nbd_tells_it() {
     assert_eq!(room.serve(missing), room.run(Path::new("qemu-nbd"), missing));
     let (code, _, err) = room.serve("-B b -f qcow2 -k DIR/s a.qcow2");
     assert!(code == Some(1) && err.contains("add -r"), "{err}");
+}
+
+#[test]
+fn in_which_image_data_is_is_told_as_qemu_nbd_tells_it() {
+    let room = Room::new();
+    for line in [
+        "create -q -f raw bottom.raw 1M",
+        "create -q -f qcow2 -b bottom.raw -F raw middle.qcow2 3M",
+        "create -q -f qcow2 -b middle.qcow2 -F qcow2 top.qcow2 4M",
+    ] {
+        assert_eq!(room.peer_img(line).0, Some(0), "{line}");
+    }
+    for (file, command) in [
+        ("bottom.raw", "write 128k 70k"),
+        ("middle.qcow2", "write 256k 64k"),
+        ("middle.qcow2", "write -z 2M 64k"),
+        ("top.qcow2", "write 384k 4k"),
+        ("top.qcow2", "write -z 3M 128k"),
+        ("a.qcow2", "write 1M 64k"),
+    ] {
+        let done = Command::new("qemu-io").args(["-c", command, file]).current_dir(room.dir.path()).output();
+        assert!(done.unwrap().status.success(), "{command}");
+    }
+    let ask = || {
+        ["qemu:allocation-depth", "base:allocation"]
+            .map(|context| room.run(Path::new("nbdinfo"), &format!("--map={context} nbd+unix:///?socket=DIR/s")))
+    };
+    let list = || {
+        let listed = room.run(Path::new("qemu-nbd"), "-L -k DIR/s").1;
+        listed.split_once("available meta contexts").map(|(_, contexts)| contexts.to_owned())
+    };
+    for (image, want) in [("top.qcow2", &["1", "2", "3"][..]), ("a.qcow2", &["0", "1"])] {
+        let line = format!("-t -A -r -f qcow2 -k DIR/s {image}");
+        let [ours, theirs] = [true, false].map(|is_ours| {
+            let server = if is_ours { room.start(&line) } else { room.start_peer(&line) };
+            let told = (ask(), list());
+            server.end();
+            told
+        });
+        assert_eq!(ours, theirs);
+        let depths: Vec<&str> = ours.0[0].1.lines().filter_map(|line| line.split_whitespace().nth(2)).collect();
+        assert!(want.iter().all(|depth| depths.contains(depth)), "{depths:?}");
+    }
+}
+
+#[test]
+fn a_temporary_image_takes_what_clients_write() {
+    let room = Room::new();
+    std::fs::write(room.path("b.raw"), vec![7; 4 << 20]).unwrap();
+    for (line, image) in [("-s -t -f raw -k DIR/s b.raw", "b.raw"), ("-s -t -f qcow2 -k DIR/s a.qcow2", "a.qcow2")] {
+        let before = std::fs::read(room.path(image)).unwrap();
+        let server = room.start(line);
+        for commands in [["write -P 1 64k 5k", "write -z 1M 1M"], ["read -P 1 64k 5k", "read -P 0 1M 1M"]] {
+            let mut io = Command::new("qemu-io");
+            io.args(commands.iter().flat_map(|command| ["-c", command])).arg("-f").arg("raw");
+            let done = io.arg(format!("nbd+unix:///?socket={}", room.path("s"))).output().unwrap();
+            assert!(done.status.success(), "{commands:?} {done:?}");
+        }
+        // Nobody keeps others from reading the image.
+        let info = room.peer_img(&format!("info {image}"));
+        assert_eq!(info.0, Some(0), "{info:?}");
+        server.end();
+        assert!(std::fs::read(room.path(image)).unwrap() == before, "{line}");
+    }
+    let mut command = Command::new(&room.tool);
+    command.args(["-s", "-f", "raw", "-k", "/nowhere/s", "b.raw"]).current_dir(room.dir.path());
+    let done = command.env("TMPDIR", "/nowhere").output().unwrap();
+    let text = String::from_utf8_lossy(&done.stderr);
+    assert!(text.contains("temporary file in '/nowhere': No such file or directory; TMPDIR names"), "{text}");
 }
 
 /// Certificates as QEMU's documentation tells to make them: `pki` has all, `other` those of another authority, `onlyca`

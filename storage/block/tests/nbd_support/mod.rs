@@ -102,18 +102,6 @@ pub fn output(program: &str, args: &[&str]) -> Output {
     output.unwrap_or_else(|error| panic!("{program} does not start: {error}"))
 }
 
-/// Whether programs beyond qemu-utils are there; a test without them says so and ends.
-pub fn has(programs: &[&str]) -> bool {
-    let missing: Vec<&&str> = programs
-        .iter()
-        .filter(|program| Command::new(program).arg("--version").stdout(Stdio::null()).status().is_err())
-        .collect();
-    if !missing.is_empty() {
-        eprintln!("skipped: {missing:?} not installed");
-    }
-    missing.is_empty()
-}
-
 /// A server program that goes into the background when it listens and writes its process id to `pid`.
 pub struct Peer {
     pub dir: tempfile::TempDir,

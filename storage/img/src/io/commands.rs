@@ -122,6 +122,7 @@ const AIO_WRITE: &[Opt] = &[
 const DISCARD: &[Opt] = &[flag('C', &["machine"], ""), flag('q', &["quiet"], "")];
 const OPEN: &[Opt] = &[
     flag('r', &["read-only"], ""),
+    flag('s', &["snapshot"], ""),
     flag('n', &["nocache"], ""),
     flag('k', &["ignored-k"], ""),
     flag('U', &["force-share"], ""),
@@ -149,7 +150,7 @@ const COMMANDS: &[Entry] = &[
     Entry { names: &["info", "i"], counts: (0, 0), args: "", about: "prints information about the current file", options: &[], run: Run::OnSession(info) },
     Entry { names: &["length", "l"], counts: (0, 0), args: "", about: "gets the length of the current file", options: &[], run: Run::Look(length) },
     Entry { names: &["map"], counts: (0, 0), args: "", about: "prints the allocated areas of a file", options: &[], run: Run::Look(map) },
-    Entry { names: &["open", "o"], counts: (0, ANY), args: "[-rnkU] [-t cache] [-d discard] [-o options] [path]", about: "open the file specified by path", options: OPEN, run: Run::OnSession(open_image) },
+    Entry { names: &["open", "o"], counts: (0, ANY), args: "[-rsnkU] [-t cache] [-d discard] [-o options] [path]", about: "open the file specified by path", options: OPEN, run: Run::OnSession(open_image) },
     Entry { names: &["quit", "q"], counts: (0, ANY), args: "", about: "exit the program", options: &[], run: Run::OnSession(quit) },
     Entry { names: &["read", "r"], counts: (2, ANY), args: "[-abCqrv] [-P pattern [-s off] [-l len]] off len", about: "reads a number of bytes at a specified offset", options: READ, run: Run::Request(false, "read", read) },
     Entry { names: &["readv", "rv"], counts: (2, ANY), args: "[-Cqrv] [-P pattern] off len [len..]", about: "reads a number of bytes at a specified offset", options: READV, run: Run::Request(false, "readv", readv) },
@@ -426,7 +427,7 @@ fn open_image(session: &mut Session, parsed: &Parsed, words: &[&str]) -> Result<
     };
     let label = words.first().copied();
     let secrets = session.secrets.clone();
-    let opened = named.and_then(|named| session.open(named.with(secrets), access));
+    let opened = named.and_then(|named| session.open(named.with(secrets), access, parsed.has("snapshot")));
     opened
         .map(|()| Next::Go)
         .map_err(|error| Failure::Error(format!("{}: {}", crate::program(), super::cannot_open(label, error))))

@@ -15,7 +15,7 @@ pub use report::amount;
 use std::io::{BufRead, stdin};
 use std::sync::Arc;
 
-use block::{CacheMode, Disk};
+use block::{CacheMode, Disk, OpenOptions};
 
 use self::background::Background;
 use crate::Command;
@@ -63,6 +63,8 @@ pub struct Session {
     background: Background,
     named: Option<Named>,
     access: Access,
+    /// Writes go to a temporary image, `-s`.
+    scratch: bool,
     secrets: Secrets,
 }
 
@@ -78,16 +80,15 @@ pub enum Next {
 }
 
 fn run(parsed: &Parsed) -> Result<u8, ImgError> {
-    for (option, name) in [("snapshot", "io -s"), ("copy-on-read", "io -C")] {
-        if parsed.has(option) {
-            return Err(ImgError::NotSupported(name));
-        }
+    if parsed.has("copy-on-read") {
+        return Err(ImgError::NotSupported("io -C"));
     }
     let cache = if parsed.has("nocache") { Some("none") } else { parsed.value("cache")? };
     let cache = open::cache_named("", cache, CacheMode::Writeback)?;
     let access = Access { write: !parsed.has("read-only"), share: parsed.has("force-share"), cache };
     let background = Background::default();
-    let mut session = Session { disk: None, background, named: None, access, secrets: Secrets::of(parsed)? };
+    let (scratch, secrets) = (parsed.has("snapshot"), Secrets::of(parsed)?);
+    let mut session = Session { disk: None, background, named: None, access, scratch, secrets };
     match parsed.words.as_slice() {
         [] => {}
         [file] => {
@@ -97,7 +98,7 @@ fn run(parsed: &Parsed) -> Result<u8, ImgError> {
                 ImgError::Spec { .. } => cannot_open(name, error),
                 other => other,
             })?;
-            session.open(named, access).map_err(|error| cannot_open(name, error))?;
+            session.open(named, access, scratch).map_err(|error| cannot_open(name, error))?;
         }
         [_, extra, ..] => {
             return Err(ImgError::Extra { command: "io", found: extra.to_string_lossy().into_owned() });
@@ -149,12 +150,16 @@ fn cannot_open(name: Option<&str>, error: ImgError) -> ImgError {
 }
 
 impl Session {
-    fn open(&mut self, named: Named, access: Access) -> Result<(), ImgError> {
-        let disk = open::disk(&named, access)?;
+    fn open(&mut self, named: Named, access: Access, scratch: bool) -> Result<(), ImgError> {
+        let disk = match scratch && access.write {
+            true => open::disk_with_scratch(&named, access, OpenOptions::default())?,
+            false => open::disk(&named, access)?,
+        };
         background::announce(&disk);
         self.disk = Some(Arc::new(disk));
         self.named = Some(named);
         self.access = access;
+        self.scratch = scratch;
         Ok(())
     }
 
@@ -169,9 +174,13 @@ impl Session {
     }
 
     fn reopen(&mut self, write: bool, cache: CacheMode) -> Result<(), ImgError> {
+        if self.scratch {
+            // What was written would be lost.
+            return Err(ImgError::NotSupported("reopen under -s"));
+        }
         self.close()?;
         match self.named.clone() {
-            Some(named) => self.open(named, Access { write, cache, ..self.access }),
+            Some(named) => self.open(named, Access { write, cache, ..self.access }, false),
             None => Ok(()),
         }
     }

@@ -237,8 +237,6 @@ fn refuse_unsupported(parsed: &Parsed) -> Result<(), ServeError> {
         }
     }
     for (name, option, instead) in [
-        ("snapshot", "-s", "create an overlay with 'create -b FILE' and serve that"),
-        ("allocation-depth", "-A", "'map' shows in which image data is"),
         ("tls-authz", "--tls-authz", "whoever 'ca-cert.pem' has signed may connect"),
         ("selinux-label", "--selinux-label", "label the socket's directory"),
     ] {
@@ -304,6 +302,7 @@ fn serve_options(parsed: &Parsed) -> Result<ServeOptions<'static>, ImgError> {
         description: text(parsed, "description", "the description")?,
         read_only: parsed.has("read-only") || parsed.has("load-snapshot"),
         resizable: parsed.has("resizable"),
+        allocation_depth: parsed.has("allocation-depth"),
         max_clients,
         offset: offset(parsed)?,
         persistent: parsed.has("persistent"),
@@ -360,7 +359,12 @@ fn open_disk(parsed: &Parsed, file: &OsStr) -> Result<Disk, ImgError> {
     }
     let write = write && named.spec.read_only != Some(true);
     let options = OpenOptions { discard, detect_zeroes, ..OpenOptions::default() };
-    let disk = open::disk_with(&named, Access { write, share: false, cache }, options).map_err(failed)?;
+    let access = Access { write, share: false, cache };
+    let disk = match parsed.has("snapshot") && write {
+        true => open::disk_with_scratch(&named, access, options),
+        false => open::disk_with(&named, access, options),
+    };
+    let disk = disk.map_err(failed)?;
     if let Some(snapshot) = parsed.value("load-snapshot")? {
         open::show_snapshot(&disk, snapshot)?;
     }

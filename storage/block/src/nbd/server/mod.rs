@@ -20,7 +20,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use super::error::{NbdError, PeerError};
 use super::socket::Stream;
 use super::tls::TlsServer;
-use super::wire::{BASE_ALLOCATION, DIRTY_BITMAP, Offer, transmission_flag as can};
+use super::wire::{ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, Offer, transmission_flag as can};
 use crate::disk::Disk;
 use crate::qcow2::BitmapBits;
 
@@ -49,7 +49,9 @@ pub struct ServeOptions<'a> {
     pub max_clients: usize,
     /// Whether clients can ask where data is.
     pub allocation: bool,
-    /// What clients can ask which parts of the disk a bitmap marks, by the bitmaps' names; at most 31. The export is
+    /// Whether clients can ask which image of the chain data is in.
+    pub allocation_depth: bool,
+    /// What clients can ask which parts of the disk a bitmap marks, by the bitmaps' names; at most 30. The export is
     /// read only, or they say what was marked when it began.
     pub bitmaps: Vec<(String, BitmapBits)>,
     /// Go on when the last client has left.
@@ -75,6 +77,7 @@ impl Default for ServeOptions<'_> {
             offset: 0,
             max_clients: 1,
             allocation: true,
+            allocation_depth: false,
             bitmaps: Vec::new(),
             persistent: true,
             handshake_limit: Some(Duration::from_secs(10)),
@@ -164,6 +167,24 @@ pub fn serve(listener: &Listener, disk: &Disk, options: &ServeOptions<'_>, stop:
     })
 }
 
+/// A question about blocks that a client can choose.
+enum Context<'a> {
+    /// Whether they take space, and whether they are zeroes.
+    Allocation,
+    /// How many images down they are.
+    Depth,
+    /// Whether a bitmap marks them.
+    Bitmap(&'a BitmapBits),
+}
+
+/// By name, in the order of their numbers, which begin with 1.
+fn contexts<'a>(options: &'a ServeOptions<'_>) -> impl Iterator<Item = (String, Context<'a>)> {
+    let allocation = options.allocation.then(|| (BASE_ALLOCATION.to_owned(), Context::Allocation));
+    let depth = options.allocation_depth.then(|| (ALLOCATION_DEPTH.to_owned(), Context::Depth));
+    let bitmaps = options.bitmaps.iter().map(|(name, bits)| (format!("{DIRTY_BITMAP}{name}"), Context::Bitmap(bits)));
+    allocation.into_iter().chain(depth).chain(bitmaps)
+}
+
 fn offer(disk: &Disk, options: &ServeOptions<'_>) -> Offer {
     let mut flags = can::HAS_FLAGS | can::SEND_FLUSH | can::SEND_FUA | can::SEND_CACHE;
     if options.read_only || disk.is_read_only() {
@@ -176,9 +197,7 @@ fn offer(disk: &Disk, options: &ServeOptions<'_>) -> Offer {
         // All write to one disk, and a flush of one is a flush of all.
         flags |= can::CAN_MULTI_CONN;
     }
-    let allocation = options.allocation.then(|| BASE_ALLOCATION.to_owned());
-    let bitmaps = options.bitmaps.iter().map(|(name, _)| format!("{DIRTY_BITMAP}{name}"));
-    let contexts = allocation.into_iter().chain(bitmaps).collect();
+    let contexts = contexts(options).map(|(name, _)| name).collect();
     Offer {
         name: options.name.clone(),
         description: options.description.clone(),

@@ -19,7 +19,7 @@ use crate::disk::Disk;
 /// Read ahead for the heads of requests.
 const AHEAD_BYTES: usize = 16 << 10;
 /// Memory that a thread keeps between requests.
-const KEEP_BYTES: usize = 1 << 20;
+const KEEP_BYTES: usize = 2 << 20;
 
 /// What the threads of a connection share.
 struct Session<'a> {
@@ -60,8 +60,7 @@ pub fn run(
             is_alone,
             flags,
             contexts: agreed.contexts.clone(),
-            bitmaps: &options.bitmaps,
-            allocation: options.allocation,
+            offered: super::contexts(options).map(|(_, context)| context).collect(),
             structured: agreed.structured,
         },
         structured: agreed.structured,

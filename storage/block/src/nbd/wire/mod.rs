@@ -43,6 +43,8 @@ pub const OPTION_MAX_BYTES: u32 = 64 << 10;
 pub const QUERIES_MAX: usize = 32;
 /// The metadata context that tells holes from data.
 pub const BASE_ALLOCATION: &str = "base:allocation";
+/// The metadata context that tells how many images down data is: 1 is the top one, 0 is none of them.
+pub const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
 /// What the names of metadata contexts begin with that tell what a bitmap marks; the bitmap's name follows.
 pub const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 /// `qemu:dirty-bitmap:`: the run is marked.
