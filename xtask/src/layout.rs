@@ -106,11 +106,14 @@ pub fn go(consent: Consent) -> Result<()> {
     served.and(ended)?;
     note(USUAL.len(), &server_trace)?;
     note(USUAL.len() + 1, &client_trace)?;
+    if used.is_empty() {
+        bail!("valgrind told of no code of {} that ran", tool.display());
+    }
     let script = root().join(programs::LAYOUT);
     fs::write(&script, script_of(&sections, &used)).with_context(|| format!("cannot write {}", script.display()))?;
     fs::remove_dir_all(&dir)?;
     let bytes: u64 = used.keys().filter_map(|start| sections.get(start)).map(|section| section.bytes).sum();
-    println!("{}: {} pieces of code, {} KiB", script.display(), used.len(), bytes >> 10);
+    println!("{}: {} pieces of code, {} KiB; the next build follows it", script.display(), used.len(), bytes >> 10);
     Ok(())
 }
 
