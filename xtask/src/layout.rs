@@ -200,11 +200,11 @@ fn pattern(file: &str, name: &str) -> Option<String> {
 fn without_hashes(name: &str) -> String {
     let name = name.replace('$', "?");
     let name = name.split_once(".llvm.").map_or(name.clone(), |(name, _)| format!("{name}.llvm.*"));
-    if let Some((before, after)) = name.rsplit_once("17h").filter(|(_, after)| after.len() >= 17) {
-        return format!("{before}17h????????????????{}", &after[16..]);
-    }
     if !name.contains("._R") {
-        return name;
+        return match name.rsplit_once("17h").filter(|(_, after)| after.len() >= 17) {
+            Some((before, after)) => format!("{before}17h????????????????{}", &after[16..]),
+            None => name,
+        };
     }
     let mut parts = name.split("Cs");
     let mut out = parts.next().unwrap_or_default().to_owned();

@@ -297,8 +297,12 @@ fn disk_with_all(named: &Named, access: Access, options: OpenOptions) -> Result<
     layers::disk_with_names(named, access, options)
 }
 
-/// The same for reading only, below an image that takes what is written and ends with the disk: `-s`.
-pub fn disk_with_scratch(named: &Named, access: Access, options: OpenOptions) -> Result<Disk, ImgError> {
+/// The same. With `scratch`, what is written goes to an image on top that ends with the disk (`-s`); the image itself is
+/// opened for reading only.
+pub fn disk_with_scratch(named: &Named, access: Access, options: OpenOptions, scratch: bool) -> Result<Disk, ImgError> {
+    if !scratch || !access.write {
+        return disk_with(named, access, options);
+    }
     let disk = disk_with(named, Access { write: false, ..access }, options)?;
     // Where QEMU puts it: more than memory holds may be written.
     let dir = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);

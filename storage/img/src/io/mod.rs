@@ -151,10 +151,7 @@ fn cannot_open(name: Option<&str>, error: ImgError) -> ImgError {
 
 impl Session {
     fn open(&mut self, named: Named, access: Access, scratch: bool) -> Result<(), ImgError> {
-        let disk = match scratch && access.write {
-            true => open::disk_with_scratch(&named, access, OpenOptions::default())?,
-            false => open::disk(&named, access)?,
-        };
+        let disk = open::disk_with_scratch(&named, access, OpenOptions::default(), scratch)?;
         background::announce(&disk);
         self.disk = Some(Arc::new(disk));
         self.named = Some(named);

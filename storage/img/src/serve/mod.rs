@@ -360,11 +360,7 @@ fn open_disk(parsed: &Parsed, file: &OsStr) -> Result<Disk, ImgError> {
     let write = write && named.spec.read_only != Some(true);
     let options = OpenOptions { discard, detect_zeroes, ..OpenOptions::default() };
     let access = Access { write, share: false, cache };
-    let disk = match parsed.has("snapshot") && write {
-        true => open::disk_with_scratch(&named, access, options),
-        false => open::disk_with(&named, access, options),
-    };
-    let disk = disk.map_err(failed)?;
+    let disk = open::disk_with_scratch(&named, access, options, parsed.has("snapshot")).map_err(failed)?;
     if let Some(snapshot) = parsed.value("load-snapshot")? {
         open::show_snapshot(&disk, snapshot)?;
     }

@@ -14,7 +14,7 @@ use crate::node::ExtentKind;
 const SPARSE_BYTES: u64 = 64 << 10;
 /// Longer reads are answered in parts of this many bytes: a client that asks for 32 MiB takes no more memory. QEMU's
 /// tools ask for this much; in parts of half the length their reads take a tenth longer.
-const PART_BYTES: u32 = 2 << 20;
+pub const PART_BYTES: u32 = 2 << 20;
 /// Most chunks of one part of a read.
 const PIECES_MAX: usize = 64;
 /// Most runs in one answer about blocks.
@@ -32,10 +32,8 @@ pub struct Target<'a> {
     /// Whether no other client is there.
     pub is_alone: &'a (dyn Fn() -> bool + Sync),
     pub flags: u16,
-    /// Numbers of the metadata contexts that were agreed on.
-    pub contexts: Vec<u32>,
-    /// What the numbers stand for, from 1 on.
-    pub offered: Vec<Context<'a>>,
+    /// The metadata contexts that were agreed on, by their numbers.
+    pub contexts: Vec<(u32, Context<'a>)>,
     pub structured: bool,
 }
 
@@ -233,9 +231,7 @@ impl Target<'_> {
 
     fn status(&self, at: u64, bytes: u64, only_one: bool) -> Result<Answer, BlockError> {
         let mut contexts = Vec::with_capacity(self.contexts.len());
-        for id in &self.contexts {
-            let context = (*id as usize).checked_sub(1).and_then(|index| self.offered.get(index));
-            let Some(context) = context else { continue };
+        for (id, context) in &self.contexts {
             contexts.push((*id, runs_of(at, bytes, only_one, |at, bytes| self.state(context, at, bytes))?));
         }
         Ok(Answer::Status(contexts))

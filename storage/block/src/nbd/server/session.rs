@@ -12,14 +12,14 @@ use super::super::wire::{
     encode_error, encode_simple,
 };
 use super::ServeOptions;
-use super::perform::{Answer, Piece, Target};
+use super::perform::{Answer, PART_BYTES, Piece, Target};
 use crate::crew::run_on_threads;
 use crate::disk::Disk;
 
 /// Read ahead for the heads of requests.
 const AHEAD_BYTES: usize = 16 << 10;
-/// Memory that a thread keeps between requests.
-const KEEP_BYTES: usize = 2 << 20;
+/// Memory that a thread keeps between requests: what a part of a read takes.
+const KEEP_BYTES: usize = PART_BYTES as usize;
 
 /// What the threads of a connection share.
 struct Session<'a> {
@@ -53,14 +53,14 @@ pub fn run(
     is_alone: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), PeerError> {
     let input = Input { stream: BufReader::with_capacity(AHEAD_BYTES, stream.try_clone()?), ended: false };
+    let offered = (1..).zip(super::contexts(options).map(|(_, context)| context));
     let session = Session {
         target: Target {
             disk,
             offset: options.offset,
             is_alone,
             flags,
-            contexts: agreed.contexts.clone(),
-            offered: super::contexts(options).map(|(_, context)| context).collect(),
+            contexts: offered.filter(|(id, _)| agreed.contexts.contains(id)).collect(),
             structured: agreed.structured,
         },
         structured: agreed.structured,
